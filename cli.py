@@ -1,0 +1,252 @@
+"""The command line: one click command a verb, thin. Heavy imports wait until their verb runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import edgeskip
+from edgeskip.runtime.errors import EdgeskipError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgeskip.runtime.manifest import Progress
+
+MODES = ("self-speculative", "autoregressive", "early-exit")
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 self-speculative tokens differ from plain ones, 2 wrong command line, 3 checkpoint, "
+    "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted."
+)
+
+
+class _Group(click.Group):
+    """Prints what the user can mend as one line, with its exit code; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeskipError as error:
+            click.echo(f"edgeskip: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("edgeskip: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(edgeskip.__version__, prog_name="edgeskip")
+def main() -> None:
+    """LayerSkip models on the edge: split, export and decode self-speculatively from one set of weights."""
+
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--exit-layer", "-e", type=int, required=True, help="E: layers[:E] draft, the rest verify.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
+              help="fp32 for a CPU, fp16 or bf16 for a GPU.")
+@click.option("--max-length", type=int, help="Capacity in tokens, prompt included.  [default: the model's, at most 2048]")
+@click.option("--num-speculations", "-k", type=int, default=4, show_default=True, help="Default drafts a round.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
+@click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
+def export(checkpoint: str, bundle: Path, exit_layer: int, dtype: Any, max_length: int | None,
+           num_speculations: int, revision: str | None, token: str | None, offline: bool) -> None:  # fmt: skip
+    """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
+    _require("export", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
+    from edgeskip.exporter.bundle import ExportSettings, export_bundle
+    from edgeskip.exporter.checkpoint import open_checkpoint
+
+    settings = ExportSettings(exit_layer, dtype, max_length, num_speculations)
+    opened = open_checkpoint(checkpoint, revision=revision, token=token, offline=offline)
+    with _progress() as progress:
+        exported = export_bundle(opened, bundle, settings, progress)
+    weights = exported.manifest.weights_bytes / 1e6
+    click.echo(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.", err=True)
+    click.echo(f'Try it: edgeskip generate {bundle} --prompt "..."', err=True)
+
+
+@main.command()
+@bundle_argument
+@click.option("--prompt", "-p", help="The text to continue.")
+@click.option("--prompt-file", "-f", type=click.File("r", encoding="utf-8"), help="A file with the text; - is stdin.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
+@click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True)
+@click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
+@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
+@click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@threads_option
+def generate(bundle: Path, prompt: str | None, prompt_file: Any, chat: bool, mode: Any, num_speculations: int | None,
+             max_new_tokens: int, stop: tuple[str, ...], as_json: bool, threads: int) -> None:  # fmt: skip
+    """Continue a prompt. On a terminal, text that the early layers drafted is green."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    text = prompt if prompt is not None else _read_text(prompt_file)
+    from edgeskip.runtime.generate import load
+    from edgeskip.runtime.report import print_statistics, stream
+
+    with _progress() as progress:
+        model = load(bundle, threads=threads, progress=progress)
+    with model:
+        settings = {"mode": mode, "num_speculations": num_speculations, "max_new_tokens": max_new_tokens, "stop": stop}
+        asked: Any = [{"role": "user", "content": text}] if chat else text
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
+        else:
+            generation = stream(model.generate(asked, **settings), _console())
+            print_statistics(generation, _console(stderr=True))
+
+
+@main.command()
+@bundle_argument
+@click.option("--num-speculations", "-k", "grid", multiple=True, type=int,
+              help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]")
+@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file a prompt, or a folder of them.  [default: built in]")
+@click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
+@threads_option
+def bench(bundle: Path, grid: tuple[int, ...], max_new_tokens: int, prompts: Path | None, num_prompts: int | None,
+          repeats: int, compare: str | None, json_path: Path | None, threads: int) -> None:  # fmt: skip
+    """Measure plain and self-speculative decoding on held-out prompts, interleaved; medians."""
+    from edgeskip.runtime.bench import BenchSettings, load_prompts, run_bench
+    from edgeskip.runtime.generate import load
+    from edgeskip.runtime.report import print_bench
+
+    settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats)
+    texts = load_prompts(prompts)[:num_prompts]
+    with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
+        others = ()
+        if compare:
+            _require("train", "torch", "transformers")
+            from edgeskip.exporter.reference import transformers_contestants
+
+            others = transformers_contestants(model.bundle, threads)
+        report = run_bench(model, texts, settings, others, progress)
+    if json_path is not None:
+        _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    print_bench(report, _console(stderr=json_path is not None and str(json_path) == "-"))
+    if report.faults:
+        raise SystemExit(1)
+
+
+@main.command()
+@bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds: model, split, graphs, files."""
+    from edgeskip.runtime.manifest import read_bundle
+    from edgeskip.runtime.report import print_bundle
+
+    opened = read_bundle(bundle)
+    if as_json:
+        click.echo(opened.manifest.to_json(), nl=False)
+    else:
+        print_bundle(opened, _console())
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the model goes.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
+@click.option("--stop-after-minutes", type=float, help="Save and stop; continue with --resume.")
+def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None) -> None:
+    """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
+    _require("train", "torch", "transformers", "accelerate")
+    from edgeskip.recipes.training import train as run
+
+    run(recipe, output=output, resume=resume, stop_after_minutes=stop_after_minutes)
+
+
+@main.command()
+@click.option("--keep", type=click.Path(path_type=Path), help="Export to this folder and keep it.")
+@threads_option
+def demo(keep: Path | None, threads: int) -> None:
+    """See it work: export the model that ships with edgeskip, decode it both ways, compare."""
+    _require("demo", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes", "onnxruntime")
+    from edgeskip.recipes.demo import run_demo
+
+    with _progress() as progress:
+        same = run_demo(_console(), keep, threads, progress)
+    if not same:
+        raise SystemExit(1)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on a terminal's stderr, gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Refuses a verb whose extra is not installed."""
+    from importlib.util import find_spec
+
+    from edgeskip.runtime.errors import BackendError
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise BackendError(
+            f"edgeskip {click.get_current_context().info_name}",
+            f"{', '.join(missing)} not installed",
+            fix=f'pip install "edgeskip[{extra}]"',
+        )
+
+
+def _read_text(file: Any) -> str:
+    from edgeskip.runtime.errors import RequestError
+
+    try:
+        return str(file.read())
+    except UnicodeDecodeError as error:
+        raise RequestError(file.name, f"not UTF-8 text ({error.reason})", wanted="a text file") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    from edgeskip.runtime.errors import RequestError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RequestError(path, f"cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    main()

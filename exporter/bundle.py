@@ -1,0 +1,185 @@
+"""Export: a checkpoint becomes a bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+import edgeskip
+from edgeskip.exporter.checkpoint import Checkpoint
+from edgeskip.exporter.split import split_graph
+from edgeskip.exporter.weights import plan_weights, sync, write_weights
+from edgeskip.runtime.architecture import DType
+from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError
+from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table
+from edgeskip.runtime.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, Bundle, FileRecord, Manifest, Progress
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How to export.
+
+    Args:
+        exit_layer: E; layers[:E] draft, the rest verify.
+        dtype: of weights, activations and caches.
+        max_length: cache capacity in tokens, prompt included; by default the model's context, at most 2048.
+        num_speculations: drafts a round, unless the user asks for another number.
+        prefill_chunk: prompt tokens of one call.
+    """
+
+    exit_layer: int
+    dtype: DType = "fp32"
+    max_length: int | None = None
+    num_speculations: int = 4
+    prefill_chunk: int = 128
+
+
+def export_bundle(
+    checkpoint: Checkpoint, destination: Path, settings: ExportSettings, progress: Progress = lambda *_: None
+) -> Bundle:
+    """Splits a checkpoint and writes the bundle.
+
+    Raises:
+        RequestError: an exit layer, length or speculation length that the model cannot have.
+        CheckpointError: tensors that do not fit the config or the dtype.
+        BundleError: the destination exists or cannot be written.
+    """
+    capacity = _check_settings(checkpoint, settings)
+    architecture = checkpoint.architecture
+    layout = plan_weights(checkpoint, settings.dtype, capacity)
+    with _whole_or_absent(destination, layout.bytes) as folder:
+        files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
+        table = graph_table(architecture.num_layers, settings.exit_layer)
+        for dialect, pattern in DIALECTS.items():
+            for name in GRAPHS:
+                model = split_graph(name, table[name], architecture, layout, dialect)
+                data = ir.to_proto(model).SerializeToString(deterministic=True)
+                files[pattern.format(name)] = _write(folder / pattern.format(name), data)
+        files |= _write_text_files(checkpoint, folder)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            edgeskip_version=edgeskip.__version__,
+            source=checkpoint.source,
+            architecture=architecture,
+            exit_layer=settings.exit_layer,
+            dtype=settings.dtype,
+            max_length=capacity,
+            num_speculations=settings.num_speculations,
+            prefill_chunk=min(settings.prefill_chunk, capacity),
+            eos_token_ids=checkpoint.eos_token_ids,
+            graphs={name: graph for name, graph in table.items()},
+            chains={name: tuple(chain) for name, chain in CHAINS.items()},
+            files=files,
+        )
+        _write(folder / MANIFEST, manifest.to_json().encode())
+    return Bundle(destination, manifest)
+
+
+def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
+    """Returns the cache capacity."""
+    layers, context = checkpoint.architecture.num_layers, checkpoint.architecture.max_position_embeddings
+    if not 1 <= settings.exit_layer < layers:
+        raise RequestError(
+            "exit layer", f"{settings.exit_layer}", wanted=f"1 to {layers - 1}: the model has {layers} layers"
+        )
+    capacity = min(context, DEFAULT_MAX_LENGTH) if settings.max_length is None else settings.max_length
+    if not 2 <= capacity <= context:
+        window = checkpoint.sliding_window
+        reason = f"its attention window is {window}" if window == context else "the model's context"
+        raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
+    if not 1 <= settings.num_speculations <= MAX_SPECULATIONS:
+        raise RequestError("num speculations", f"{settings.num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
+    if settings.prefill_chunk < 1:
+        raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
+    return capacity
+
+
+@contextmanager
+def _whole_or_absent(destination: Path, weights_bytes: int) -> Iterator[Path]:
+    """A temporary sibling that becomes `destination` at the end, or goes away with whatever went wrong."""
+    if destination.exists() or destination.is_symlink():
+        raise BundleError(destination, "already exists", fix="give another folder or remove this one")
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < weights_bytes:
+            raise _disk_full(destination, free, weights_bytes)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
+    except OSError as error:
+        raise BundleError(destination, f"cannot be written ({error.strerror})", fix="give another folder") from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.rename(folder, destination)  # noqa: PTH104  (a folder appearing meanwhile must not be replaced)
+        _sync_folder(parent)
+    except OSError as error:
+        if error.errno is not None and error.strerror in ("No space left on device", "Disk quota exceeded"):
+            raise _disk_full(destination, shutil.disk_usage(parent).free, weights_bytes) from None
+        if isinstance(error, FileExistsError) or destination.exists():
+            raise BundleError(destination, "appeared during the export", fix="give another folder") from None
+        raise BundleError(destination, f"cannot be written ({error.strerror})", fix="give another folder") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _disk_full(destination: Path, free: int, wanted: int) -> BundleError:
+    return BundleError(
+        destination,
+        f"{free / 1e6:.0f} MB free on the disk",
+        wanted=f"{wanted / 1e6:.0f} MB for the weights",
+        fix="free some room or give a folder on another disk",
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, data: bytes) -> FileRecord:
+    with path.open("wb") as file:
+        file.write(data)
+        sync(file)
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _write_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, FileRecord]:
+    """Tokenizer, config, chat template and licences, under their own names."""
+    files = {name: _write(folder / name, (checkpoint.folder / name).read_bytes()) for name in ("tokenizer.json", "config.json")}
+    template = _chat_template(checkpoint.folder)
+    if template is not None:
+        files["chat_template.jinja"] = _write(folder / "chat_template.jinja", template.encode())
+    for licence in checkpoint.licences():
+        files[licence.name] = _write(folder / licence.name, licence.read_bytes())
+    return files
+
+
+def _chat_template(folder: Path) -> str | None:
+    """A template file, or the one (or the one named `default`) within tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config_path = folder / "tokenizer_config.json"
+    if not config_path.is_file():
+        return None
+    try:
+        template = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(config_path, f"not valid JSON ({error})") from None
+    if isinstance(template, list):
+        template = {item.get("name"): item.get("template") for item in template}.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,217 @@
+"""A checkpoint: a folder or a hub id, its config, and its tensors read lazily by rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from edgeskip.exporter.config import architecture_from_config, sliding_window
+from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.errors import CheckpointError
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
+_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder whose files are all there and agree with its config.
+
+    `tensors` maps each tensor's name to its file, shape and dtype; no data has been read.
+    """
+
+    source: str
+    folder: Path
+    config: dict[str, Any]
+    architecture: Architecture
+    sliding_window: int | None
+    eos_token_ids: tuple[int, ...]
+    tensors: dict[str, StoredTensor]
+
+    def licences(self) -> list[Path]:
+        """Licence and notice files, which travel with the weights."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored: dtype is one of fp32, fp16, bf16."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorReader:
+    """Opens shards as they are needed and reads tensors by blocks of rows; a context manager."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stack = ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[np.ndarray]:
+        """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype."""
+        stored = self._checkpoint.tensors[name]
+        file = self._files.get(stored.file)
+        if file is None:
+            file = self._files[stored.file] = self._stack.enter_context(safe_open(stored.file, "numpy"))
+        view = file.get_slice(name)
+        row_bytes = 4 * int(np.prod(stored.shape[1:], dtype=np.int64))
+        rows = max(1, block_bytes // max(row_bytes, 1))
+        for start in range(0, stored.shape[0], rows):
+            yield view[start : min(start + rows, stored.shape[0])]
+
+
+def open_checkpoint(
+    source: str, *, revision: str | None = None, token: str | None = None, offline: bool = False
+) -> Checkpoint:
+    """Finds a checkpoint, downloading it where `source` is a hub id, and checks it whole before any work is done.
+
+    Args:
+        source: a folder, or a hub id such as `facebook/layerskip-llama3.2-1B`.
+        revision: branch, tag or commit on the hub.
+        token: access token; without one, what `hf auth login` stored.
+        offline: use only what has been downloaded before.
+
+    Raises:
+        CheckpointError: not found, not readable, not supported, or incomplete.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _download(source, revision, token, offline)
+    config = _read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
+    architecture = architecture_from_config(config, folder / "config.json")
+    if not (folder / "tokenizer.json").is_file():
+        legacy = (folder / "tokenizer.model").is_file()
+        found = "only tokenizer.model, without tokenizer.json" if legacy else "no tokenizer.json"
+        fix = "save it again with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        raise CheckpointError(folder, found, fix=fix)
+    return Checkpoint(
+        source=source if not Path(source).is_dir() else Path(source).resolve().name,
+        folder=folder,
+        config=config,
+        architecture=architecture,
+        sliding_window=sliding_window(config),
+        eos_token_ids=_eos_token_ids(folder, config),
+        tensors=_index_tensors(folder),
+    )
+
+
+def _download(source: str, revision: str | None, token: str | None, offline: bool) -> Path:
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+    if looks_like_path:
+        raise CheckpointError(source, "no such folder", wanted="a model folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    place = f"{source} on the hub"
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, token=token, local_files_only=offline, allow_patterns=_HUB_PATTERNS
+            )
+        )
+    except GatedRepoError:
+        raise CheckpointError(
+            place, "access is gated", fix="accept its licence on its page, then `hf auth login` or pass --token"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(place, f"no revision {revision!r}", fix="pass another --revision") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            place, f"no such model, and no folder {source!r} here", fix="check the name, or pass --token"
+        ) from None
+    except HFValidationError:
+        raise CheckpointError(source, "neither a folder nor a valid hub id") from None
+    except LocalEntryNotFoundError:
+        fix = "run once without --offline" if offline else "check the network, or give a local folder"
+        raise CheckpointError(place, "not in the local cache and the hub was not reached", fix=fix) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            place, f"download failed ({type(error).__name__})", fix="check the network, or give a local folder"
+        ) from None
+
+
+def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(path, "no such file", fix=otherwise)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(path, "not a JSON object", fix="download the checkpoint again")
+    return data
+
+
+def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, else of config.json: a number or a list."""
+    generation = folder / "generation_config.json"
+    value = _read_json(generation, "").get("eos_token_id") if generation.is_file() else None
+    value = config.get("eos_token_id") if value is None else value
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(folder, f"eos_token_id is {value!r}", wanted="a token id or a list of them")
+    return tuple(ids)
+
+
+def _index_tensors(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index, "").get("weight_map", {})
+        names = sorted(set(weight_map.values()))
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        path = folder / name
+        if path.resolve().parent != folder.resolve() and ("/" in name or ".." in name):
+            raise CheckpointError(index, f"shard {name!r} leads out of the folder")
+        if not path.is_file():
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            found = "no safetensors, only pickled weights" if pickled else "no such file"
+            fix = "save it with safe_serialization=True" if pickled else "download the checkpoint again"
+            raise CheckpointError(path, found, fix=fix)
+        tensors.update(_headers(path))
+    if index.is_file():
+        for tensor, name in weight_map.items():
+            if tensor not in tensors or tensors[tensor].file.name != name:
+                raise CheckpointError(folder / name, f"lacks {tensor}, which the index places there")
+    return tensors
+
+
+def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                view = file.get_slice(name)
+                yield name, StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype()))
+    except SafetensorError as error:
+        raise CheckpointError(
+            path, f"not a whole safetensors file ({error})", fix="download the checkpoint again"
+        ) from None

@@ -1,0 +1,88 @@
+"""The golden reference: the same weights in transformers, rebuilt from a bundle."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+from edgeskip.exporter.weights import bundle_tensors
+from edgeskip.runtime.bench import Contestant, Run
+from edgeskip.runtime.manifest import WEIGHTS, Bundle
+
+
+def reference_model(bundle: Bundle) -> Any:
+    """A transformers model in fp32 with the bundle's weights, its packed tensors split again."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(bundle.path("config.json"))
+    state = {}
+    with safe_open(bundle.path(WEIGHTS), "pt") as file:
+        for name, (_, sources) in bundle_tensors(bundle.manifest.architecture).items():
+            parts = file.get_tensor(name).float().split([rows for _, rows in sources])
+            state.update(zip((source for source, _ in sources), parts, strict=True))
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(state, strict=True, assign=True)
+    model = _with_buffers(model, config)
+    model.generation_config.eos_token_id = list(bundle.manifest.eos_token_ids) or None
+    model.generation_config.pad_token_id = next(iter(bundle.manifest.eos_token_ids), 0)
+    return model.eval()
+
+
+def transformers_contestants(bundle: Bundle, threads: int = 0) -> tuple[Contestant, ...]:
+    """transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`)."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    model = reference_model(bundle)
+    early = {"assistant_early_exit": bundle.manifest.exit_layer}
+    return (
+        Contestant("transformers", 0, lambda ids, n: _generate(model, ids, n, {})),
+        Contestant("transformers assistant_early_exit", 0, lambda ids, n: _generate(model, ids, n, early)),
+    )
+
+
+def _with_buffers(model: Any, config: Any) -> Any:
+    """RoPE's frequencies are no weights: a model made on the meta device lacks them."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model
+
+
+def _generate(model: Any, prompt_ids: list[int], max_new_tokens: int, settings: dict[str, Any]) -> Run:
+    import torch
+
+    clock = _Clock()
+    ids = torch.tensor([prompt_ids])
+    start = perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=clock,
+        **settings,
+    )
+    end = perf_counter()
+    first = clock.first_token or end
+    return Run(tuple(out[0, len(prompt_ids) :].tolist()), first - start, end - first)
+
+
+class _Clock:
+    """A streamer that only notes when the first new token came: the prompt is put first."""
+
+    def __init__(self) -> None:
+        self.puts = 0
+        self.first_token: float | None = None
+
+    def put(self, _: Any) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            self.first_token = perf_counter()
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""The three graphs of a bundle, authored from the architecture and pointed at the weights file."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from edgeskip.exporter import decoder
+from edgeskip.exporter.weights import WeightsLayout
+from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.graphs import Graph, GraphName, Tensor, dimensions
+from edgeskip.runtime.manifest import WEIGHTS
+
+OPSET = 24
+_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def split_graph(
+    name: GraphName, graph: Graph, architecture: Architecture, layout: WeightsLayout, dialect: str
+) -> ir.Model:
+    """Authors one graph.
+
+    Args:
+        name: which.
+        graph: its layers and tensors, from the contract.
+        architecture: the model.
+        layout: where each weight stands, its dtype and the cache capacity (the rows of `rope.cos`).
+        dialect: `standard` or `ort`.
+    """
+    fused = dialect == "ort"
+    dtype = _DTYPES[layout.dtype]
+    capacity = layout.tensors["rope.cos"].shape[0]
+    sizes = dimensions(architecture, capacity)
+    opsets = {"": OPSET, "com.microsoft": 1} if fused else {"": OPSET}
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=opsets, name=name))
+    op = builder.op
+
+    def declared(tensor: Tensor) -> tuple[ir.DataType, list[int | str]]:
+        element = dtype if tensor.dtype == "float" else ir.DataType.INT64
+        return element, [sizes.get(dim, dim) for dim in tensor.shape]
+
+    inputs = {tensor.name: builder.input(tensor.name, *declared(tensor)) for tensor in graph.inputs}
+    if name == "head":
+        outputs = list(decoder.Head(architecture, dtype)(op, inputs["hidden_states"]))
+    else:
+        tables = [builder.initializer(_external(layout, table), table) for table in ("rope.cos", "rope.sin")]
+        places = decoder.places(op, inputs["position_ids"], *tables, capacity, fused=fused)
+        pasts = {
+            i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers
+        }
+        layers = decoder.Layers(architecture, graph.layers, dtype, fused=fused)
+        hidden, presents = layers(op, inputs[graph.inputs[0].name], pasts, places)
+        outputs = [hidden, *presents]
+    for tensor, value in zip(graph.outputs, outputs, strict=True):
+        element, shape = declared(tensor)
+        value.type, value.shape = ir.TensorType(element), ir.Shape(shape)
+        builder.add_output(value, tensor.name)
+    for key, value in builder.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = _external(layout, key)
+    for node in builder.graph:
+        node.metadata_props.clear()
+    return ir.Model(builder.graph, ir_version=11, producer_name="edgeskip")
+
+
+def _external(layout: WeightsLayout, name: str) -> ir.ExternalTensor:
+    placed = layout.tensors[name]
+    return ir.ExternalTensor(
+        WEIGHTS, placed.offset, placed.bytes, _DTYPES[layout.dtype], shape=ir.Shape(placed.shape), name=name
+    )

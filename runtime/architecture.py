@@ -1,0 +1,55 @@
+"""The shape of a Llama-family model: all that its mathematics depends on, less the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["fp32", "fp16", "bf16"]
+ITEMSIZE: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) and its scaling.
+
+    `linear` divides positions by `factor`; `llama3` divides low frequencies by it, as in Llama 3.1.
+    """
+
+    theta: float = 10000.0
+    type: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder of the Llama family.
+
+    `qkv_bias`, `output_bias` and `mlp_bias` say which linear layers add a bias; `qk_norm` that queries and keys
+    pass an RMS norm of their own per head, as in Qwen 3.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the packed query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim

@@ -1,0 +1,209 @@
+"""The bundle: what its manifest says, and whether its files are what the manifest says.
+
+    bundle/
+      manifest.json        this module's `Manifest`
+      weights.safetensors  every tensor once; the graphs point into it
+      draft.onnx verify.onnx head.onnx  draft.ort.onnx verify.ort.onnx head.ort.onnx
+      tokenizer.json, chat_template.jinja, config.json, LICENSE*
+
+A bundle is data: nothing in it is run as code, and no name in it leads out of its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeskip.runtime.architecture import Architecture, DType
+from edgeskip.runtime.errors import BundleError
+from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, Graph, GraphName, graph_table
+from edgeskip.runtime.structure import structure
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+FORMAT_VERSION = 1
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is under way, bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts a round,
+    `prefill_chunk` the prompt tokens of one call. `graphs` and `chains` repeat the contract for other readers.
+    """
+
+    format_version: int
+    edgeskip_version: str
+    source: str
+    architecture: Architecture
+    exit_layer: int
+    dtype: DType
+    max_length: int
+    num_speculations: int
+    prefill_chunk: int
+    eos_token_ids: tuple[int, ...]
+    graphs: dict[str, Graph]
+    chains: dict[str, tuple[str, ...]]
+    files: dict[str, FileRecord]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @property
+    def table(self) -> dict[GraphName, Graph]:
+        """The graphs' tensors."""
+        return graph_table(self.architecture.num_layers, self.exit_layer)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights file."""
+        return self.files[WEIGHTS].bytes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its manifest, read and found consistent."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Where a file of the bundle is."""
+        return self.folder / name
+
+    def graph_path(self, graph: GraphName, dialect: str) -> Path:
+        """Where a graph is, in a dialect (`standard` or `ort`)."""
+        return self.folder / DIALECTS[dialect].format(graph)
+
+
+def read_bundle(folder: str | Path) -> Bundle:
+    """Reads a bundle's manifest and checks that its files are there and of the right size.
+
+    Raises:
+        BundleError: no bundle, another format version, a malformed manifest, or a file that is missing, of
+            another size or outside the folder.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(folder, "no such folder", fix="give the folder that `edgeskip export` wrote")
+    if not path.is_file():
+        raise BundleError(folder, f"no {MANIFEST}, so not a bundle", fix="make one with `edgeskip export`")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(path, f"not valid JSON ({error})", fix="export the bundle again") from None
+    _check_version(path, data)
+    manifest = structure(Manifest, data, str(path), BundleError)
+    _check_consistent(path, manifest)
+    for name, record in manifest.files.items():
+        _check_file(folder, name, record)
+    return Bundle(folder, manifest)
+
+
+def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
+    """Compares every file with its sha256, in full the first time.
+
+    Later loads trust a stamp in the user's cache folder while size and modification time stay as they were.
+
+    Raises:
+        BundleError: a file differs from what was exported.
+    """
+    stamp = _stamp(bundle)
+    stamp_path = _stamp_path(bundle)
+    try:
+        if json.loads(stamp_path.read_text(encoding="utf-8")) == stamp:
+            return
+    except (OSError, ValueError):
+        pass
+    total = sum(record.bytes for record in bundle.manifest.files.values())
+    done = 0
+    for name, record in bundle.manifest.files.items():
+        digest = hashlib.sha256()
+        with bundle.path(name).open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                done += len(block)
+                progress("checking the bundle", done, total)
+        if digest.hexdigest() != record.sha256:
+            raise BundleError(
+                bundle.path(name),
+                f"sha256 is {digest.hexdigest()[:12]}...",
+                wanted=f"{record.sha256[:12]}..., as exported",
+                fix="copy the bundle again or export it again",
+            )
+    try:
+        stamp_path.parent.mkdir(parents=True, exist_ok=True)
+        stamp_path.write_text(json.dumps(stamp), encoding="utf-8")
+    except OSError:
+        pass  # a read-only home costs time at the next load, nothing else
+
+
+def _check_version(path: Path, data: Any) -> None:
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise BundleError(path, "no format_version, so not a bundle's manifest", fix="export the bundle again")
+    if version != FORMAT_VERSION:
+        fix = "upgrade edgeskip" if version > FORMAT_VERSION else "export the bundle again"
+        raise BundleError(path, f"format version {version}", wanted=f"{FORMAT_VERSION}", fix=fix)
+
+
+def _check_consistent(path: Path, manifest: Manifest) -> None:
+    layers = manifest.architecture.num_layers
+    if not 1 <= manifest.exit_layer < layers:
+        raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"1 to {layers - 1}")
+    if manifest.graphs != manifest.table or manifest.chains != CHAINS:
+        raise BundleError(
+            path, "its graphs are not those of this version", fix="export the bundle again with this version"
+        )
+    wanted = [WEIGHTS, "tokenizer.json"]
+    wanted += [pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS]
+    for name in wanted:
+        if name not in manifest.files:
+            raise BundleError(path, f"lists no {name}", fix="export the bundle again")
+
+
+def _check_file(folder: Path, name: str, record: FileRecord) -> None:
+    path = folder / name
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or path.resolve().parent != folder.resolve():
+        raise BundleError(folder / MANIFEST, f"file {name!r} leads out of the bundle", fix="do not use this bundle")
+    if not path.is_file():
+        raise BundleError(path, "missing", fix="copy the bundle again or export it again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise BundleError(
+            path, f"{size} bytes", wanted=f"{record.bytes}", fix="copy the bundle again or export it again"
+        )
+
+
+def _stamp(bundle: Bundle) -> dict[str, Any]:
+    stats = {name: bundle.path(name).stat() for name in bundle.manifest.files}
+    return {
+        name: [stat.st_size, stat.st_mtime_ns, stat.st_ino, bundle.manifest.files[name].sha256]
+        for name, stat in stats.items()
+    }
+
+
+def _stamp_path(bundle: Bundle) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]
+    return cache / "edgeskip" / "checked" / f"{key}.json"

@@ -1,0 +1,168 @@
+"""Sessions on ONNX Runtime: the CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.graphs import GRAPHS, Tensor, dimensions, present_name
+from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.rounds import Call, Round, View, workspace
+from edgeskip.runtime.session import BoundRound, RoundResult, Session
+
+_NUMPY = {"fp32": np.float32, "fp16": np.float16, "int64": np.int64}
+
+
+class OrtCpuSession(Session):
+    """The `ort` dialect on ONNX Runtime's CPU provider, updating caches in place.
+
+    Args:
+        bundle: what to load.
+        threads: of the one pool that the three graphs share, and with it every session of this process; 0 means
+            one a core.
+        dialect: `ort`, or `standard` to run the graphs that TensorRT gets.
+
+    Raises:
+        BackendError: ONNX Runtime is missing or refuses the graphs, or the bundle is in bf16, which its CPU
+            provider does not compute.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "ort") -> None:
+        manifest = bundle.manifest
+        if manifest.dtype == "bf16":
+            raise BackendError(
+                bundle.folder, "in bf16, which ONNX Runtime does not compute on a CPU", fix="export with --dtype fp32"
+            )
+        ort = _onnxruntime()
+        self._dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
+        self._dims = dimensions(manifest.architecture, manifest.max_length)
+        self._table = manifest.table
+        self._sessions = {}
+        options = _session_options(ort, threads)
+        for graph in GRAPHS:
+            path = bundle.graph_path(graph, dialect)
+            try:
+                self._sessions[graph] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # its errors share no base but Exception
+                raise BackendError(
+                    path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
+                ) from None
+        self._buffers = {
+            name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), self._dtypes[dtype])
+            for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
+        }
+        self._caches = {
+            tensor.name: _zeros(self._shape(tensor, 0), self._dtypes["float"])
+            for graph in self._table.values()
+            for tensor in graph.inputs
+            if tensor.is_cache
+        }
+        self._bound: dict[Round, BoundRound] = {}
+        self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
+
+    def bind(self, round_: Round) -> BoundRound:
+        """Fixes shapes and memory of a round's calls; the same round is bound once."""
+        if round_ not in self._bound:
+            self._bound[round_] = self._bind(round_)
+        return self._bound[round_]
+
+    def _bind(self, round_: Round) -> BoundRound:
+        calls = [(call.graph, self._sessions[call.graph], self._binding(call)) for call in round_.calls]
+        positions = self._buffers["position_ids"][: round_.rows]
+        rows = np.arange(round_.rows)
+        drafts = self._buffers["draft_token_ids"][: round_.num_drafts]
+        targets = self._buffers["target_token_ids"][: round_.num_targets]
+        def run(position: int) -> RoundResult:
+            np.add(rows, position, out=positions)
+            stage_ns = dict.fromkeys(GRAPHS, 0)
+            before = perf_counter_ns()
+            for graph, session, binding in calls:
+                session.run_with_iobinding(binding)
+                after = perf_counter_ns()
+                stage_ns[graph] += after - before
+                before = after
+            return RoundResult(drafts.tolist(), targets.tolist(), stage_ns)
+
+        return run
+
+    def _binding(self, call: Call) -> Any:
+        binding = self._sessions[call.graph].io_binding()
+        graph = self._table[call.graph]
+        inputs, outputs = dict(call.inputs), dict(call.outputs)
+        for tensor in graph.inputs:
+            array = self._caches[tensor.name] if tensor.is_cache else self._view(tensor, inputs[tensor.name])
+            binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            if tensor.is_cache:
+                name = present_name(tensor.name)
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for tensor in graph.outputs:
+            if not tensor.is_cache:
+                array = self._view(tensor, outputs[tensor.name])
+                binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
+
+    def _view(self, tensor: Tensor, view: View) -> np.ndarray:
+        rows = self._buffers[view.buffer][view.start : view.start + view.rows]
+        return rows.reshape(self._shape(tensor, view.rows))
+
+    def _shape(self, tensor: Tensor, rows: int) -> tuple[int, ...]:
+        return tuple(rows if dim == "T" else self._dims[dim] for dim in tensor.shape)
+
+    def write_embeddings(self, rows: np.ndarray) -> None:
+        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+        self._buffers["inputs_embeds"][: len(rows)] = rows
+
+    def carry(self, row: int) -> None:
+        """Makes the token that target row `row` picked the next round's first input."""
+        self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]
+
+    def read_logits(self, rows: int) -> np.ndarray:
+        """The first `rows` rows of the last head call's logits, [rows,V]."""
+        return self._buffers["logits"][:rows].astype(np.float32)
+
+    def close(self) -> None:
+        """Frees everything; the session is of no use afterwards."""
+        self._bound.clear()
+        self._sessions.clear()
+        self._buffers.clear()
+        self._caches.clear()
+
+
+_pool_threads: int | None = None
+
+
+def _session_options(ort: Any, threads: int) -> Any:
+    """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
+    global _pool_threads
+    if _pool_threads is None:
+        _pool_threads = threads or len(os.sched_getaffinity(0))
+        ort.set_global_thread_pool_sizes(_pool_threads, 1)
+    elif threads not in (0, _pool_threads):
+        raise BackendError(
+            "threads", f"{threads}", wanted=f"{_pool_threads}, as in this process so far", fix="start a new process"
+        )
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    return options
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("onnxruntime", f"not usable ({error})", fix='pip install "edgeskip[cpu]"') from None
+    return onnxruntime
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeroed memory on a 64-byte boundary."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,137 @@
+"""What people see: streamed text, statistics, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from edgeskip.runtime.bench import BenchReport, BenchRow
+from edgeskip.runtime.generate import Generation, Piece
+from edgeskip.runtime.graphs import DIALECTS
+from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.statistics import Statistics
+
+DRAFTED = "green"
+
+
+def stream(pieces: Iterable[Piece], console: Console) -> Generation:
+    """Prints text as it comes, accepted drafts in colour; returns the generation."""
+    generation = None
+    for piece in pieces:
+        if console.is_terminal:
+            console.print(Text(piece.text, DRAFTED if piece.drafted else ""), end="")
+        else:
+            console.file.write(piece.text)
+        console.file.flush()
+        generation = piece.generation
+    console.file.write("\n")
+    assert generation is not None
+    return generation
+
+
+def print_statistics(generation: Generation, console: Console) -> None:
+    """Two or three lines behind a streamed text."""
+    s = generation.statistics
+    rate = f"{s.tokens_per_second:.0f} tokens/s" if s.tokens_per_second else "one token"
+    console.print(
+        f"[dim]{s.new_tokens} tokens, {rate}, first after {s.time_to_first_token_ms:.0f} ms; "
+        f"ended by {generation.stop_reason}[/dim]"
+    )
+    if s.acceptance_rate is not None:
+        console.print(
+            f"[dim]{s.tokens_per_round:.2f} tokens a round with {s.num_speculations} drafts; "
+            f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
+        )
+
+
+def histogram(s: Statistics) -> str:
+    """Rounds by accepted drafts, as bars: `0 ▂ 1 ▁ 2 ▃ 3 █`."""
+    most = max(s.acceptance_histogram, default=0) or 1
+    bars = " ▁▂▃▄▅▆▇█"
+    return "accepted " + " ".join(f"{a}{bars[-(-n * 8 // most)]}" for a, n in enumerate(s.acceptance_histogram))
+
+
+def print_bench(report: BenchReport, console: Console) -> None:
+    """The table of a bench, and what differed."""
+    s = report.settings
+    title = f"{report.source}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}"
+    caption = f"{report.prompts} prompts, {s.max_new_tokens} tokens each, medians of {s.repeats} interleaved repeats"
+    table = Table(title=title, caption=caption, box=None, pad_edge=False, title_justify="left", caption_justify="left")
+    table.add_column("mode")
+    for name in ("K", "tokens/s", "ms/token", "speedup", "first ms", "accepted", "match", "tokens/round"):
+        table.add_column(name, justify="right")
+    table.add_column("draft+verify+head ms", justify="right")
+    table.add_column("distinct 4-grams", justify="right")
+    best = max((r for r in report.rows if r.acceptance_rate is not None), key=lambda r: r.speedup, default=None)
+    for row in report.rows:
+        table.add_row(*_bench_cells(row), style="bold" if row is best else "")
+    console.print(table)
+    for d in report.differences:
+        what = "a tie, legal" if d.is_tie else "NOT a tie"
+        console.print(
+            f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} differs from plain decoding; "
+            f"the top logits lie {d.gap:.2g} apart: {what}"
+        )
+    if not report.differences:
+        console.print("Every mode gave exactly the tokens of plain decoding.")
+
+
+def _bench_cells(row: BenchRow) -> list[str]:
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    stages = row.stage_ms_per_round
+    return [
+        row.mode,
+        str(row.num_speculations or ""),
+        f"{row.tokens_per_second:.0f}",
+        f"{row.ms_per_token:.2f}",
+        f"{row.speedup:.2f}x",
+        f"{row.time_to_first_token_ms:.0f}",
+        share(row.acceptance_rate),
+        share(row.match_rate),
+        "" if row.tokens_per_round is None else f"{row.tokens_per_round:.2f}",
+        "" if stages is None else " + ".join(f"{ms:.2f}" for ms in stages.values()),
+        share(row.distinct_4grams),
+    ]
+
+
+def print_bundle(bundle: Bundle, console: Console) -> None:
+    """What a bundle holds."""
+    m, a = bundle.manifest, bundle.manifest.architecture
+    console.print(f"[bold]{bundle.folder}[/bold]: {m.source}, {a.model_type}, {m.dtype}, by edgeskip {m.edgeskip_version}")
+    console.print(
+        f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; hidden {a.hidden_size}, "
+        f"{a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, vocabulary {a.vocab_size}"
+        f"{', tied' if a.tie_word_embeddings else ''}"
+    )
+    console.print(
+        f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "
+        f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {', '.join(map(str, m.eos_token_ids)) or 'none'}"
+    )
+    for chain, graphs in m.chains.items():
+        console.print(f"{chain} subgraph: {' -> '.join(graphs)}")
+    graphs_table = Table(box=None, pad_edge=False)
+    for name in ("graph", "layers", "inputs", "outputs"):
+        graphs_table.add_column(name)
+    for name, graph in m.table.items():
+        layers = f"{graph.first_layer}-{graph.last_layer - 1}" if graph.layers else "none"
+        cells = []
+        for tensors in (graph.inputs, graph.outputs):
+            plain = [f"{t.name} \\[{','.join(t.shape)}]" for t in tensors if not t.is_cache]
+            caches = sum(t.is_cache for t in tensors)
+            cells.append(", ".join(plain + ([f"{caches} caches \\[B,N,C,D]"] if caches else [])))
+        graphs_table.add_row(name, layers, *cells)
+    console.print(graphs_table)
+    files = Table(box=None, pad_edge=False)
+    files.add_column("file")
+    files.add_column("MB", justify="right")
+    files.add_column("sha256")
+    for name, record in m.files.items():
+        files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
+    console.print(files)
+    dialects = (f"{dialect} ({pattern.format('draft')}, ...)" for dialect, pattern in DIALECTS.items())
+    console.print(f"dialects: {', '.join(dialects)}")

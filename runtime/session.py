@@ -1,0 +1,61 @@
+"""The session interface: what a backend does for the loop, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeskip.runtime.rounds import Round
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round gave: K draft ids, the target ids, and ns by graph (None where the device hides them)."""
+
+    draft_ids: list[int]
+    target_ids: list[int]
+    stage_ns: Mapping[str, int] | None
+
+
+BoundRound = Callable[[int], RoundResult]
+"""Runs a round whose first row stands at the given position."""
+
+
+class Session(ABC):
+    """The three graphs of one bundle on one device, with their caches and workspace; a context manager.
+
+    A session owns its memory and frees it in `close`. It serves one sequence at a time: the caches hold whatever was
+    last written, and rows at or past the current position are hidden by position.
+    """
+
+    description: str
+    """Backend, device and dialect, for people."""
+
+    @abstractmethod
+    def bind(self, round_: Round) -> BoundRound:
+        """Fixes shapes and memory of a round's calls; the same round is bound once."""
+
+    @abstractmethod
+    def write_embeddings(self, rows: np.ndarray) -> None:
+        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+
+    @abstractmethod
+    def carry(self, row: int) -> None:
+        """Makes the token that target row `row` picked the next round's first input."""
+
+    @abstractmethod
+    def read_logits(self, rows: int) -> np.ndarray:
+        """The first `rows` rows of the last head call's logits, [rows,V]."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees everything; the session is of no use afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

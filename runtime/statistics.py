@@ -1,0 +1,91 @@
+"""What a generation cost, from its rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeskip.runtime.graphs import GRAPHS
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round as it was emitted: tokens after a stop are not in it, nor are the drafts that they were.
+
+    `drafted` and `accepted` count drafts, `seconds` is from the start of the round to its text.
+    """
+
+    tokens: int
+    drafted: int
+    accepted: int
+    seconds: float
+    stage_ns: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Times and rates of one generation.
+
+    `acceptance_rate` is accepted / drafted, as LayerSkip reports it; `match_rate` is accepted / tested, where a draft
+    behind the first mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted
+    drafts. Rates of tokens are taken after the first token, which the prefill gives; a token's latency is its
+    round's time over the round's tokens. `stage_ms` sums the time in each graph, prefill left out; null where the
+    device hides it.
+    """
+
+    mode: str
+    num_speculations: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    drafted: int
+    tested: int
+    accepted: int
+    acceptance_rate: float | None
+    match_rate: float | None
+    tokens_per_round: float | None
+    acceptance_histogram: tuple[int, ...]
+    time_to_first_token_ms: float
+    tokens_per_second: float | None
+    ms_per_token: float | None
+    latency_ms: dict[str, float] | None
+    stage_ms: dict[str, float] | None
+
+
+def summarize(
+    mode: str, num_speculations: int, prompt_tokens: int, first_token_seconds: float, rounds: Sequence[RoundRecord]
+) -> Statistics:
+    """Sums up a generation whose first token came with the prefill and the others in `rounds`."""
+    drafted = sum(r.drafted for r in rounds)
+    accepted = sum(r.accepted for r in rounds)
+    tested = sum(min(r.accepted + 1, r.drafted) for r in rounds)
+    tokens = sum(r.tokens for r in rounds)
+    seconds = sum(r.seconds for r in rounds)
+    histogram = np.bincount([r.accepted for r in rounds], minlength=num_speculations + 1)
+    stages = [r.stage_ns for r in rounds]
+    return Statistics(
+        mode=mode,
+        num_speculations=num_speculations,
+        prompt_tokens=prompt_tokens,
+        new_tokens=tokens + 1,
+        rounds=len(rounds),
+        drafted=drafted,
+        tested=tested,
+        accepted=accepted,
+        acceptance_rate=accepted / drafted if drafted else None,
+        match_rate=accepted / tested if tested else None,
+        tokens_per_round=tokens / len(rounds) if rounds else None,
+        acceptance_histogram=tuple(int(n) for n in histogram),
+        time_to_first_token_ms=first_token_seconds * 1e3,
+        tokens_per_second=tokens / seconds if tokens else None,
+        ms_per_token=seconds * 1e3 / tokens if tokens else None,
+        latency_ms=_latencies_ms(rounds) if tokens else None,
+        stage_ms={g: sum(s[g] for s in stages if s) / 1e6 for g in GRAPHS} if all(stages) and stages else None,
+    )
+
+
+def _latencies_ms(rounds: Sequence[RoundRecord]) -> dict[str, float]:
+    latencies = np.repeat([r.seconds * 1e3 / r.tokens for r in rounds], [r.tokens for r in rounds])
+    return {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 99)}

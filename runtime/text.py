@@ -1,0 +1,137 @@
+"""Between text and tokens: prompts, chats, streamed decoding and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from edgeskip.runtime.errors import BundleError, RequestError
+from edgeskip.runtime.manifest import Bundle
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or chat messages with `role` and `content`."""
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """Reads the bundle's tokenizer.json.
+
+    Raises:
+        BundleError: the file is not a tokenizer.
+    """
+    path = bundle.path("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise BundleError(path, f"not a tokenizer ({error})", fix="export from a checkpoint with a sound one") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Path, vocab_size: int) -> list[int]:
+    """Token ids of a prompt; special tokens are added to a text, a chat template brings its own.
+
+    Raises:
+        RequestError: nothing to start from, ids outside the vocabulary, or a chat without a template.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt).ids if prompt else []
+    elif prompt and isinstance(prompt[0], Mapping):
+        ids = tokenizer.encode(_render_chat(prompt, chat_template), add_special_tokens=False).ids
+    else:
+        ids = list(prompt)  # type: ignore[arg-type]
+    if not ids:
+        raise RequestError("prompt", "empty", wanted="at least one token")
+    outside = next((i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise RequestError("prompt", f"token id {outside}", wanted=f"0 to {vocab_size - 1}")
+    return ids
+
+
+def _render_chat(messages: Any, path: Path) -> str:
+    if not path.is_file():
+        raise RequestError(path, "no chat template, so this model takes no chat", fix="give a plain text")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        template = environment.from_string(path.read_text(encoding="utf-8"))
+        return template.render(messages=list(messages), add_generation_prompt=True, bos_token="", eos_token="")
+    except TemplateError as error:
+        raise RequestError(path, f"the chat template refuses ({error})", fix="give a plain text") from None
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of text and whether its token was an accepted draft."""
+
+    text: str
+    drafted: bool
+
+
+class TextStream:
+    """Tokens in, text out as soon as it is certain: whole characters, and no beginning of a stop string.
+
+    Args:
+        tokenizer: decodes.
+        prompt_ids: what came before, which decides about leading spaces.
+        stop: texts that end the generation; they are cut off.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._decoder = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._undecoded: list[int] = []
+        self._held: list[Span] = []
+        self.stopped = False
+
+    def push(self, token_id: int, *, drafted: bool) -> list[Span]:
+        """Takes one token; returns the text that is now certain. Sets `stopped` at a stop string."""
+        text = self._decoder.step(self._tokenizer, token_id)
+        if not text:
+            self._undecoded.append(token_id)
+            return []
+        self._undecoded.clear()
+        self._held.append(Span(text, drafted))
+        return self._release()
+
+    def finish(self) -> list[Span]:
+        """The rest: held text, and tokens that stopped in the middle of a character."""
+        if self.stopped:
+            return []
+        tail = self._tokenizer.decode(self._undecoded, skip_special_tokens=True) if self._undecoded else ""
+        spans, self._held = [*self._held, *([Span(tail, False)] if tail else [])], []
+        return spans
+
+    def _release(self) -> list[Span]:
+        held = "".join(span.text for span in self._held)
+        found = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._cut(min(found))
+        return self._cut(len(held) - max((_overlap(held, stop) for stop in self._stop), default=0))
+
+    def _cut(self, length: int) -> list[Span]:
+        """Takes the first `length` characters off the held text."""
+        released = []
+        while length > 0:
+            span = self._held.pop(0)
+            released.append(Span(span.text[:length], span.drafted))
+            if len(span.text) > length:
+                self._held.insert(0, Span(span.text[length:], span.drafted))
+            length -= len(span.text)
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
