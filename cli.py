@@ -55,15 +55,33 @@ threads_option = click.option("--threads", type=click.IntRange(0), default=0, he
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: layers[:E] draft, the rest verify.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
-              help="fp32 for a CPU, fp16 or bf16 for a GPU.")
-@click.option("--max-length", type=int, help="Capacity in tokens, prompt included.  [default: the model's, at most 2048]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="fp32 for a CPU, fp16 or bf16 for a GPU.",
+)
+@click.option(
+    "--max-length",
+    type=int,
+    help="Capacity in tokens, prompt included.  [default: the model's, at most 2048]",
+)
 @click.option("--num-speculations", "-k", type=int, default=4, show_default=True, help="Default drafts a round.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
 @click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
-def export(checkpoint: str, bundle: Path, exit_layer: int, dtype: Any, max_length: int | None,
-           num_speculations: int, revision: str | None, token: str | None, offline: bool) -> None:  # fmt: skip
+def export(
+    checkpoint: str,
+    bundle: Path,
+    exit_layer: int,
+    dtype: Any,
+    max_length: int | None,
+    num_speculations: int,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+) -> None:
     """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
     _require("export", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
@@ -89,8 +107,18 @@ def export(checkpoint: str, bundle: Path, exit_layer: int, dtype: Any, max_lengt
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @threads_option
-def generate(bundle: Path, prompt: str | None, prompt_file: Any, chat: bool, mode: Any, num_speculations: int | None,
-             max_new_tokens: int, stop: tuple[str, ...], as_json: bool, threads: int) -> None:  # fmt: skip
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Any,
+    chat: bool,
+    mode: Any,
+    num_speculations: int | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    as_json: bool,
+    threads: int,
+) -> None:
     """Continue a prompt. On a terminal, text that the early layers drafted is green."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
@@ -101,7 +129,12 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Any, chat: bool, mod
     with _progress() as progress:
         model = load(bundle, threads=threads, progress=progress)
     with model:
-        settings = {"mode": mode, "num_speculations": num_speculations, "max_new_tokens": max_new_tokens, "stop": stop}
+        settings = {
+            "mode": mode,
+            "num_speculations": num_speculations,
+            "max_new_tokens": max_new_tokens,
+            "stop": stop,
+        }
         asked: Any = [{"role": "user", "content": text}] if chat else text
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
@@ -112,17 +145,36 @@ def generate(bundle: Path, prompt: str | None, prompt_file: Any, chat: bool, mod
 
 @main.command()
 @bundle_argument
-@click.option("--num-speculations", "-k", "grid", multiple=True, type=int,
-              help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]")
+@click.option(
+    "--num-speculations",
+    "-k",
+    "grid",
+    multiple=True,
+    type=int,
+    help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
+)
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file a prompt, or a folder of them.  [default: built in]")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them.  [default: built in]",
+)
 @click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
 @threads_option
-def bench(bundle: Path, grid: tuple[int, ...], max_new_tokens: int, prompts: Path | None, num_prompts: int | None,
-          repeats: int, compare: str | None, json_path: Path | None, threads: int) -> None:  # fmt: skip
+def bench(
+    bundle: Path,
+    grid: tuple[int, ...],
+    max_new_tokens: int,
+    prompts: Path | None,
+    num_prompts: int | None,
+    repeats: int,
+    compare: str | None,
+    json_path: Path | None,
+    threads: int,
+) -> None:
     """Measure plain and self-speculative decoding on held-out prompts, interleaved; medians."""
     from edgeskip.runtime.bench import BenchSettings, load_prompts, run_bench
     from edgeskip.runtime.generate import load
@@ -131,12 +183,12 @@ def bench(bundle: Path, grid: tuple[int, ...], max_new_tokens: int, prompts: Pat
     settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats)
     texts = load_prompts(prompts)[:num_prompts]
     with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
-        others = ()
+        others = []
         if compare:
             _require("train", "torch", "transformers")
             from edgeskip.exporter.reference import transformers_contestants
 
-            others = transformers_contestants(model.bundle, threads)
+            others = list(transformers_contestants(model.bundle, threads))
         report = run_bench(model, texts, settings, others, progress)
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")

@@ -21,7 +21,15 @@ from edgeskip.exporter.weights import plan_weights, sync, write_weights
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table
-from edgeskip.runtime.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, Bundle, FileRecord, Manifest, Progress
+from edgeskip.runtime.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    FileRecord,
+    Manifest,
+    Progress,
+)
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -78,7 +86,7 @@ def export_bundle(
             num_speculations=settings.num_speculations,
             prefill_chunk=min(settings.prefill_chunk, capacity),
             eos_token_ids=checkpoint.eos_token_ids,
-            graphs={name: graph for name, graph in table.items()},
+            graphs={str(name): graph for name, graph in table.items()},
             chains={name: tuple(chain) for name, chain in CHAINS.items()},
             files=files,
         )
@@ -160,7 +168,10 @@ def _write(path: Path, data: bytes) -> FileRecord:
 
 def _write_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, FileRecord]:
     """Tokenizer, config, chat template and licences, under their own names."""
-    files = {name: _write(folder / name, (checkpoint.folder / name).read_bytes()) for name in ("tokenizer.json", "config.json")}
+    files = {
+        name: _write(folder / name, (checkpoint.folder / name).read_bytes())
+        for name in ("tokenizer.json", "config.json")
+    }
     template = _chat_template(checkpoint.folder)
     if template is not None:
         files["chat_template.jinja"] = _write(folder / "chat_template.jinja", template.encode())

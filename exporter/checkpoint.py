@@ -138,7 +138,9 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
         )
     except GatedRepoError:
         raise CheckpointError(
-            place, "access is gated", fix="accept its licence on its page, then `hf auth login` or pass --token"
+            place,
+            "access is gated",
+            fix="accept its licence on its page, then `hf auth login` or pass --token",
         ) from None
     except RevisionNotFoundError:
         raise CheckpointError(place, f"no revision {revision!r}", fix="pass another --revision") from None
@@ -153,7 +155,9 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
         raise CheckpointError(place, "not in the local cache and the hub was not reached", fix=fix) from None
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            place, f"download failed ({type(error).__name__})", fix="check the network, or give a local folder"
+            place,
+            f"download failed ({type(error).__name__})",
+            fix="check the network, or give a local folder",
         ) from None
 
 
@@ -210,7 +214,10 @@ def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 view = file.get_slice(name)
-                yield name, StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype()))
+                yield (
+                    name,
+                    StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
+                )
     except SafetensorError as error:
         raise CheckpointError(
             path, f"not a whole safetensors file ({error})", fix="download the checkpoint again"

@@ -7,7 +7,7 @@ because of a field that nobody looked at.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from edgeskip.runtime.architecture import Architecture, Rope
 from edgeskip.runtime.errors import CheckpointError
@@ -29,6 +29,12 @@ _INERT = {
     "unsloth_fixed", "unsloth_version", "use_cache", "_attn_implementation", "_attn_implementation_autoset",
     "tokenizer_class", "torchscript", "hidden_dropout", "attention_probs_dropout_prob", "edgeskip",
 }  # fmt: skip
+
+_ROPE_KEYS: dict[Any, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 _REQUIRED_VALUE: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
@@ -135,11 +141,7 @@ def _rope(config: Mapping[str, Any], place: object) -> Rope:
     kind = parameters.pop("type", kind) if kind is None else kind
     parameters.pop("type", None)
     kind = kind or "default"
-    keys = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }.get(kind)
+    keys = _ROPE_KEYS.get(kind)
     if keys is None:
         raise CheckpointError(place, f"RoPE type {kind!r}", wanted="default, linear or llama3")
     if float(parameters.pop("partial_rotary_factor", None) or 1.0) != 1.0:
@@ -153,4 +155,4 @@ def _rope(config: Mapping[str, Any], place: object) -> Rope:
     if unknown:
         raise CheckpointError(place, f"RoPE parameter {unknown[0]!r} is not handled for type {kind!r}")
     values = {key: parameters[key] for key in keys}
-    return Rope(theta=float(theta), type=kind, **values)
+    return Rope(theta=float(theta), type=cast(Any, kind), **values)

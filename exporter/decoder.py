@@ -14,7 +14,6 @@ One layer, `standard` (`ort` in brackets: one node for all of a box):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -53,7 +52,8 @@ class Linear(nn.Module):
     def forward(self, op: OpBuilder, x: Value) -> Value:
         """Applies the layer."""
         inputs = (x, self.weight) if self.bias is None else (x, self.weight, self.bias)
-        return op.Gemm(*inputs, transB=1)
+        out: Value = op.Gemm(*inputs, transB=1)
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -66,27 +66,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, op: OpBuilder, x: Value) -> Value:
         """Normalizes x."""
-        return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+        normed: Value = op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+        return normed
 
 
-class SkipRMSNorm(RMSNorm):
+class SkipRMSNorm(nn.Module):
     """The residual sum and its norm: (x, delta) -> (norm(x + delta), x + delta), delta absent at the start."""
 
     def __init__(self, size: int, eps: float, dtype: ir.DataType, *, fused: bool) -> None:
-        super().__init__(size, eps, dtype)
-        self.fused = fused
+        super().__init__()
+        self.weight = nn.Parameter([size], dtype)
+        self.eps, self.fused = eps, fused
 
     def forward(self, op: OpBuilder, x: Value, delta: Value | None) -> tuple[Value, Value]:
         """Adds and normalizes."""
-        if delta is None:
-            return super().forward(op, x), x
-        if self.fused:
+        if delta is not None and self.fused:
             normed, _, _, total = op.SkipSimplifiedLayerNormalization(
                 x, delta, self.weight, epsilon=self.eps, _domain="com.microsoft", _outputs=4
             )
             return normed, total
-        total = op.Add(x, delta)
-        return super().forward(op, total), total
+        total = x if delta is None else op.Add(x, delta)
+        return op.RMSNormalization(total, self.weight, axis=-1, epsilon=self.eps), total
 
 
 class Attention(nn.Module):
@@ -107,7 +107,11 @@ class Attention(nn.Module):
         """Attends: x [B*T,H], past [B,N,C,D] -> output [B*T,H], present key and value [B,N,C,D]."""
         core = self._fused_core if self.fused else self._standard_core
         out, present_key, present_value = core(op, self.qkv_proj(op, x), past_key, past_value, places)
-        return self.o_proj(op, op.Reshape(out, [-1, self.a.num_heads * self.a.head_dim])), present_key, present_value
+        return (
+            self.o_proj(op, op.Reshape(out, [-1, self.a.num_heads * self.a.head_dim])),
+            present_key,
+            present_value,
+        )
 
     def _standard_core(
         self, op: OpBuilder, qkv: Value, past_key: Value, past_value: Value, places: Places
@@ -131,11 +135,17 @@ class Attention(nn.Module):
     ) -> tuple[Value, Value, Value]:
         a = self.a
         query, key, value = op.Reshape(qkv, [1, -1, a.qkv_rows]), None, None
-        if a.qk_norm:
+        rotates = a.head_dim % 16 == 0  # the operator's own condition
+        if a.qk_norm or not rotates:
             q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
             sizes = op.Constant(value_ints=[q_size, kv_size, kv_size])
-            q, k, value = op.Split(query, sizes, axis=2, _outputs=3)
-            query, key = self._normed(op, q, self.q_norm), self._normed(op, k, self.k_norm)
+            query, key, value = op.Split(query, sizes, axis=2, _outputs=3)
+        if a.qk_norm:
+            query, key = self._normed(op, query, self.q_norm), self._normed(op, key, self.k_norm)
+        if not rotates:
+            table = (places.cos, places.sin, places.position_ids)
+            query = op.RotaryEmbedding(query, *table, num_heads=a.num_heads)
+            key = op.RotaryEmbedding(key, *table, num_heads=a.num_kv_heads)
         out, present_key, present_value = op.GroupQueryAttention(
             query,
             key,
@@ -144,11 +154,10 @@ class Attention(nn.Module):
             past_value,
             places.last_position,
             places.capacity,
-            places.cos,
-            places.sin,
+            *((places.cos, places.sin) if rotates else ()),
             num_heads=a.num_heads,
             kv_num_heads=a.num_kv_heads,
-            do_rotary=1,
+            do_rotary=int(rotates),
             _domain="com.microsoft",
             _outputs=3,
         )
@@ -156,7 +165,8 @@ class Attention(nn.Module):
 
     def _normed(self, op: OpBuilder, x: Value, norm: RMSNorm) -> Value:
         """Normalizes each head of [B,T,heads*D]."""
-        return op.Reshape(norm(op, op.Reshape(x, [0, 0, -1, self.a.head_dim])), [0, 0, -1])
+        out: Value = op.Reshape(norm(op, op.Reshape(x, [0, 0, -1, self.a.head_dim])), [0, 0, -1])
+        return out
 
 
 class MLP(nn.Module):
@@ -175,7 +185,8 @@ class MLP(nn.Module):
             activated = op.QuickGelu(gate, alpha=1.0, _domain="com.microsoft")
         else:
             activated = op.Mul(gate, op.Sigmoid(gate))
-        return self.down_proj(op, op.Mul(activated, up))
+        out: Value = self.down_proj(op, op.Mul(activated, up))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -211,7 +222,7 @@ class Layers(nn.Module):
     def forward(
         self, op: OpBuilder, hidden: Value, pasts: dict[int, tuple[Value, Value]], places: Places
     ) -> tuple[Value, list[Value]]:
-        """hidden [B,T,H] -> hidden [B,T,H] and the present caches, key and value by layer."""
+        """Hidden [B,T,H] -> hidden [B,T,H] and the present caches, key and value by layer."""
         x, delta = op.Reshape(hidden, [-1, self.hidden_size]), None
         presents: list[Value] = []
         for i, layer in self.layers.items():
@@ -233,7 +244,7 @@ class Head(nn.Module):
             self.lm_head = nn.Parameter([a.vocab_size, a.hidden_size], dtype, "lm_head.weight")
 
     def forward(self, op: OpBuilder, hidden: Value) -> tuple[Value, Value, Value]:
-        """hidden [B,T,H] -> logits [B,T,V], token ids [B,T], their embeddings [B,T,H]."""
+        """Hidden [B,T,H] -> logits [B,T,V], token ids [B,T], their embeddings [B,T,H]."""
         table = self.embed_tokens if self.a.tie_word_embeddings else self.lm_head
         normed = self.norm(op, op.Reshape(hidden, [-1, self.a.hidden_size]))
         logits = op.Reshape(op.Gemm(normed, table, transB=1), [1, -1, self.a.vocab_size])
@@ -241,9 +252,7 @@ class Head(nn.Module):
         return logits, token_ids, op.Gather(self.embed_tokens, token_ids)
 
 
-def places(
-    op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int, *, fused: bool
-) -> Places:
+def places(op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int, *, fused: bool) -> Places:
     """Derives from `position_ids` [B,T], the one source of truth for place, what the attention core wants."""
     if fused:
         last = op.Squeeze(op.Slice(position_ids, [-1], [np.iinfo(np.int64).max], [1]), [1])
@@ -258,8 +267,3 @@ def places(
     mask = op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
     first = op.Squeeze(op.Slice(position_ids, [0], [1], [1]), [1])
     return Places(position_ids, cos, sin, write_index=first, mask=mask)
-
-
-def parameters(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters by name."""
-    return dict(module.named_parameters())

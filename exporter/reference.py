@@ -17,7 +17,7 @@ def reference_model(bundle: Bundle) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(bundle.path("config.json"))
-    state = {}
+    state: dict[str, Any] = {}
     with safe_open(bundle.path(WEIGHTS), "pt") as file:
         for name, (_, sources) in bundle_tensors(bundle.manifest.architecture).items():
             parts = file.get_tensor(name).float().split([rows for _, rows in sources])
@@ -25,7 +25,7 @@ def reference_model(bundle: Bundle) -> Any:
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.load_state_dict(state, strict=True, assign=True)
     model = _with_buffers(model, config)
     model.generation_config.eos_token_id = list(bundle.manifest.eos_token_ids) or None
@@ -34,7 +34,7 @@ def reference_model(bundle: Bundle) -> Any:
 
 
 def transformers_contestants(bundle: Bundle, threads: int = 0) -> tuple[Contestant, ...]:
-    """transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`)."""
+    """Transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`)."""
     import torch
 
     if threads:

@@ -43,11 +43,9 @@ def split_graph(
     if name == "head":
         outputs = list(decoder.Head(architecture, dtype)(op, inputs["hidden_states"]))
     else:
-        tables = [builder.initializer(_external(layout, table), table) for table in ("rope.cos", "rope.sin")]
-        places = decoder.places(op, inputs["position_ids"], *tables, capacity, fused=fused)
-        pasts = {
-            i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers
-        }
+        cos, sin = (builder.initializer(_external(layout, table), table) for table in ("rope.cos", "rope.sin"))
+        places = decoder.places(op, inputs["position_ids"], cos, sin, capacity, fused=fused)
+        pasts = {i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers}
         layers = decoder.Layers(architecture, graph.layers, dtype, fused=fused)
         hidden, presents = layers(op, inputs[graph.inputs[0].name], pasts, places)
         outputs = [hidden, *presents]

@@ -29,7 +29,11 @@ from edgeskip.runtime.architecture import ITEMSIZE, Architecture, DType, Rope
 from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.manifest import FileRecord, Progress
 
-NUMPY_DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+NUMPY_DTYPES = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 _SAFETENSORS_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _ALIGNMENT = 64
 
@@ -58,7 +62,9 @@ class WeightsLayout:
     bytes: int
 
 
-def bundle_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]:
+def bundle_tensors(
+    architecture: Architecture,
+) -> dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]:
     """Names the bundle's weights: shape, and the checkpoint tensors that make up its rows, with their rows."""
     a = architecture
     hidden, ffn = a.hidden_size, a.intermediate_size
@@ -109,7 +115,7 @@ def plan_weights(checkpoint: Checkpoint, dtype: DType, capacity: int) -> Weights
     """
     architecture = checkpoint.architecture
     wanted = bundle_tensors(architecture)
-    for name, (shape, sources) in wanted.items():
+    for shape, sources in wanted.values():
         for source, rows in sources:
             _check_stored(checkpoint, source, (rows, *shape[1:]))
     _refuse_unused(checkpoint, {source for _, sources in wanted.values() for source, _ in sources})
@@ -204,7 +210,10 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         )
     if stored.dtype not in NUMPY_DTYPES:
         raise CheckpointError(
-            stored.file, f"{name} has dtype {stored.dtype}", wanted="F32, F16 or BF16", fix="export an unquantized model"
+            stored.file,
+            f"{name} has dtype {stored.dtype}",
+            wanted="F32, F16 or BF16",
+            fix="export an unquantized model",
         )
 
 
@@ -244,4 +253,4 @@ def _converted(
 
 
 def _bytes(block: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(block).view(np.uint8)).cast("B")
+    return np.ascontiguousarray(block).reshape(-1).view(np.uint8).data

@@ -205,8 +205,7 @@ def _ours(model: Model, k: int) -> Contestant:
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
     """Median over repeats of time over tokens."""
     return statistics.median(
-        1e3 * sum(run.seconds for run in runs) / max(sum(len(run.token_ids) - 1 for run in runs), 1)
-        for runs in repeats
+        1e3 * sum(run.seconds for run in runs) / max(sum(len(run.token_ids) - 1 for run in runs), 1) for runs in repeats
     )
 
 
@@ -235,14 +234,20 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
 
 
 def _differences(
-    model: Model, contestant: Contestant, prompts: Sequence[list[int]], plain: Sequence[Run], runs: Sequence[Run]
+    model: Model,
+    contestant: Contestant,
+    prompts: Sequence[list[int]],
+    plain: Sequence[Run],
+    runs: Sequence[Run],
 ) -> list[Difference]:
     found = []
     for index, (ids, ours, theirs) in enumerate(zip(prompts, plain, runs, strict=True)):
         if ours.token_ids == theirs.token_ids:
             continue
         pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
-        position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours.token_ids), len(theirs.token_ids)))
+        position = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours.token_ids), len(theirs.token_ids))
+        )
         gap = top_two_gap(model, [*ids, *ours.token_ids[:position]])
         tie = gap < TIE_GAP[model.bundle.manifest.dtype]
         found.append(Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie))

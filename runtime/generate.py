@@ -125,11 +125,18 @@ class Model:
         return last.generation
 
     def _generate(
-        self, prompt_ids: list[int], mode: Mode, num_speculations: int, max_new_tokens: int | None, stop: Sequence[str]
+        self,
+        prompt_ids: list[int],
+        mode: Mode,
+        num_speculations: int,
+        max_new_tokens: int | None,
+        stop: Sequence[str],
     ) -> Iterator[Piece]:
         if self._busy:
             raise RequestError(
-                "model", "is already generating", fix="finish or close() the first generator, or load a second model"
+                "model",
+                "is already generating",
+                fix="finish or close() the first generator, or load a second model",
             )
         self._busy = True
         try:
@@ -181,9 +188,7 @@ class Model:
             embeddings = self.embeddings[prompt_ids]
             yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
 
-        rounds = decode(
-            self.session, len(prompt_ids), manifest.max_length, num_speculations, early_exit=early_exit
-        )
+        rounds = decode(self.session, len(prompt_ids), manifest.max_length, num_speculations, early_exit=early_exit)
         return chain(first(), rounds)
 
 

@@ -64,9 +64,7 @@ def graph_table(num_layers: int, exit_layer: int) -> dict[GraphName, Graph]:
     early, late = range(exit_layer), range(exit_layer, num_layers)
     return {
         "draft": Graph(0, exit_layer, (embeds, positions, *_past(early)), (exit_states, *_present(early))),
-        "verify": Graph(
-            exit_layer, num_layers, (exit_states, positions, *_past(late)), (states, *_present(late))
-        ),
+        "verify": Graph(exit_layer, num_layers, (exit_states, positions, *_past(late)), (states, *_present(late))),
         "head": Graph(num_layers, num_layers, (states,), (logits, ids, embeds)),
     }
 

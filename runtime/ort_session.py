@@ -36,7 +36,9 @@ class OrtCpuSession(Session):
         manifest = bundle.manifest
         if manifest.dtype == "bf16":
             raise BackendError(
-                bundle.folder, "in bf16, which ONNX Runtime does not compute on a CPU", fix="export with --dtype fp32"
+                bundle.folder,
+                "in bf16, which ONNX Runtime does not compute on a CPU",
+                fix="export with --dtype fp32",
             )
         ort = _onnxruntime()
         self._dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
@@ -77,9 +79,10 @@ class OrtCpuSession(Session):
         rows = np.arange(round_.rows)
         drafts = self._buffers["draft_token_ids"][: round_.num_drafts]
         targets = self._buffers["target_token_ids"][: round_.num_targets]
+
         def run(position: int) -> RoundResult:
             np.add(rows, position, out=positions)
-            stage_ns = dict.fromkeys(GRAPHS, 0)
+            stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
             before = perf_counter_ns()
             for graph, session, binding in calls:
                 session.run_with_iobinding(binding)
@@ -144,7 +147,10 @@ def _session_options(ort: Any, threads: int) -> Any:
         ort.set_global_thread_pool_sizes(_pool_threads, 1)
     elif threads not in (0, _pool_threads):
         raise BackendError(
-            "threads", f"{threads}", wanted=f"{_pool_threads}, as in this process so far", fix="start a new process"
+            "threads",
+            f"{threads}",
+            wanted=f"{_pool_threads}, as in this process so far",
+            fix="start a new process",
         )
     options = ort.SessionOptions()
     options.use_per_session_threads = False
@@ -165,4 +171,5 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    aligned: np.ndarray = raw[start : start + size].view(dtype).reshape(shape)
+    return aligned

@@ -102,10 +102,12 @@ def _bench_cells(row: BenchRow) -> list[str]:
 def print_bundle(bundle: Bundle, console: Console) -> None:
     """What a bundle holds."""
     m, a = bundle.manifest, bundle.manifest.architecture
-    console.print(f"[bold]{bundle.folder}[/bold]: {m.source}, {a.model_type}, {m.dtype}, by edgeskip {m.edgeskip_version}")
     console.print(
-        f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; hidden {a.hidden_size}, "
-        f"{a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, vocabulary {a.vocab_size}"
+        f"[bold]{bundle.folder}[/bold]: {m.source}, {a.model_type}, {m.dtype}, by edgeskip {m.edgeskip_version}"
+    )
+    console.print(
+        f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "
+        f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, vocabulary {a.vocab_size}"
         f"{', tied' if a.tie_word_embeddings else ''}"
     )
     console.print(

@@ -106,7 +106,10 @@ def prefill_round(rows: int, *, last: bool, early_exit: bool) -> Round:
 def _draft(row: int, rows: int) -> Call:
     return Call(
         "draft",
-        (("inputs_embeds", View("inputs_embeds", row, rows)), ("position_ids", View("position_ids", row, rows))),
+        (
+            ("inputs_embeds", View("inputs_embeds", row, rows)),
+            ("position_ids", View("position_ids", row, rows)),
+        ),
         (("exit_hidden_states", View("exit_hidden_states", row, rows)),),
     )
 

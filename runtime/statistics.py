@@ -55,7 +55,11 @@ class Statistics:
 
 
 def summarize(
-    mode: str, num_speculations: int, prompt_tokens: int, first_token_seconds: float, rounds: Sequence[RoundRecord]
+    mode: str,
+    num_speculations: int,
+    prompt_tokens: int,
+    first_token_seconds: float,
+    rounds: Sequence[RoundRecord],
 ) -> Statistics:
     """Sums up a generation whose first token came with the prefill and the others in `rounds`."""
     drafted = sum(r.drafted for r in rounds)

@@ -69,11 +69,17 @@ def _value(hint: Any, value: Any, place: str, error: type[EdgeskipError]) -> Any
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    wanted = {tuple: "a list", dict: "a table"}.get(typing.cast(type, origin)) or _NAMES.get(hint, str(hint))
-    raise error(place, f"found {_kind(value)}", wanted=wanted)
+    raise error(place, f"found {_kind(value)}", wanted=_NAMES.get(origin or hint, str(hint)))
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    tuple: "a list",
+    dict: "a table",
+}
 
 
 def _kind(value: Any) -> str:

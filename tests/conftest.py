@@ -1,0 +1,153 @@
+"""Tiny models of every family, made here; their bundles; and transformers as the independent judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.runtime.manifest import Bundle
+
+VOCAB = 300
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.25,  # wide enough that greedy texts do not loop at once
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-gqa": ("llama", {}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-head-dim": ("llama", {"head_dim": 32}),
+    "llama-odd-head-dim": ("llama", {"head_dim": 24}),
+    "llama-attention-bias": ("llama", {"attention_bias": True}),
+    "llama-mlp-bias": ("llama", {"mlp_bias": True}),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
+    "llama-llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": 96}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+}
+
+
+def make_tokenizer() -> Tokenizer:
+    """Bytes as tokens, BOS and EOS before them: any text has a round trip."""
+    vocab = {"<s>": 0, "</s>": 1}
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[symbol] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def make_model(variant: str, seed: int = 0, **changes: Any) -> Any:
+    """A transformers model with random weights; biases and norms too, which transformers starts at 0 and 1."""
+    model_type, config = VARIANTS[variant]
+    torch.manual_seed(seed)
+    made = transformers.AutoConfig.for_model(model_type, **(BASE | config | changes))
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def save_checkpoint(model: Any, folder: Path, **settings: Any) -> Path:
+    """Writes a model and the tokenizer of these tests as a checkpoint."""
+    model.save_pretrained(folder, **settings)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a JSON file in place."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No bars, no hub, and a cache folder of its own."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with the variant's checkpoint, made once."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def get(variant: str) -> Path:
+        if not (folder / variant).exists():
+            save_checkpoint(make_model(variant), folder / variant)
+        return folder / variant
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Bundle]:
+    """A bundle of the variant, exported once for each setting."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def get(variant: str, **settings: Any) -> Bundle:
+        settings = {"exit_layer": 2, "prefill_chunk": 8} | settings
+        path = folder / "-".join([variant, *(f"{k}={v}" for k, v in sorted(settings.items()))])
+        if not path.exists():
+            export_bundle(open_checkpoint(str(checkpoints(variant))), path, ExportSettings(**settings))
+        from edgeskip.runtime.manifest import read_bundle
+
+        return read_bundle(path)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoints: Callable[[str], Path]) -> Callable[[str], Any]:
+    """The variant's model in transformers, read back from its checkpoint."""
+    models: dict[str, Any] = {}
+
+    def get(variant: str) -> Any:
+        if variant not in models:
+            models[variant] = transformers.AutoModelForCausalLM.from_pretrained(checkpoints(variant)).eval()
+        return models[variant]
+
+    return get

@@ -1,0 +1,103 @@
+"""The three graphs chained compute what transformers computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from edgeskip.runtime.generate import embedding_table
+from edgeskip.runtime.graphs import DIALECTS, GRAPHS, dimensions
+from edgeskip.runtime.ort_session import OrtCpuSession
+from edgeskip.runtime.rounds import early_exit_round, prefill_round, speculative_round
+from tests.conftest import VARIANTS
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundles, reference):
+    bundle = bundles(variant)
+    ids = np.random.default_rng(0).integers(0, 300, 40)
+    with torch.no_grad():
+        wanted = reference(variant)(torch.tensor(ids[None])).logits[0].numpy()
+    embeddings = embedding_table(bundle)
+    with OrtCpuSession(bundle, dialect=dialect) as session:
+
+        def run(round_, position, rows):
+            session.write_embeddings(embeddings[ids[position : position + round_.rows]])
+            session.bind(round_)(position)
+            return np.abs(session.read_logits(rows) - wanted[position + round_.rows - rows : position + round_.rows]).max()
+
+        chunk = prefill_round(8, last=True, early_exit=False)
+        assert run(chunk, 0, 1) < 1e-4
+        assert run(chunk, 8, 1) < 1e-4
+        assert run(chunk, 11, 1) < 1e-4  # overlaps backwards
+        assert run(prefill_round(3, last=True, early_exit=False), 19, 1) < 1e-4
+        for position in range(22, 26):
+            assert run(speculative_round(0), position, 1) < 1e-4
+        # verify alone over several rows: their exit states come from drafting them as one chunk
+        run(prefill_round(5, last=False, early_exit=False), 26, 1)
+        session.bind(type(chunk)(speculative_round(4).calls[-2:], rows=5, num_drafts=0, num_targets=5))(26)
+        assert np.abs(session.read_logits(5) - wanted[26:31]).max() < 1e-4
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_exit_logits_are_the_shared_head_on_the_early_layers(dialect, bundles, reference):
+    bundle, model = bundles("llama-gqa", exit_layer=1), reference("llama-gqa")
+    ids = torch.arange(20, 36)[None]
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states[1]
+        wanted = model.lm_head(model.model.norm(states))[0].numpy()
+    with OrtCpuSession(bundle, dialect=dialect) as session:
+        session.write_embeddings(embedding_table(bundle)[ids[0, :15].numpy()])
+        session.bind(prefill_round(15, last=True, early_exit=True))(0)
+        np.testing.assert_allclose(session.read_logits(1)[0], wanted[14], atol=1e-4)
+        session.write_embeddings(embedding_table(bundle)[ids[0, 15:].numpy()])
+        result = session.bind(early_exit_round())(15)
+        np.testing.assert_allclose(session.read_logits(1)[0], wanted[15], atol=1e-4)
+        assert result.target_ids == [int(wanted[15].argmax())]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_graphs_are_valid_and_declare_every_tensor_of_the_contract(dialect, bundles):
+    bundle = bundles("qwen3")
+    sizes = dimensions(bundle.manifest.architecture, bundle.manifest.max_length)
+    for name in GRAPHS:
+        path = bundle.graph_path(name, dialect)
+        onnx.checker.check_model(str(path), full_check=dialect == "standard")
+        graph = onnx.load(str(path), load_external_data=False).graph
+        for tensors, values in ((bundle.manifest.table[name].inputs, graph.input), (bundle.manifest.table[name].outputs, graph.output)):
+            assert [t.name for t in tensors] == [v.name for v in values]
+            for tensor, value in zip(tensors, values, strict=True):
+                shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+                assert shape == [sizes.get(dim, dim) for dim in tensor.shape]
+
+
+def test_the_standard_dialect_has_no_operators_but_onnx_own(bundles):
+    for name in GRAPHS:
+        model = onnx.load(str(bundles("qwen3").graph_path(name, "standard")), load_external_data=False)
+        assert {node.domain for node in model.graph.node} == {""}
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+
+
+def test_a_decoder_layer_has_the_operators_that_tensorrt_maps_natively(bundles):
+    model = onnx.load(str(bundles("llama-gqa").graph_path("verify", "standard")), load_external_data=False)
+    operators = [node.op_type for node in model.graph.node]
+    layers = 2
+    assert operators.count("Attention") == layers
+    assert operators.count("TensorScatter") == operators.count("RotaryEmbedding") == 2 * layers
+    assert operators.count("Gemm") == 4 * layers
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_fp16_stays_close_to_transformers(dialect, bundles, reference):
+    bundle = bundles("llama-llama3-rope", dtype="fp16")
+    ids = np.arange(30, 46)
+    with torch.no_grad():
+        wanted = reference("llama-llama3-rope")(torch.tensor(ids[None])).logits[0, -1].numpy()
+    with OrtCpuSession(bundle, dialect=dialect) as session:
+        session.write_embeddings(embedding_table(bundle)[ids])
+        session.bind(prefill_round(16, last=True, early_exit=False))(0)
+        error = np.abs(session.read_logits(1)[0] - wanted).max()
+    assert error < 0.02 * np.abs(wanted).max()
