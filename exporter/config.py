@@ -27,7 +27,7 @@ _INERT = {
     "model_max_length", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",
     "problem_type", "return_dict", "torch_dtype", "transformers_version", "transformers.js_config",
     "unsloth_fixed", "unsloth_version", "use_cache", "_attn_implementation", "_attn_implementation_autoset",
-    "tokenizer_class", "torchscript", "hidden_dropout", "attention_probs_dropout_prob", "edgeskip",
+    "tokenizer_class", "torchscript", "hidden_dropout", "attention_probs_dropout_prob",
 }  # fmt: skip
 
 _ROPE_KEYS: dict[Any, tuple[str, ...]] = {

@@ -1,0 +1,1 @@
+"""Recipes: how models are trained, and what ships with edgeskip."""

@@ -100,7 +100,7 @@ def test_faults_are_named(tmp_path: Path, old: str, new: str, message: str) -> N
 def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.toml: cannot be read \(No such file"):
         load_recipe(tmp_path / "nowhere.toml")
-    with pytest.raises(RecipeError, match=r"x\.toml: is not TOML: .*line 1"):
+    with pytest.raises(RecipeError, match=r"x\.toml: is not TOML: "):
         load(tmp_path, "[data")
 
 

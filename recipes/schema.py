@@ -1,0 +1,330 @@
+"""Recipes: strict TOML, read into frozen dataclasses.
+
+A recipe is a dataclass whose fields carry their own bounds (`Annotated[float, Range(0, 1)]`); a table in the
+file is a dataclass in a field. `read_recipe` checks names, types and bounds, and `__post_init__` what concerns
+several fields. Whoever holds a recipe need not check it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from edgeskip.runtime.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RecipeT = TypeVar("RecipeT")
+
+
+# Bounds and reading, for any kind of recipe
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"at least {self.low}"
+        return f"at most {self.high}" if self.low is None else f"{self.low} to {self.high}"
+
+
+PositiveInt = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(sys.float_info.min)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
+    """Read the recipe file at `path` as a dataclass of this `kind`; paths in it are relative to its folder.
+
+    Raises:
+        RecipeError: no such file, not TOML, or an entry that is unknown, missing, mistyped or out of bounds.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(path, f"cannot be read ({error.strerror})", wanted="a recipe in TOML") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(path, f"is not TOML: {error}") from error
+    try:
+        return _from_table(kind, table, path.parent, place="")
+    except RecipeError as error:
+        place = f"{path}: {error.place}" if error.place else path
+        raise RecipeError(place, error.found, wanted=error.wanted, fix=error.fix) from None
+
+
+def _from_table(kind: type[RecipeT], table: Mapping[str, Any], folder: Path, place: str) -> RecipeT:
+    """`table` as a dataclass; `place` is the dotted name of the table, empty at the top."""
+    hints = get_type_hints(kind, include_extras=True)
+    for key in table:
+        if key not in hints:
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(hints)}"
+            raise RecipeError(place, f"unknown key {key!r}", fix=fix)
+    values = {}
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
+        if entry.name in table:
+            values[entry.name] = _value(hints[entry.name], table[entry.name], folder, _dotted(place, entry.name))
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            what = "table" if dataclasses.is_dataclass(hints[entry.name]) else "key"
+            raise RecipeError(place, f"{what} {entry.name!r} is missing")
+    try:
+        return kind(**values)
+    except RecipeError as error:
+        raise RecipeError(_dotted(place, error.place), error.found, wanted=error.wanted, fix=error.fix) from None
+
+
+def _value(hint: Any, value: Any, folder: Path, place: str) -> Any:
+    """`value` checked against a type hint and converted to it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        number = _value(arguments[0], value, folder, place)
+        if number not in arguments[1]:
+            raise RecipeError(place, f"found {value}", wanted=str(arguments[1]))
+        return number
+    if origin in (Union, types.UnionType):  # X | None: TOML has no null, so the key holds an X or is absent
+        return _value(arguments[0], value, folder, place)
+    if origin is Literal:
+        if value not in arguments:
+            nearest = difflib.get_close_matches(str(value), arguments, n=1)
+            fix = f"did you mean {nearest[0]!r}?" if nearest else ""
+            raise RecipeError(place, f"found {value!r}", wanted=" or ".join(map(repr, arguments)), fix=fix)
+        return value
+    if origin is Mapping:
+        return {
+            _key(arguments[0], key, place): _value(arguments[1], item, folder, _dotted(place, key))
+            for key, item in _typed(dict, value, "a table", place).items()
+        }
+    if dataclasses.is_dataclass(hint):
+        return _from_table(hint, _typed(dict, value, "a table", place), folder, place)  # type: ignore[arg-type]
+    if hint is Path:
+        return folder / Path(_typed(str, value, "a path", place)).expanduser()
+    if hint is float:
+        return float(_typed((int, float), value, "a number", place))
+    names = {bool: "true or false", int: "a whole number", str: "a text"}
+    return _typed(hint, value, names[hint], place)
+
+
+def _typed(wanted: Any, value: Any, name: str, place: str) -> Any:
+    # A bool is an int in Python, but not in a recipe.
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise RecipeError(place, f"found {value!r}", wanted=name)
+    return value
+
+
+def _key(kind: type, key: str, place: str) -> Any:
+    try:
+        return kind(key)
+    except ValueError:
+        raise RecipeError(place, f"found the key {key!r}", wanted="whole numbers as keys") from None
+
+
+def _dotted(place: str, name: str) -> str:
+    return f"{place}.{name}" if place and name else place or name
+
+
+# The training recipe
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """A Llama to train from scratch; the names are those of config.json. The tokenizer sets the vocabulary."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: Annotated[int, Range(2)]
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt
+    rope_theta: Positive = 10_000.0
+    rms_norm_eps: Positive = 1e-5
+    initializer_range: Positive = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise RecipeError(
+                "num_key_value_heads",
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} evenly",
+                wanted="a divisor of num_attention_heads",
+            )
+        if self.head_dim % 2:
+            raise RecipeError("head_dim", f"found {self.head_dim}", wanted="an even number, for rotary embedding")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Text to learn from.
+
+    Attributes:
+        folder: the corpus; the three names below are inside it.
+        train: a folder of text files, or `<name>.npy`, an array of tokens made from one.
+        heldout: the same, of files that are never trained on.
+        tokenizer: a folder with tokenizer.json and tokenizer_config.json. A model that is continued has its own.
+        files: the pattern of the text files.
+        context: tokens in a sequence.
+        file_start_share: the share of sequences that begin where a file begins; the others are cut anywhere.
+    """
+
+    folder: Path
+    train: str = "train"
+    heldout: str = "heldout"
+    tokenizer: str = "tokenizer"
+    files: str = "**/*"
+    context: Annotated[int, Range(2)] = 1024
+    file_start_share: Share = 0.5
+
+
+@dataclass(frozen=True)
+class LayerSkipRecipe:
+    """Layer dropout and early-exit loss (LayerSkip, arXiv 2404.16710); `recipes.layerskip` has the formulas.
+
+    Attributes:
+        p_max: dropout probability of the last layer.
+        e_scale: how much the losses of early layers weigh.
+        curriculum: which layers have a loss at a step.
+        rotation: R of the rotational curriculum: every R-th layer at a step.
+        focus: exit layer E (layers[:E]) -> share of the loss given to this exit at every step. Not in the paper.
+        focus_target: what the exits in focus learn: the text, or the prediction of the last layer.
+    """
+
+    p_max: Share = 0.1
+    e_scale: Share = 1.0
+    curriculum: Literal["rotational", "gradual"] = "rotational"
+    rotation: PositiveInt = 4
+    focus: Mapping[int, Share] = field(default_factory=dict)
+    focus_target: Literal["labels", "last-layer"] = "labels"
+
+    def __post_init__(self) -> None:
+        if sum(self.focus.values()) >= 1:
+            raise RecipeError("focus", f"the shares add up to {sum(self.focus.values())}", wanted="less than 1")
+        if any(exit_layer < 1 for exit_layer in self.focus):
+            raise RecipeError("focus", f"found exit layer {min(self.focus)}", wanted="at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW and its learning rate, as shares of the whole training.
+
+    Attributes:
+        learning_rate: its peak.
+        schedule: after the warm-up, a half cosine, or constant and then a linear decay.
+        warmup: share of the training in which the rate rises from 0.
+        decay: share of the training in which it falls at the end (warmup-stable-decay only).
+        final_rate: the rate at the end, as a share of the peak.
+        gradient_clip: the largest norm of the gradient; 0 does not clip.
+    """
+
+    learning_rate: Positive
+    schedule: Literal["cosine", "warmup-stable-decay"] = "cosine"
+    warmup: Share = 0.02
+    decay: Share = 0.2
+    final_rate: Share = 0.0
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    gradient_clip: Annotated[float, Range(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule == "warmup-stable-decay" and self.warmup + self.decay > 1:
+            raise RecipeError("decay", f"warmup and decay add up to {self.warmup + self.decay}", wanted="at most 1")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """How long and how fast.
+
+    Attributes:
+        max_steps: optimizer steps, at most.
+        max_minutes: minutes of training, at most; compiling and saving are not counted. The schedules follow
+            whichever of the two limits is nearer.
+        batch_size: sequences in a forward pass.
+        gradient_accumulation: forward passes in a step.
+        precision: of the arithmetic; weights and optimizer are fp32 while training, and sums of the loss always.
+        compile: compile the decoder layer and the loss.
+        checkpoint_minutes: minutes between checkpoints.
+        checkpoint_steps: steps between checkpoints.
+        log_steps: steps between two lines of the log.
+        output_dtype: of the finished model's weights.
+    """
+
+    batch_size: PositiveInt
+    max_steps: PositiveInt | None = None
+    max_minutes: Positive | None = None
+    gradient_accumulation: PositiveInt = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: Annotated[int, Range(0)] = 0
+    checkpoint_minutes: Positive | None = None
+    checkpoint_steps: PositiveInt | None = None
+    log_steps: PositiveInt = 50
+    output_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.max_minutes is None:
+            raise RecipeError("max_steps", "no end is set", wanted="max_steps, max_minutes or both")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """All of a training; exactly one of `model` (from scratch) and `checkpoint` (continue a folder) is given.
+
+    Attributes:
+        layerskip: absent for an ordinary training, to compare with.
+    """
+
+    data: DataRecipe
+    optimizer: OptimizerRecipe
+    run: RunRecipe
+    model: ModelRecipe | None = None
+    checkpoint: Path | None = None
+    layerskip: LayerSkipRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.checkpoint is None):
+            found = "neither a model nor a checkpoint" if self.model is None else "a model and a checkpoint"
+            raise RecipeError("", found, wanted="a [model] table or `checkpoint`, the folder to continue")
+        if self.model is None:
+            return
+        if self.data.context > self.model.max_position_embeddings:
+            raise RecipeError(
+                "data.context",
+                f"found {self.data.context}",
+                wanted=f"at most max_position_embeddings = {self.model.max_position_embeddings}",
+            )
+        if self.layerskip:
+            check_focus(self.layerskip, self.model.num_hidden_layers)
+
+
+def check_focus(layerskip: LayerSkipRecipe, num_layers: int) -> None:
+    """Raise RecipeError where an exit in focus is not an early one of a model of `num_layers`."""
+    for exit_layer in layerskip.focus:
+        if exit_layer >= num_layers:
+            raise RecipeError(
+                "layerskip.focus",
+                f"found exit layer {exit_layer}",
+                wanted=f"1 to {num_layers - 1}, of {num_layers} layers",
+            )
+
+
+def load_recipe(path: str | Path) -> TrainingRecipe:
+    """The training recipe in the TOML file at `path`."""
+    return read_recipe(path, TrainingRecipe)

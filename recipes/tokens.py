@@ -1,0 +1,143 @@
+"""Text files as one array of token ids: each file as BOS (where the tokenizer has one), its tokens, EOS."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from rich.progress import track
+from tokenizers import Tokenizer
+
+from edgeskip.runtime.errors import RecipeError
+
+Array = npt.NDArray[Any]
+_FILES_PER_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer.json and the ids around a file."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    bos_id: int | None
+    eos_id: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary, added tokens included."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer in `folder`; tokenizer_config.json names its BOS and EOS.
+
+    Raises:
+        RecipeError: a file or the EOS token is missing.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise RecipeError(folder / name, "no such file", wanted="a folder with a fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+    def token_id(name: str) -> int | None:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token  # an AddedToken, written out
+        return None if token is None else tokenizer.token_to_id(token)
+
+    eos_id = token_id("eos_token")
+    if eos_id is None:
+        raise RecipeError(folder / "tokenizer_config.json", "no eos_token of the vocabulary", fix="add one")
+    return TextTokenizer(folder, tokenizer, token_id("bos_token"), eos_id)
+
+
+def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder: Path) -> Array:
+    """The tokens of a folder of text [tokens], or of the `.npy` beside its name; mapped, not read.
+
+    Tokenizing is done once: the array is kept in `cache_folder` under a name made from the files' names, sizes
+    and times and from the tokenizer.
+
+    Raises:
+        RecipeError: nothing is there, or the array is not one of token ids of this vocabulary.
+    """
+    ready = source if source.suffix == ".npy" else source.with_name(source.name + ".npy")
+    if ready.is_file():
+        return _open_array(ready, tokenizer)
+    paths = sorted(path for path in source.glob(files) if path.is_file())
+    if not paths:
+        raise RecipeError(source, f"no files {files!r} here", wanted=f"a folder of text, or {ready.name}")
+    key = hashlib.sha256((tokenizer.folder / "tokenizer.json").read_bytes())
+    for path in paths:
+        status = path.stat()
+        key.update(f"{path.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    cached = cache_folder / f"{source.name}-{key.hexdigest()[:16]}.npy"
+    if not cached.is_file():
+        write_tokens(paths, tokenizer, cached)
+    return _open_array(cached, tokenizer)
+
+
+def write_tokens(paths: list[Path], tokenizer: TextTokenizer, output: Path) -> None:
+    """Tokenize text files into one array (uint16, or uint32 for a large vocabulary) in the file `output`.
+
+    The files are put in a random, fixed order, so that neighbours in the array have nothing to do with each other.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    order = np.random.default_rng(0).permutation(len(paths))
+    pieces = [np.asarray(ids, dtype) for ids in _tokenized([paths[i] for i in order], tokenizer)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    with partial.open("wb") as stream:
+        np.save(stream, np.concatenate(pieces))
+    partial.replace(output)
+
+
+def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int]]:
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    batches = range(0, len(paths), _FILES_PER_BATCH)
+    for first in track(batches, "tokenizing", transient=True, disable=not sys.stdout.isatty()):
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths[first : first + _FILES_PER_BATCH]]
+        for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
+            yield [*before, *encoding.ids, tokenizer.eos_id]
+
+
+def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
+    tokens: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
+        raise RecipeError(path, f"an array {tokens.dtype}{list(tokens.shape)}", wanted="token ids, uint16 or uint32")
+    if int(tokens.max()) >= tokenizer.vocab_size:
+        raise RecipeError(
+            path,
+            f"token id {tokens.max()} is outside the vocabulary of {tokenizer.vocab_size}",
+            fix=f"tokenize again with {tokenizer.folder}",
+        )
+    return tokens
+
+
+def file_starts(tokens: Array, eos_id: int) -> npt.NDArray[np.int64]:
+    """Where the files begin: 0 and every place after an EOS [files]."""
+    ends = np.flatnonzero(tokens == eos_id)[:-1]
+    return np.concatenate([np.zeros(1, np.int64), ends + 1])
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--files", default="**/*", help="Pattern of the text files.")
+def main(folder: Path, tokenizer: Path, output: Path, files: str) -> None:
+    """Tokenize the text files of FOLDER with the tokenizer in the folder TOKENIZER into OUTPUT (.npy)."""
+    paths = sorted(path for path in folder.glob(files) if path.is_file())
+    write_tokens(paths, load_tokenizer(tokenizer), output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Every config.json is read rightly or refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from edgeskip.exporter.config import architecture_from_config, sliding_window
+from edgeskip.exporter.weights import rope_tables
+from edgeskip.runtime.architecture import Rope
+from edgeskip.runtime.errors import CheckpointError
+from tests.conftest import BASE, LLAMA3_ROPE
+
+LLAMA3_SCALING = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.2",
+    "use_cache": True,
+}
+
+
+def published(layers, hidden, ffn, heads, kv_heads, vocab, context, theta, **more):
+    return COMMON | {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+LAYERSKIP = {  # hub id: config.json in the shape of that checkpoint, parameters in 1e9
+    "facebook/layerskip-llama2-7B": (published(32, 4096, 11008, 32, 32, 32000, 4096, 10000.0), 6.74),
+    "facebook/layerskip-llama2-13B": (published(40, 5120, 13824, 40, 40, 32000, 4096, 10000.0), 13.02),
+    "facebook/layerskip-llama2-70B": (published(80, 8192, 28672, 64, 8, 32000, 4096, 10000.0), 68.98),
+    "facebook/layerskip-codellama-7B": (published(32, 4096, 11008, 32, 32, 32016, 16384, 1000000), 6.74),
+    "facebook/layerskip-codellama-34B": (published(48, 8192, 22016, 64, 8, 32000, 16384, 1000000), 33.74),
+    "facebook/layerskip-llama3-8B": (published(32, 4096, 14336, 32, 8, 128256, 8192, 500000.0), 8.03),
+    "facebook/layerskip-llama3.2-1B": (
+        published(
+            16, 2048, 8192, 32, 8, 128256, 131072, 500000.0,
+            head_dim=64, rope_scaling=LLAMA3_SCALING, tie_word_embeddings=True,
+        ),
+        1.24,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERSKIP)
+def test_the_published_layerskip_configs_are_read(name):
+    from edgeskip.exporter.weights import bundle_tensors
+
+    config, billions = LAYERSKIP[name]
+    a = architecture_from_config(config, name)
+    assert (a.num_layers, a.hidden_size, a.num_kv_heads) == (
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["num_key_value_heads"],
+    )
+    assert a.rope.theta == config["rope_theta"]
+    parameters = sum(np.prod(shape, dtype=np.int64) for shape, _ in bundle_tensors(a).values())
+    assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_both_spellings_of_rope_are_the_same():
+    old = BASE | {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
+    new = BASE | {"model_type": "llama", "rope_parameters": LLAMA3_ROPE}
+    legacy = BASE | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert architecture_from_config(old, "old") == architecture_from_config(new, "new")
+    assert architecture_from_config(legacy, "legacy").rope == Rope(10000.0, "linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "parameters"),
+    [
+        (Rope(10000.0), {"rope_type": "default", "rope_theta": 10000.0}),
+        (Rope(1e6, "linear", 8.0), {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}),
+        (Rope(5e5, "llama3", 32.0, 1.0, 4.0, 8192), LLAMA3_SCALING | {"rope_theta": 500000.0}),
+    ],
+)
+def test_rope_tables_equal_transformers(rope, parameters):
+    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=parameters)
+    positions = torch.arange(0, 20000)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    ours_cos, ours_sin = rope_tables(rope, 128, 20000)
+    # an angle of 2e4 in fp32 is known to 1e-3
+    np.testing.assert_allclose(ours_cos, cos[0, :, :64].numpy(), atol=3e-3)
+    np.testing.assert_allclose(ours_sin, sin[0, :, :64].numpy(), atol=3e-3)
+    np.testing.assert_allclose(ours_cos[:200], cos[0, :200, :64].numpy(), atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type 'gemma3'; wanted one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'; wanted default, linear or llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "RoPE type 'llama3' without low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}}, "RoPE parameter 'beta'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; wanted 1.0"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; wanted 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0, which may change the mathematics"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"num_key_value_heads": 3}, "4 attention heads over 3 KV heads"),
+        ({"head_dim": 15}, "head_dim 15; wanted an even number"),
+        ({"hidden_size": None}, "hidden_size is None; wanted a positive whole number"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+    ],
+)
+def test_what_is_not_handled_is_refused_by_name(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        architecture_from_config({"model_type": "llama"} | BASE | change, "config.json")
+
+
+def test_a_sliding_window_counts_only_where_it_is_in_use():
+    assert sliding_window({"model_type": "mistral", "sliding_window": 4096}) == 4096
+    assert sliding_window({"model_type": "mistral", "sliding_window": None}) is None
+    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}) is None
+    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}) == 4096
