@@ -48,6 +48,11 @@ def main() -> None:
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+threshold_option = click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
+)
 threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
 
 
@@ -103,6 +108,7 @@ def export(
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True)
 @click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
+@threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
@@ -114,6 +120,7 @@ def generate(
     chat: bool,
     mode: Any,
     num_speculations: int | None,
+    confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
     as_json: bool,
@@ -132,6 +139,7 @@ def generate(
         settings = {
             "mode": mode,
             "num_speculations": num_speculations,
+            "confidence_threshold": confidence_threshold,
             "max_new_tokens": max_new_tokens,
             "stop": stop,
         }
@@ -153,6 +161,7 @@ def generate(
     type=int,
     help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
 )
+@threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
 @click.option(
     "--prompts",
@@ -167,6 +176,7 @@ def generate(
 def bench(
     bundle: Path,
     grid: tuple[int, ...],
+    confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
     num_prompts: int | None,
@@ -180,7 +190,7 @@ def bench(
     from edgeskip.runtime.generate import load
     from edgeskip.runtime.report import print_bench
 
-    settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats)
+    settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold)
     texts = load_prompts(prompts)[:num_prompts]
     with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
         others = []
@@ -217,12 +227,17 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the model goes.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
 @click.option("--stop-after-minutes", type=float, help="Save and stop; continue with --resume.")
-def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None) -> None:
+@click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
+def train(
+    recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None
+) -> None:
     """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
     _require("train", "torch", "transformers", "accelerate")
     from edgeskip.recipes.training import train as run
 
-    run(recipe, output=output, resume=resume, stop_after_minutes=stop_after_minutes)
+    result = run(recipe, output, resume, stop_after_minutes, data)
+    done = f"{result.steps} steps, {result.tokens:,} tokens, {result.minutes:.1f} minutes"
+    click.echo(f"{result.output}: {done}" + ("" if result.finished else "; continue with --resume"), err=True)
 
 
 @main.command()

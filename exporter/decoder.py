@@ -163,7 +163,7 @@ class Attention(nn.Module):
         )
         return out, present_key, present_value
 
-    def _normed(self, op: OpBuilder, x: Value, norm: RMSNorm) -> Value:
+    def _normed(self, op: OpBuilder, x: Value | None, norm: RMSNorm) -> Value:
         """Normalizes each head of [B,T,heads*D]."""
         out: Value = op.Reshape(norm(op, op.Reshape(x, [0, 0, -1, self.a.head_dim])), [0, 0, -1])
         return out

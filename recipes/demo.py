@@ -15,8 +15,8 @@ from edgeskip.runtime.manifest import Progress
 from edgeskip.runtime.report import stream
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "python-10m"
-EXIT_LAYER = 4
-NUM_SPECULATIONS = 4
+EXIT_LAYER = 3
+NUM_SPECULATIONS = 6
 PROMPT = '''import json
 from pathlib import Path
 
@@ -38,20 +38,23 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
     with tempfile.TemporaryDirectory(prefix="edgeskip-") as temporary:
         bundle = keep or Path(temporary) / "bundle"
         checkpoint = open_checkpoint(str(CHECKPOINT))
-        layers = checkpoint.architecture.num_layers
+        late = checkpoint.architecture.num_layers - EXIT_LAYER
         console.print(
-            f"[bold]1. Export[/bold]  A Llama of 10 million parameters and {layers} layers, trained with LayerSkip on "
-            f"Python code.\n   Its first {EXIT_LAYER} layers become the draft graph, the other {layers - EXIT_LAYER} "
-            "the verify graph; the weights are stored once."
+            f"[bold]1. Export[/bold]  A Llama of 10 million parameters, trained with LayerSkip on Python code.\n"
+            f"   Its first {EXIT_LAYER} layers become the draft graph, the other {late} the verify graph; both end in\n"
+            "   the same head, and every weight is stored once."
         )
-        exported = export_bundle(checkpoint, bundle, ExportSettings(EXIT_LAYER, num_speculations=NUM_SPECULATIONS), progress)
-        console.print(f"   {len(exported.manifest.files)} files, {exported.manifest.weights_bytes / 1e6:.0f} MB of weights.\n")
+        settings = ExportSettings(EXIT_LAYER, num_speculations=NUM_SPECULATIONS)
+        manifest = export_bundle(checkpoint, bundle, settings, progress).manifest
+        console.print(f"   {len(manifest.files)} files, {manifest.weights_bytes / 1e6:.0f} MB of weights.\n")
         with load(bundle, threads=threads, progress=progress) as model:
-            console.print("[bold]2. Decode[/bold]  Green text was drafted by the early layers and confirmed by the others.\n")
+            console.print("[bold]2. Decode[/bold]  On a terminal, green text was drafted by the early layers.\n")
             console.print(PROMPT, end="", style="dim", markup=False)
             stream(model.generate(PROMPT, max_new_tokens=120), console)
-            console.print(f"\n[bold]3. Compare[/bold]  {model.session.description}; plain and self-speculative take turns.\n")
-            report = run_bench(model, load_prompts()[:12], BenchSettings((NUM_SPECULATIONS,), 100, 3), progress=progress)
+            console.print("\n[bold]3. Compare[/bold]  Plain and self-speculative decoding take turns on 12 prompts.")
+            report = run_bench(
+                model, load_prompts()[:12], BenchSettings((NUM_SPECULATIONS,), 100, 3), progress=progress
+            )
         _print_summary(report, console)
         if keep:
             console.print(f"\nThe bundle is in {keep}: edgeskip generate {keep} --prompt 'import os'", markup=False)
@@ -60,15 +63,17 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
 
 def _print_summary(report: BenchReport, console: Console) -> None:
     plain, fast = report.rows
-    console.print(f"   plain decoding     {plain.tokens_per_second:6.0f} tokens/s")
-    console.print(f"   self-speculative   {fast.tokens_per_second:6.0f} tokens/s   [bold]{fast.speedup:.2f} times as fast[/bold]")
-    tested = 10 * (fast.match_rate or 0.0)
+    right = 10 * (fast.match_rate or 0.0)
     console.print(
-        f"\n   Each round drafts {fast.num_speculations} tokens with a third of the model and checks them with the rest in "
-        f"one pass:\n   {tested:.1f} of 10 checked drafts were right, which gave {fast.tokens_per_round:.2f} tokens a round."
+        f"   {report.backend}\n\n"
+        f"   plain decoding     {plain.tokens_per_second:6.0f} tokens/s\n"
+        f"   self-speculative   {fast.tokens_per_second:6.0f} tokens/s   "
+        f"[bold]{fast.speedup:.2f} times as fast[/bold]\n\n"
+        f"   The early layers draft, the others check all drafts in one pass: {right:.1f} of 10 checked drafts were\n"
+        f"   right, and a round gave {fast.tokens_per_round:.2f} tokens where plain decoding gives 1."
     )
     if report.differences:
         ties = len(report.differences) - report.faults
-        console.print(f"   {report.faults} texts differ, and {ties} part at a tie between two tokens.")
+        console.print(f"   {ties} texts part at a tie between two tokens; {report.faults} differ otherwise.")
     else:
         console.print(f"   All {report.prompts} texts are the same, token by token.")

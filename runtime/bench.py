@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,11 +24,15 @@ TIE_GAP = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Speculation lengths to measure, tokens a prompt, and how often."""
+    """Speculation lengths to measure, tokens a prompt, how often, and when drafting ends early.
+
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's.
+    """
 
     grid: tuple[int, ...]
     max_new_tokens: int
     repeats: int
+    confidence_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ def run_bench(
         raise RequestError(
             "max new tokens", f"{settings.max_new_tokens}", wanted=f"at most {room} behind the longest prompt"
         )
-    contestants = [_ours(model, 0), *(_ours(model, k) for k in settings.grid), *others]
+    if settings.confidence_threshold is None:
+        settings = replace(settings, confidence_threshold=model.session.confidence_threshold)
+    contestants = [_ours(model, k, settings) for k in (0, *settings.grid)] + list(others)
     total = (settings.repeats + 1) * len(prompt_ids) * len(contestants)
     done = 0
     runs: list[list[list[Run]]] = [[] for _ in contestants]  # by contestant, repeat, prompt
@@ -189,17 +195,22 @@ def distinct_4grams(texts: Sequence[Sequence[int]]) -> float:
     return sum(len(set(g)) for g in grams) / total if total else 1.0
 
 
-def _ours(model: Model, k: int) -> Contestant:
+def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
+    mode = "self-speculative" if k else "autoregressive"
+
     def run(ids: list[int], max_new_tokens: int) -> Run:
-        mode = "self-speculative" if k else "autoregressive"
         generation: Generation = model.complete(
-            ids, mode=mode, num_speculations=k or None, max_new_tokens=max_new_tokens
+            ids,
+            mode=mode,
+            num_speculations=k or None,
+            confidence_threshold=settings.confidence_threshold,
+            max_new_tokens=max_new_tokens,
         )
         s = generation.statistics
         seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3
         return Run(generation.token_ids, s.time_to_first_token_ms / 1e3, seconds, s)
 
-    return Contestant("self-speculative" if k else "autoregressive", k, run)
+    return Contestant(mode, k, run)
 
 
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:

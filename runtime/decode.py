@@ -7,25 +7,30 @@ position and overwritten by the next round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgeskip.runtime.rounds import Round, early_exit_round, prefill_round, speculative_round
-from edgeskip.runtime.session import Session
+from edgeskip.runtime.rounds import (
+    draft_round,
+    early_exit_round,
+    prefill_round,
+    speculative_round,
+    verification_round,
+)
+from edgeskip.runtime.session import RoundResult, Session
 
 
 @dataclass(frozen=True)
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is K of this round; `stage_ns` is the time by graph, None where the device hides it.
+    `drafted` is the number of drafts that were made.
     """
 
     token_ids: tuple[int, ...]
     drafted: int
-    stage_ns: Mapping[str, int] | None
 
     @property
     def accepted(self) -> int:
@@ -46,11 +51,17 @@ def prefill(session: Session, embeddings: np.ndarray, chunk: int, *, early_exit:
         session.write_embeddings(embeddings[start : start + rows])
         result = session.bind(prefill_round(rows, last=start == starts[-1], early_exit=early_exit))(start)
     session.carry(0)
-    return Step(tuple(result.target_ids), 0, result.stage_ns)
+    return Step(tuple(result.target_ids), 0)
 
 
 def decode(
-    session: Session, position: int, capacity: int, num_speculations: int, *, early_exit: bool = False
+    session: Session,
+    position: int,
+    capacity: int,
+    num_speculations: int,
+    *,
+    confidence_threshold: float = 0.0,
+    early_exit: bool = False,
 ) -> Iterator[Step]:
     """Rounds after a prefill of `position` rows, until the caches are full.
 
@@ -58,16 +69,42 @@ def decode(
         session: prefilled.
         position: n, rows in the caches.
         capacity: C, rows that the caches hold; nothing is written past them.
-        num_speculations: K; 0 is plain decoding.
+        num_speculations: K, drafts a round at most; 0 is plain decoding.
+        confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
     """
+    draft = _drafting(session, num_speculations, confidence_threshold, early_exit)
     while position < capacity:
-        k = min(num_speculations, capacity - position - 1)
-        result = session.bind(_round(k, early_exit))(position)
+        result = draft(position, min(num_speculations, capacity - position - 1))
         accepted = count_accepted(result.draft_ids, result.target_ids)
         session.carry(accepted)
         position += accepted + 1
-        yield Step(tuple(result.target_ids[: accepted + 1]), k, result.stage_ns)
+        yield Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids))
+
+
+def _drafting(
+    session: Session, num_speculations: int, threshold: float, early_exit: bool
+) -> Callable[[int, int], RoundResult]:
+    """How a round runs: (position, K of this round) -> result."""
+    if early_exit:
+        step = session.bind(early_exit_round())
+        return lambda position, _: step(position)
+    if not (num_speculations and threshold):
+        whole = [session.bind(speculative_round(k)) for k in range(num_speculations + 1)]
+        return lambda position, k: whole[k](position)
+    drafts = [session.bind(draft_round(row)) for row in range(num_speculations)]
+    checks = [session.bind(verification_round(k)) for k in range(num_speculations + 1)]
+
+    def while_confident(position: int, k: int) -> RoundResult:
+        """Ends drafting behind the first draft of a probability below the threshold."""
+        drafted, confidence = 0, 1.0
+        while drafted < k and confidence >= threshold:
+            drafts[drafted](position)
+            confidence = session.draft_confidence(drafted)
+            drafted += 1
+        return checks[drafted](position)
+
+    return while_confident
 
 
 def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
@@ -76,7 +113,3 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
         if draft != target:
             return accepted
     return len(draft_ids)
-
-
-def _round(num_speculations: int, early_exit: bool) -> Round:
-    return early_exit_round() if early_exit else speculative_round(num_speculations)

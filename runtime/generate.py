@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, get_args
@@ -21,7 +19,7 @@ from edgeskip.runtime.manifest import WEIGHTS, Bundle, Progress, read_bundle, ve
 from edgeskip.runtime.ort_session import OrtCpuSession
 from edgeskip.runtime.session import Session
 from edgeskip.runtime.statistics import RoundRecord, Statistics, summarize
-from edgeskip.runtime.text import Prompt, TextStream, encode_prompt, load_tokenizer
+from edgeskip.runtime.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 
 Mode = Literal["self-speculative", "autoregressive", "early-exit"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -79,6 +77,7 @@ class Model:
         *,
         mode: Mode = "self-speculative",
         num_speculations: int | None = None,
+        confidence_threshold: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
@@ -87,26 +86,41 @@ class Model:
         Args:
             prompt: text, token ids, or chat messages.
             mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
-            num_speculations: K, drafts a round; the bundle's default if not given.
+            num_speculations: K, drafts a round at most; the bundle's default if not given.
+            confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
+                It changes the speed, never the tokens. By default what suits the backend.
             max_new_tokens: by default, until the caches are full.
             stop: texts that end the generation.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
         """
-        manifest = self.bundle.manifest
+        if num_speculations is None:
+            num_speculations = self.bundle.manifest.num_speculations
+        if confidence_threshold is None:
+            confidence_threshold = self.session.confidence_threshold
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
-        if num_speculations is None:
-            num_speculations = manifest.num_speculations
         if not 1 <= num_speculations <= MAX_SPECULATIONS:
             raise RequestError("num speculations", f"{num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
+        if not 0 <= confidence_threshold <= 1:
+            raise RequestError("confidence threshold", f"{confidence_threshold}", wanted="0 to 1")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise RequestError("max new tokens", f"{max_new_tokens}", wanted="at least 1")
-        if isinstance(stop, str):
-            stop = (stop,)
-        if not all(stop):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
             raise RequestError("stop", "an empty text", wanted="at least one character")
+        k = num_speculations if mode == "self-speculative" else 0
+        return self._generate(_Request(self._encode(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
+
+    def complete(self, prompt: Prompt, **settings: object) -> Generation:
+        """As `generate`, in one piece."""
+        *_, last = self.generate(prompt, **settings)  # type: ignore[arg-type]
+        assert last.generation is not None
+        return last.generation
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        manifest = self.bundle.manifest
         template = self.bundle.path("chat_template.jinja")
         ids = encode_prompt(self.tokenizer, prompt, template, manifest.architecture.vocab_size)
         if len(ids) > manifest.max_length:
@@ -116,80 +130,85 @@ class Model:
                 wanted=f"at most {manifest.max_length}, the bundle's capacity",
                 fix="shorten it or export with a larger --max-length",
             )
-        return self._generate(ids, mode, num_speculations if mode == "self-speculative" else 0, max_new_tokens, stop)
+        return ids
 
-    def complete(self, prompt: Prompt, **settings: object) -> Generation:
-        """As `generate`, in one piece."""
-        *_, last = self.generate(prompt, **settings)  # type: ignore[arg-type]
-        assert last.generation is not None
-        return last.generation
-
-    def _generate(
-        self,
-        prompt_ids: list[int],
-        mode: Mode,
-        num_speculations: int,
-        max_new_tokens: int | None,
-        stop: Sequence[str],
-    ) -> Iterator[Piece]:
+    def _generate(self, request: _Request) -> Iterator[Piece]:
         if self._busy:
             raise RequestError(
-                "model",
-                "is already generating",
-                fix="finish or close() the first generator, or load a second model",
+                "model", "is already generating", fix="finish or close() the first generator, or load a second model"
             )
         self._busy = True
         try:
-            eos = frozenset(self.bundle.manifest.eos_token_ids)
-            limit = math.inf if max_new_tokens is None else max_new_tokens
-            stream = TextStream(self.tokenizer, prompt_ids, stop)
-            token_ids: list[int] = []
-            texts: list[str] = []
-            records: list[RoundRecord] = []
-            reason: StopReason | None = None
-            steps = self._steps(prompt_ids, mode, num_speculations)
-            while reason is None:
-                start = perf_counter()
-                step = next(steps, None)
-                if step is None:
-                    reason = "capacity"
-                    break
-                spans, kept = [], 0
-                for kept, token_id in enumerate(step.token_ids, 1):
-                    token_ids.append(token_id)
-                    spans += stream.push(token_id, drafted=kept <= step.accepted)
-                    if token_id in eos:
-                        reason = "eos"
-                    elif stream.stopped:
-                        reason = "stop_string"
-                    elif len(token_ids) >= limit:
-                        reason = "max_new_tokens"
-                    if reason:
-                        break
-                records.append(_record(step, kept, perf_counter() - start))
-                texts += [span.text for span in spans]
-                yield from (Piece(span.text, span.drafted) for span in spans)
-            rest = stream.finish()
-            texts += [span.text for span in rest]
-            yield from (Piece(span.text, span.drafted) for span in rest)
-            first, *rounds = records
-            statistics = summarize(mode, num_speculations, len(prompt_ids), first.seconds, rounds)
-            yield Piece(
-                "",
-                generation=Generation(tuple(prompt_ids), tuple(token_ids), "".join(texts), reason, statistics),
-            )
+            yield from self._pieces(request)
         finally:
             self._busy = False
 
-    def _steps(self, prompt_ids: list[int], mode: Mode, num_speculations: int) -> Iterator[Step]:
-        manifest, early_exit = self.bundle.manifest, mode == "early-exit"
+    def _pieces(self, request: _Request) -> Iterator[Piece]:
+        stream = TextStream(self.tokenizer, request.prompt_ids, request.stop)
+        token_ids: list[int] = []
+        spans: list[Span] = []
+        records: list[RoundRecord] = []
+        reason: StopReason | None = None
+        steps = self._steps(request)
+        while reason is None:
+            start = perf_counter()
+            step = next(steps, None)
+            if step is None:
+                reason, released = "capacity", stream.finish()
+            else:
+                kept, released = 0, []
+                while reason is None and kept < len(step.token_ids):
+                    token_ids.append(step.token_ids[kept])
+                    released += stream.push(token_ids[-1], drafted=kept < step.accepted)
+                    kept += 1
+                    reason = self._stop_reason(request, token_ids, stream)
+                released += stream.finish() if reason else []
+                records.append(_record(step, kept, perf_counter() - start))
+                if len(records) == 1:
+                    clock = self.session.stage_ns
+            spans += released
+            yield from (Piece(span.text, span.drafted) for span in released)
+        first, *rounds = records
+        stage_ms = _elapsed_ms(clock, self.session.stage_ns)
+        statistics = summarize(
+            request.mode, request.num_speculations, len(request.prompt_ids), first.seconds, rounds, stage_ms
+        )
+        text = "".join(span.text for span in spans)
+        generation = Generation(tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics)
+        yield Piece("", generation=generation)
 
-        def first() -> Iterator[Step]:
-            embeddings = self.embeddings[prompt_ids]
-            yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
+    def _stop_reason(self, request: _Request, token_ids: Sequence[int], stream: TextStream) -> StopReason | None:
+        """Why the text ends with its last token, if it does."""
+        if token_ids[-1] in self.bundle.manifest.eos_token_ids:
+            return "eos"
+        if stream.stopped:
+            return "stop_string"
+        return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
 
-        rounds = decode(self.session, len(prompt_ids), manifest.max_length, num_speculations, early_exit=early_exit)
-        return chain(first(), rounds)
+    def _steps(self, request: _Request) -> Iterator[Step]:
+        manifest, early_exit = self.bundle.manifest, request.mode == "early-exit"
+        embeddings = self.embeddings[request.prompt_ids]
+        yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
+        yield from decode(
+            self.session,
+            len(embeddings),
+            manifest.max_length,
+            request.num_speculations,
+            confidence_threshold=request.confidence_threshold,
+            early_exit=early_exit,
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, found servable; K is 0 where nothing is drafted."""
+
+    prompt_ids: list[int]
+    mode: Mode
+    num_speculations: int
+    confidence_threshold: float
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
 
 
 def load(bundle: str | Path, *, threads: int = 0, progress: Progress = lambda *_: None) -> Model:
@@ -226,7 +245,11 @@ def embedding_table(bundle: Bundle) -> np.ndarray:
 
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
     """A round cut to its first `kept` tokens: the drafts that a stop dropped were never made."""
-    stage_ns = None if step.stage_ns is None else dict(step.stage_ns)
     if kept < len(step.token_ids):
-        return RoundRecord(kept, kept, kept, seconds, stage_ns)
-    return RoundRecord(kept, step.drafted, step.accepted, seconds, stage_ns)
+        return RoundRecord(kept, kept, kept, seconds)
+    return RoundRecord(kept, step.drafted, step.accepted, seconds)
+
+
+def _elapsed_ms(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, float] | None:
+    """Time in each graph between two readings of a session's clock."""
+    return {graph: (after[graph] - before[graph]) / 1e6 for graph in after} if before and after else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from time import perf_counter_ns
 from typing import Any
 
@@ -31,6 +32,8 @@ class OrtCpuSession(Session):
         BackendError: ONNX Runtime is missing or refuses the graphs, or the bundle is in bf16, which its CPU
             provider does not compute.
     """
+
+    confidence_threshold = 0.6  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "ort") -> None:
         manifest = bundle.manifest
@@ -64,8 +67,15 @@ class OrtCpuSession(Session):
             for tensor in graph.inputs
             if tensor.is_cache
         }
+        self._scratch = np.empty(self._dims["V"], np.float32)
         self._bound: dict[Round, BoundRound] = {}
+        self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
+
+    @property
+    def stage_ns(self) -> Mapping[str, int]:
+        """Time spent in each graph so far."""
+        return dict(self._stage_ns)
 
     def bind(self, round_: Round) -> BoundRound:
         """Fixes shapes and memory of a round's calls; the same round is bound once."""
@@ -75,6 +85,7 @@ class OrtCpuSession(Session):
 
     def _bind(self, round_: Round) -> BoundRound:
         calls = [(call.graph, self._sessions[call.graph], self._binding(call)) for call in round_.calls]
+        stage_ns = self._stage_ns
         positions = self._buffers["position_ids"][: round_.rows]
         rows = np.arange(round_.rows)
         drafts = self._buffers["draft_token_ids"][: round_.num_drafts]
@@ -82,14 +93,13 @@ class OrtCpuSession(Session):
 
         def run(position: int) -> RoundResult:
             np.add(rows, position, out=positions)
-            stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
             before = perf_counter_ns()
             for graph, session, binding in calls:
                 session.run_with_iobinding(binding)
                 after = perf_counter_ns()
                 stage_ns[graph] += after - before
                 before = after
-            return RoundResult(drafts.tolist(), targets.tolist(), stage_ns)
+            return RoundResult(drafts.tolist(), targets.tolist())
 
         return run
 
@@ -123,6 +133,12 @@ class OrtCpuSession(Session):
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
         self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]
+
+    def draft_confidence(self, row: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row."""
+        logits, scratch = self._buffers["logits"][row], self._scratch
+        np.subtract(logits, np.maximum.reduce(logits), out=scratch)
+        return 1.0 / float(np.add.reduce(np.exp(scratch, out=scratch)))
 
     def read_logits(self, rows: int) -> np.ndarray:
         """The first `rows` rows of the last head call's logits, [rows,V]."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from edgeskip.runtime.bench import BenchReport, BenchRow
 from edgeskip.runtime.generate import Generation, Piece
-from edgeskip.runtime.graphs import DIALECTS
+from edgeskip.runtime.graphs import DIALECTS, GRAPHS
 from edgeskip.runtime.manifest import Bundle
 from edgeskip.runtime.statistics import Statistics
 
@@ -59,12 +59,14 @@ def print_bench(report: BenchReport, console: Console) -> None:
     s = report.settings
     title = f"{report.source}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}"
     caption = f"{report.prompts} prompts, {s.max_new_tokens} tokens each, medians of {s.repeats} interleaved repeats"
+    if s.confidence_threshold:
+        caption += f"; drafting ends below a confidence of {s.confidence_threshold:g}"
     table = Table(title=title, caption=caption, box=None, pad_edge=False, title_justify="left", caption_justify="left")
     table.add_column("mode")
     for name in ("K", "tokens/s", "ms/token", "speedup", "first ms", "accepted", "match", "tokens/round"):
         table.add_column(name, justify="right")
-    table.add_column("draft+verify+head ms", justify="right")
-    table.add_column("distinct 4-grams", justify="right")
+    for name in ("draft ms", "verify ms", "head ms", "distinct"):
+        table.add_column(name, justify="right")
     best = max((r for r in report.rows if r.acceptance_rate is not None), key=lambda r: r.speedup, default=None)
     for row in report.rows:
         table.add_row(*_bench_cells(row), style="bold" if row is best else "")
@@ -83,7 +85,7 @@ def _bench_cells(row: BenchRow) -> list[str]:
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0%}"
 
-    stages = row.stage_ms_per_round
+    stages = row.stage_ms_per_round or {}
     return [
         row.mode,
         str(row.num_speculations or ""),
@@ -94,7 +96,7 @@ def _bench_cells(row: BenchRow) -> list[str]:
         share(row.acceptance_rate),
         share(row.match_rate),
         "" if row.tokens_per_round is None else f"{row.tokens_per_round:.2f}",
-        "" if stages is None else " + ".join(f"{ms:.2f}" for ms in stages.values()),
+        *(f"{stages[graph]:.2f}" if stages else "" for graph in GRAPHS),
         share(row.distinct_4grams),
     ]
 
@@ -107,8 +109,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     )
     console.print(
         f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "
-        f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, vocabulary {a.vocab_size}"
-        f"{', tied' if a.tie_word_embeddings else ''}"
+        f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, "
+        f"vocabulary {a.vocab_size}{', tied' if a.tie_word_embeddings else ''}"
     )
     console.print(
         f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "

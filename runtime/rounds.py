@@ -76,13 +76,22 @@ def workspace(chunk: int) -> dict[str, tuple[str | None, str, int]]:
 def speculative_round(num_speculations: int) -> Round:
     """K drafts and their verification; K = 0 is one step of plain decoding."""
     k = num_speculations
-    calls = []
-    for row in range(k + 1):
-        calls.append(_draft(row, 1))
-        if row < k:
-            calls.append(_draft_head(row))
-    calls += [_verify(0, k + 1), _target_head("hidden_states", 0, k + 1)]
-    return Round(tuple(calls), rows=k + 1, num_drafts=k, num_targets=k + 1)
+    drafting = tuple(call for row in range(k) for call in draft_round(row).calls)
+    return Round(drafting + verification_round(k).calls, rows=k + 1, num_drafts=k, num_targets=k + 1)
+
+
+@cache
+def draft_round(row: int) -> Round:
+    """The part of a speculative round that drafts one token, for a host that looks at each before the next."""
+    return Round((_draft(row, 1), _draft_head(row)), rows=row + 1, num_drafts=0, num_targets=0)
+
+
+@cache
+def verification_round(num_speculations: int) -> Round:
+    """The part of a speculative round behind its K drafts."""
+    k = num_speculations
+    calls = (_draft(k, 1), _verify(0, k + 1), _target_head("hidden_states", 0, k + 1))
+    return Round(calls, rows=k + 1, num_drafts=k, num_targets=k + 1)
 
 
 @cache

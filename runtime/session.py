@@ -13,11 +13,10 @@ from edgeskip.runtime.rounds import Round
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave: K draft ids, the target ids, and ns by graph (None where the device hides them)."""
+    """What a round gave: K draft ids, and the target ids."""
 
     draft_ids: list[int]
     target_ids: list[int]
-    stage_ns: Mapping[str, int] | None
 
 
 BoundRound = Callable[[int], RoundResult]
@@ -34,6 +33,15 @@ class Session(ABC):
     description: str
     """Backend, device and dialect, for people."""
 
+    confidence_threshold = 0.0
+    """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
+    as a device wants that the host must not wait for."""
+
+    @property
+    @abstractmethod
+    def stage_ns(self) -> Mapping[str, int] | None:
+        """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
+
     @abstractmethod
     def bind(self, round_: Round) -> BoundRound:
         """Fixes shapes and memory of a round's calls; the same round is bound once."""
@@ -45,6 +53,10 @@ class Session(ABC):
     @abstractmethod
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
+
+    @abstractmethod
+    def draft_confidence(self, row: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row."""
 
     @abstractmethod
     def read_logits(self, rows: int) -> np.ndarray:

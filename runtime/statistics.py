@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeskip.runtime.graphs import GRAPHS
-
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -21,7 +19,6 @@ class RoundRecord:
     drafted: int
     accepted: int
     seconds: float
-    stage_ns: dict[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ def summarize(
     prompt_tokens: int,
     first_token_seconds: float,
     rounds: Sequence[RoundRecord],
+    stage_ms: dict[str, float] | None,
 ) -> Statistics:
     """Sums up a generation whose first token came with the prefill and the others in `rounds`."""
     drafted = sum(r.drafted for r in rounds)
@@ -68,7 +66,6 @@ def summarize(
     tokens = sum(r.tokens for r in rounds)
     seconds = sum(r.seconds for r in rounds)
     histogram = np.bincount([r.accepted for r in rounds], minlength=num_speculations + 1)
-    stages = [r.stage_ns for r in rounds]
     return Statistics(
         mode=mode,
         num_speculations=num_speculations,
@@ -86,7 +83,7 @@ def summarize(
         tokens_per_second=tokens / seconds if tokens else None,
         ms_per_token=seconds * 1e3 / tokens if tokens else None,
         latency_ms=_latencies_ms(rounds) if tokens else None,
-        stage_ms={g: sum(s[g] for s in stages if s) / 1e6 for g in GRAPHS} if all(stages) and stages else None,
+        stage_ms=stage_ms,
     )
 
 

@@ -101,6 +101,8 @@ class TextStream:
             self._undecoded.append(token_id)
             return []
         self._undecoded.clear()
+        if not self._stop:
+            return [Span(text, drafted)]
         self._held.append(Span(text, drafted))
         return self._release()
 

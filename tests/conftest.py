@@ -101,7 +101,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """No bars, no hub, and a cache folder of its own."""
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -122,9 +122,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.fixture(scope="session")
-def bundles(
-    checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Bundle]:
+def bundles(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """A bundle of the variant, exported once for each setting."""
     folder = tmp_path_factory.mktemp("bundles")
 

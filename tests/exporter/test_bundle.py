@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.conftest import edit_json, make_model, save_checkpoint
 
 import edgeskip
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError
 from edgeskip.runtime.manifest import MANIFEST, WEIGHTS
-from tests.conftest import edit_json, make_model, save_checkpoint
 
 
 @pytest.fixture
@@ -60,18 +60,24 @@ def test_a_sharded_bf16_checkpoint_gives_the_same_bundle_as_a_single_file(tmp_pa
     save_checkpoint(model, tmp_path / "one")
     save_checkpoint(model, tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    hashes = {export(tmp_path / name, tmp_path / f"{name}-bundle").manifest.files[WEIGHTS].sha256 for name in ("one", "many")}
+    hashes = {
+        export(tmp_path / name, tmp_path / f"{name}-bundle").manifest.files[WEIGHTS].sha256 for name in ("one", "many")
+    }
     assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
 def test_dtypes_are_converted_as_torch_converts(stored, dtype, torch_dtype, tmp_path):
     model = make_model("llama-gqa").to(stored)
     save_checkpoint(model, tmp_path / "checkpoint")
     bundle = export(tmp_path / "checkpoint", tmp_path / "bundle", dtype=dtype)
     with safe_open(bundle.path(WEIGHTS), "pt") as file:
-        assert torch.equal(file.get_tensor("model.embed_tokens.weight"), model.model.embed_tokens.weight.to(torch_dtype))
+        assert torch.equal(
+            file.get_tensor("model.embed_tokens.weight"), model.model.embed_tokens.weight.to(torch_dtype)
+        )
 
 
 def test_a_bundle_is_complete_and_small(checkpoint, tmp_path):
@@ -249,7 +255,9 @@ def test_a_spoiled_checkpoint_is_one_line_and_leaves_nothing(name, checkpoint, t
 
 def test_a_value_too_large_for_fp16_is_refused_with_its_name(checkpoint, tmp_path):
     edit_weights(checkpoint, lambda t: t["model.layers.1.mlp.down_proj.weight"][0, 0].fill_(1e5))
-    with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.weight has values .* fp16; export in another dtype"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.1.mlp.down_proj.weight has values .* fp16; export in another dtype"
+    ):
         export(checkpoint, tmp_path / "bundle", dtype="fp16")
     assert list(tmp_path.iterdir()) == [checkpoint]
 
@@ -314,7 +322,16 @@ def test_a_disk_that_fills_up_during_the_export_leaves_nothing(checkpoint, tmp_p
 def test_ctrl_c_during_the_export_leaves_nothing(tmp_path):
     """A large enough model, so that the interrupt falls into the writing."""
     save_checkpoint(make_model("llama-gqa", vocab_size=400_000, hidden_size=256), tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "edgeskip.cli", "export", str(tmp_path / "checkpoint"), str(tmp_path / "bundle"), "-e", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgeskip.cli",
+        "export",
+        str(tmp_path / "checkpoint"),
+        str(tmp_path / "bundle"),
+        "-e",
+        "2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not any(path.stat().st_size for path in tmp_path.glob(".bundle.*/weights.safetensors")):
         assert process.poll() is None, "the export was over before it could be interrupted"
@@ -332,7 +349,9 @@ def test_export_streams_so_memory_stays_below_the_weights(tmp_path):
     from edgeskip.exporter import weights
 
     folder = tmp_path / "checkpoint"
-    model = make_model("llama-gqa", vocab_size=200_000, hidden_size=512, num_attention_heads=8, tie_word_embeddings=True)
+    model = make_model(
+        "llama-gqa", vocab_size=200_000, hidden_size=512, num_attention_heads=8, tie_word_embeddings=True
+    )
     save_checkpoint(model.to(torch.bfloat16), folder)
     del model
     code = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.conftest import BASE, LLAMA3_ROPE
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -12,7 +13,6 @@ from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.exporter.weights import rope_tables
 from edgeskip.runtime.architecture import Rope
 from edgeskip.runtime.errors import CheckpointError
-from tests.conftest import BASE, LLAMA3_ROPE
 
 LLAMA3_SCALING = {
     "factor": 32.0,
@@ -89,7 +89,11 @@ def test_the_published_layerskip_configs_are_read(name):
 
 
 def test_both_spellings_of_rope_are_the_same():
-    old = BASE | {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}}
+    old = BASE | {
+        "model_type": "llama",
+        "rope_theta": 5e5,
+        "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
+    }
     new = BASE | {"model_type": "llama", "rope_parameters": LLAMA3_ROPE}
     legacy = BASE | {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}}
     assert architecture_from_config(old, "old") == architecture_from_config(new, "new")
@@ -105,7 +109,9 @@ def test_both_spellings_of_rope_are_the_same():
     ],
 )
 def test_rope_tables_equal_transformers(rope, parameters):
-    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=parameters)
+    config = LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=parameters
+    )
     positions = torch.arange(0, 20000)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     ours_cos, ours_sin = rope_tables(rope, 128, 20000)

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tests.conftest import VARIANTS
 
 from edgeskip.runtime.generate import embedding_table
 from edgeskip.runtime.graphs import DIALECTS, GRAPHS, dimensions
 from edgeskip.runtime.ort_session import OrtCpuSession
 from edgeskip.runtime.rounds import early_exit_round, prefill_round, speculative_round
-from tests.conftest import VARIANTS
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -27,7 +27,9 @@ def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundl
         def run(round_, position, rows):
             session.write_embeddings(embeddings[ids[position : position + round_.rows]])
             session.bind(round_)(position)
-            return np.abs(session.read_logits(rows) - wanted[position + round_.rows - rows : position + round_.rows]).max()
+            return np.abs(
+                session.read_logits(rows) - wanted[position + round_.rows - rows : position + round_.rows]
+            ).max()
 
         chunk = prefill_round(8, last=True, early_exit=False)
         assert run(chunk, 0, 1) < 1e-4
@@ -67,7 +69,10 @@ def test_graphs_are_valid_and_declare_every_tensor_of_the_contract(dialect, bund
         path = bundle.graph_path(name, dialect)
         onnx.checker.check_model(str(path), full_check=dialect == "standard")
         graph = onnx.load(str(path), load_external_data=False).graph
-        for tensors, values in ((bundle.manifest.table[name].inputs, graph.input), (bundle.manifest.table[name].outputs, graph.output)):
+        for tensors, values in (
+            (bundle.manifest.table[name].inputs, graph.input),
+            (bundle.manifest.table[name].outputs, graph.output),
+        ):
             assert [t.name for t in tensors] == [v.name for v in values]
             for tensor, value in zip(tensors, values, strict=True):
                 shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

@@ -71,7 +71,9 @@ def test_tokens_equal_transformers_for_every_family(variant, bundles, reference)
         for prompt in prompts(8, seed=1):
             wanted, gaps = greedy(reference(variant), prompt, 40)
             for k in (1, 4, 7):
-                assert_same_tokens(model.complete(prompt, num_speculations=k, max_new_tokens=40).token_ids, wanted, gaps)
+                assert_same_tokens(
+                    model.complete(prompt, num_speculations=k, max_new_tokens=40).token_ids, wanted, gaps
+                )
 
 
 def test_the_texts_of_these_tests_do_not_loop(bundles):

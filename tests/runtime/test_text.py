@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.conftest import make_tokenizer
 
 import edgeskip
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.text import TextStream
-from tests.conftest import make_tokenizer
 
 
 def streamed(text, stop=(), drafted=lambda index: False):
@@ -98,7 +98,8 @@ def test_a_chat_is_rendered_by_its_template_without_a_second_bos(bundles, tmp_pa
 
     template = tmp_path / "chat_template.jinja"
     template.write_text(
-        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[you]{% endif %}"
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[you]{% endif %}"
     )
     tokenizer = make_tokenizer()
     ids = encode_prompt(tokenizer, [{"role": "user", "content": "hi"}], template, 300)
@@ -109,7 +110,11 @@ def test_a_chat_is_rendered_by_its_template_without_a_second_bos(bundles, tmp_pa
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("{{ raise_exception('no system role') }}", "no system role"), ("{% for %}", "refuses"), ("{{ ''.__class__.mro() }}", "refuses")],
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for %}", "refuses"),
+        ("{{ ''.__class__.mro() }}", "refuses"),
+    ],
 )
 def test_a_template_that_fails_is_one_line(template, message, tmp_path):
     from edgeskip.runtime.text import encode_prompt
