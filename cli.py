@@ -228,9 +228,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
 @click.option("--stop-after-minutes", type=float, help="Save and stop; continue with --resume.")
 @click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
-def train(
-    recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None
-) -> None:
+def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
     """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
     _require("train", "torch", "transformers", "accelerate")
     from edgeskip.recipes.training import train as run

@@ -16,7 +16,7 @@ from edgeskip.runtime.report import stream
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "python-10m"
 EXIT_LAYER = 3
-NUM_SPECULATIONS = 6
+NUM_SPECULATIONS = 4
 PROMPT = '''import json
 from pathlib import Path
 
@@ -51,10 +51,9 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
             console.print("[bold]2. Decode[/bold]  On a terminal, green text was drafted by the early layers.\n")
             console.print(PROMPT, end="", style="dim", markup=False)
             stream(model.generate(PROMPT, max_new_tokens=120), console)
-            console.print("\n[bold]3. Compare[/bold]  Plain and self-speculative decoding take turns on 12 prompts.")
-            report = run_bench(
-                model, load_prompts()[:12], BenchSettings((NUM_SPECULATIONS,), 100, 3), progress=progress
-            )
+            prompts = load_prompts()
+            console.print(f"\n[bold]3. Compare[/bold]  Plain and self-speculative take turns on {len(prompts)} prompts.")
+            report = run_bench(model, prompts, BenchSettings((NUM_SPECULATIONS,), 128, 2), progress=progress)
         _print_summary(report, console)
         if keep:
             console.print(f"\nThe bundle is in {keep}: edgeskip generate {keep} --prompt 'import os'", markup=False)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from rich.console import Console
@@ -528,18 +527,3 @@ def is_over(recipe: TrainingRecipe, step: int, elapsed_s: float) -> bool:
 def tokens_per_step(recipe: TrainingRecipe) -> int:
     """Tokens in an optimizer step."""
     return recipe.run.batch_size * recipe.run.gradient_accumulation * recipe.data.context
-
-
-@click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the finished model.")
-@click.option("--resume", is_flag=True, help="Continue from the latest checkpoint.")
-@click.option("--stop-after-minutes", type=float, help="Stop with a checkpoint after so long; resume continues.")
-@click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
-def main(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
-    """Train as RECIPE says (what `edgeskip train` does)."""
-    print(train(recipe, output, resume, stop_after_minutes, data))
-
-
-if __name__ == "__main__":
-    main()

@@ -59,7 +59,7 @@ class Model:
         self.bundle, self.session = bundle, session
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
-        self._busy = False
+        self._busy = self._closed = False
 
     def __enter__(self) -> Model:
         return self
@@ -69,6 +69,7 @@ class Model:
 
     def close(self) -> None:
         """Frees the device's memory."""
+        self._closed = True
         self.session.close()
 
     def generate(
@@ -133,6 +134,8 @@ class Model:
         return ids
 
     def _generate(self, request: _Request) -> Iterator[Piece]:
+        if self._closed:
+            raise RequestError("model", "is closed", fix="generate within its `with` block")
         if self._busy:
             raise RequestError(
                 "model", "is already generating", fix="finish or close() the first generator, or load a second model"

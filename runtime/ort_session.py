@@ -33,7 +33,7 @@ class OrtCpuSession(Session):
             provider does not compute.
     """
 
-    confidence_threshold = 0.6  # a wasted draft costs as much as a right one, and looking costs next to nothing
+    confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "ort") -> None:
         manifest = bundle.manifest
@@ -159,7 +159,7 @@ def _session_options(ort: Any, threads: int) -> Any:
     """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
     global _pool_threads
     if _pool_threads is None:
-        _pool_threads = threads or len(os.sched_getaffinity(0))
+        _pool_threads = threads or _usable_cores()
         ort.set_global_thread_pool_sizes(_pool_threads, 1)
     elif threads not in (0, _pool_threads):
         raise BackendError(
@@ -172,6 +172,10 @@ def _session_options(ort: Any, threads: int) -> Any:
     options.use_per_session_threads = False
     options.log_severity_level = 3
     return options
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _onnxruntime() -> Any:
