@@ -52,7 +52,9 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
             console.print(PROMPT, end="", style="dim", markup=False)
             stream(model.generate(PROMPT, max_new_tokens=120), console)
             prompts = load_prompts()
-            console.print(f"\n[bold]3. Compare[/bold]  Plain and self-speculative take turns on {len(prompts)} prompts.")
+            console.print(
+                f"\n[bold]3. Compare[/bold]  Plain and self-speculative take turns on {len(prompts)} prompts."
+            )
             report = run_bench(model, prompts, BenchSettings((NUM_SPECULATIONS,), 128, 2), progress=progress)
         _print_summary(report, console)
         if keep:

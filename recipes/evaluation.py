@@ -17,6 +17,7 @@ from transformers.utils import logging
 from edgeskip.recipes.early_exit import CausalLM, exit_hidden_states, exit_logits, load_model
 from edgeskip.recipes.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.statistics import distinct_4grams
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def evaluate_exits(
         ),
         num_tokens=real.count,
         num_continued_tokens=generated.count,
-        distinct_4grams=distinct_4grams(continued[:, settings.prompt_length :].tolist()),
+        distinct_4grams=distinct_4grams(
+            [row[row != _IGNORED].tolist() for row in continued[:, settings.prompt_length :]]
+        ),
         text_distinct_4grams=distinct_4grams(text.tolist()),
     )
 
@@ -225,17 +228,6 @@ def _exit_sums(model: CausalLM, token_ids: Tensor, labels: Tensor) -> Iterator[T
         top = logits.argmax(-1)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         yield torch.stack([loss, ((top == labels) & counted).sum(), ((top == last) & counted).sum()]).double()
-
-
-def distinct_4grams(sequences: list[list[int]]) -> float:
-    """Mean over sequences of the share of distinct 4-grams, 0 to 1."""
-    shares = []
-    for sequence in sequences:
-        ids = [token for token in sequence if token != _IGNORED]
-        grams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
-        if grams:
-            shares.append(len(set(grams)) / len(grams))
-    return float(np.mean(shares)) if shares else 1.0
 
 
 @click.command()

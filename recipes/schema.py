@@ -7,47 +7,25 @@ several fields. Whoever holds a recipe need not check it again.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import sys
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, TypeVar
 
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.structure import Range, structure
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-RecipeT = TypeVar("RecipeT")
-
-
-# Bounds and reading, for any kind of recipe
-
-
-@dataclass(frozen=True)
-class Range:
-    """Inclusive bounds of a number."""
-
-    low: float | None = None
-    high: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high is None:
-            return f"at least {self.low}"
-        return f"at most {self.high}" if self.low is None else f"{self.low} to {self.high}"
-
-
 PositiveInt = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(sys.float_info.min)]
 Share = Annotated[float, Range(0, 1)]
+
+RecipeT = TypeVar("RecipeT")
 
 
 def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
@@ -63,81 +41,7 @@ def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
         raise RecipeError(path, f"cannot be read ({error.strerror})", wanted="a recipe in TOML") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(path, f"is not TOML: {error}") from error
-    try:
-        return _from_table(kind, table, path.parent, place="")
-    except RecipeError as error:
-        place = f"{path}: {error.place}" if error.place else path
-        raise RecipeError(place, error.found, wanted=error.wanted, fix=error.fix) from None
-
-
-def _from_table(kind: type[RecipeT], table: Mapping[str, Any], folder: Path, place: str) -> RecipeT:
-    """`table` as a dataclass; `place` is the dotted name of the table, empty at the top."""
-    hints = get_type_hints(kind, include_extras=True)
-    for key in table:
-        if key not in hints:
-            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(hints)}"
-            raise RecipeError(place, f"unknown key {key!r}", fix=fix)
-    values = {}
-    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
-        if entry.name in table:
-            values[entry.name] = _value(hints[entry.name], table[entry.name], folder, _dotted(place, entry.name))
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            what = "table" if dataclasses.is_dataclass(hints[entry.name]) else "key"
-            raise RecipeError(place, f"{what} {entry.name!r} is missing")
-    try:
-        return kind(**values)
-    except RecipeError as error:
-        raise RecipeError(_dotted(place, error.place), error.found, wanted=error.wanted, fix=error.fix) from None
-
-
-def _value(hint: Any, value: Any, folder: Path, place: str) -> Any:
-    """`value` checked against a type hint and converted to it."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        number = _value(arguments[0], value, folder, place)
-        if number not in arguments[1]:
-            raise RecipeError(place, f"found {value}", wanted=str(arguments[1]))
-        return number
-    if origin in (Union, types.UnionType):  # X | None: TOML has no null, so the key holds an X or is absent
-        return _value(arguments[0], value, folder, place)
-    if origin is Literal:
-        if value not in arguments:
-            nearest = difflib.get_close_matches(str(value), arguments, n=1)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else ""
-            raise RecipeError(place, f"found {value!r}", wanted=" or ".join(map(repr, arguments)), fix=fix)
-        return value
-    if origin is Mapping:
-        return {
-            _key(arguments[0], key, place): _value(arguments[1], item, folder, _dotted(place, key))
-            for key, item in _typed(dict, value, "a table", place).items()
-        }
-    if dataclasses.is_dataclass(hint):
-        return _from_table(hint, _typed(dict, value, "a table", place), folder, place)  # type: ignore[arg-type]
-    if hint is Path:
-        return folder / Path(_typed(str, value, "a path", place)).expanduser()
-    if hint is float:
-        return float(_typed((int, float), value, "a number", place))
-    names = {bool: "true or false", int: "a whole number", str: "a text"}
-    return _typed(hint, value, names[hint], place)
-
-
-def _typed(wanted: Any, value: Any, name: str, place: str) -> Any:
-    # A bool is an int in Python, but not in a recipe.
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise RecipeError(place, f"found {value!r}", wanted=name)
-    return value
-
-
-def _key(kind: type, key: str, place: str) -> Any:
-    try:
-        return kind(key)
-    except ValueError:
-        raise RecipeError(place, f"found the key {key!r}", wanted="whole numbers as keys") from None
-
-
-def _dotted(place: str, name: str) -> str:
-    return f"{place}.{name}" if place and name else place or name
+    return structure(kind, table, path, RecipeError)
 
 
 # The training recipe

@@ -16,7 +16,7 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.manifest import Progress
-from edgeskip.runtime.statistics import Statistics
+from edgeskip.runtime.statistics import Statistics, distinct_4grams
 
 TIE_GAP = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
 """Kernels round differently for one row and for many: a token may differ where the two top logits lie closer."""
@@ -186,13 +186,6 @@ def top_two_gap(model: Model, token_ids: Sequence[int]) -> float:
     prefill(model.session, model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk)
     second, first = np.sort(model.session.read_logits(1)[0])[-2:]
     return float(first - second)
-
-
-def distinct_4grams(texts: Sequence[Sequence[int]]) -> float:
-    """Share of distinct 4-grams within each text, over all texts; 1 for texts too short to have any."""
-    grams = [[tuple(ids[i : i + 4]) for i in range(len(ids) - 3)] for ids in texts]
-    total = sum(map(len, grams))
-    return sum(len(set(g)) for g in grams) / total if total else 1.0
 
 
 def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:

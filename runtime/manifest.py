@@ -113,7 +113,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(path, f"not valid JSON ({error})", fix="export the bundle again") from None
     _check_version(path, data)
-    manifest = structure(Manifest, data, str(path), BundleError)
+    manifest = structure(Manifest, data, path, BundleError)
     _check_consistent(path, manifest)
     for name, record in manifest.files.items():
         _check_file(folder, name, record)

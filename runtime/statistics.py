@@ -87,6 +87,16 @@ def summarize(
     )
 
 
+def distinct_4grams(texts: Sequence[Sequence[int]]) -> float:
+    """Mean over texts of the share of 4-grams that repeat no earlier one, 0 to 1; 1 where no text has any.
+
+    Small models loop, and a loop is easy to draft: a low share flatters every rate.
+    """
+    grams = [list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False)) for ids in texts]
+    shares = [len(set(g)) / len(g) for g in grams if g]
+    return float(np.mean(shares)) if shares else 1.0
+
+
 def _latencies_ms(rounds: Sequence[RoundRecord]) -> dict[str, float]:
     latencies = np.repeat([r.seconds * 1e3 / r.tokens for r in rounds], [r.tokens for r in rounds])
     return {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 99)}

@@ -1,86 +1,129 @@
-"""Strict reading of plain data (JSON, TOML) into frozen dataclasses."""
+"""Strict reading of plain data (JSON, TOML) into frozen dataclasses: names, types and bounds, each checked once."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import types
-import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from edgeskip.runtime.errors import EdgeskipError
 
 T = TypeVar("T")
 
 
-def structure(cls: type[T], data: Any, place: str, error: type[EdgeskipError]) -> T:
-    """Builds a dataclass from plain data, checking every key and type on the way.
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a number, in a field's type: `Annotated[float, Range(0, 1)]`."""
 
-    Lists become tuples, tables become dataclasses or dicts, whole numbers serve as floats. An absent key takes
-    the field's default.
+    low: float | None = None
+    high: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"at least {self.low}"
+        return f"at most {self.high}" if self.low is None else f"{self.low} to {self.high}"
+
+
+def structure(kind: type[T], table: Any, path: Path, error: type[EdgeskipError]) -> T:
+    """Builds a dataclass from what `json.load` or `tomllib.load` gave.
+
+    Tables become dataclasses or dicts, lists tuples, whole numbers serve as floats, texts as paths relative to the
+    file's folder. An absent key takes the field's default. `__post_init__` may raise `error` too, its place the key.
 
     Args:
-        cls: a dataclass, its fields annotated with plain types, dataclasses, `tuple[X, ...]`, `dict[str, X]`,
-            `Literal[...]` or `X | None`.
-        data: what `json.load` or `tomllib.load` gave.
-        place: where the data is from; keys are appended to it in messages.
+        kind: the dataclass.
+        table: the data.
+        path: the file it is from.
         error: what to raise.
 
     Raises:
-        error: unknown or missing key, or a value of another type.
+        error: an entry that is unknown, missing, mistyped or out of bounds, named by its dotted key.
     """
-    if not isinstance(data, Mapping):
-        raise error(place, f"found {_kind(data)}", wanted="a table")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise error(place, f"unknown key {key!r}", fix=fix)
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _value(hints[name], data[name], f"{place}: {name}", error)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise error(place, f"no key {name!r}", fix="add it")
-    return cls(**values)
+    try:
+        return _Reader(path.parent, error).dataclass(kind, table, "")
+    except error as caught:
+        place = f"{path}: {caught.place}" if caught.place else path
+        raise error(place, caught.found, wanted=caught.wanted, fix=caught.fix) from None
 
 
-def _value(hint: Any, value: Any, place: str, error: type[EdgeskipError]) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (hint,) = (arg for arg in args if arg is not type(None))
-        return _value(hint, value, place, error)
-    if origin is typing.Literal:
-        if value in args:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads values by type hint; `place` is the dotted name of a value, empty at the top."""
+
+    folder: Path
+    error: type[EdgeskipError]
+
+    def dataclass(self, kind: type[T], table: Any, place: str) -> T:
+        table = self.typed(Mapping, table, "a table", place)
+        hints = get_type_hints(kind, include_extras=True)
+        for key in table:
+            if key not in hints:
+                nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+                fix = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(hints)}"
+                raise self.error(place, f"unknown key {key!r}", fix=fix)
+        values = {}
+        for entry in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
+            if entry.name in table:
+                values[entry.name] = self.value(hints[entry.name], table[entry.name], _dotted(place, entry.name))
+            elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+                what = "table" if dataclasses.is_dataclass(hints[entry.name]) else "key"
+                raise self.error(place, f"{what} {entry.name!r} is missing")
+        try:
+            return kind(**values)
+        except self.error as caught:
+            raise self.error(_dotted(place, caught.place), caught.found, wanted=caught.wanted, fix=caught.fix) from None
+
+    def value(self, hint: Any, value: Any, place: str) -> Any:
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin is Annotated:
+            number = self.value(arguments[0], value, place)
+            if number not in arguments[1]:
+                raise self.error(place, f"found {value}", wanted=str(arguments[1]))
+            return number
+        if origin in (Union, types.UnionType):  # X | None
+            return None if value is None else self.value(arguments[0], value, place)
+        if origin is Literal:
+            if value not in arguments:
+                nearest = difflib.get_close_matches(str(value), arguments, n=1)
+                fix = f"did you mean {nearest[0]!r}?" if nearest else ""
+                raise self.error(place, f"found {value!r}", wanted=" or ".join(map(repr, arguments)), fix=fix)
             return value
-        raise error(place, f"found {value!r}", wanted=" or ".join(map(repr, args)))
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(args[0], item, f"{place}[{i}]", error) for i, item in enumerate(value))
-    if origin is dict and isinstance(value, Mapping):
-        return {key: _value(args[1], item, f"{place}.{key}", error) for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return structure(typing.cast(type, hint), value, place, error)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        if origin is tuple:
+            items = self.typed(list, value, "a list", place)
+            return tuple(self.value(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+        if origin in (dict, Mapping):
+            return {
+                self.key(arguments[0], key, place): self.value(arguments[1], item, _dotted(place, key))
+                for key, item in self.typed(Mapping, value, "a table", place).items()
+            }
+        if dataclasses.is_dataclass(hint):
+            return self.dataclass(hint, value, place)  # type: ignore[arg-type]
+        if hint is Path:
+            return self.folder / Path(self.typed(str, value, "a path", place)).expanduser()
+        if hint is float:
+            return float(self.typed((int, float), value, "a number", place))
+        names = {bool: "true or false", int: "a whole number", str: "a text"}
+        return self.typed(hint, value, names[hint], place)
+
+    def typed(self, wanted: Any, value: Any, name: str, place: str) -> Any:
+        # A bool is an int in Python, but not in a file.
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise self.error(place, f"found {value!r:.60}", wanted=name)
         return value
-    raise error(place, f"found {_kind(value)}", wanted=_NAMES.get(origin or hint, str(hint)))
+
+    def key(self, kind: type, key: str, place: str) -> Any:
+        try:
+            return kind(key)
+        except ValueError:
+            raise self.error(place, f"found the key {key!r}", wanted="whole numbers as keys") from None
 
 
-_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    tuple: "a list",
-    dict: "a table",
-}
-
-
-def _kind(value: Any) -> str:
-    return f"{value!r:.60}" if not isinstance(value, (Mapping, list)) else f"a {type(value).__name__}"
+def _dotted(place: str, name: str) -> str:
+    return f"{place}.{name}" if place and name else place or name

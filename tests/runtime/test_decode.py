@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import edgeskip
-from edgeskip.runtime.bench import distinct_4grams
 from edgeskip.runtime.decode import count_accepted
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.manifest import MANIFEST
+from edgeskip.runtime.statistics import distinct_4grams
 
 CAPACITY = 96
 TIE = 1e-4
