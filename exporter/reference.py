@@ -43,7 +43,7 @@ def transformers_contestants(bundle: Bundle, threads: int = 0) -> tuple[Contesta
     early = {"assistant_early_exit": bundle.manifest.exit_layer}
     return (
         Contestant("transformers", 0, lambda ids, n: _generate(model, ids, n, {})),
-        Contestant("transformers assistant_early_exit", 0, lambda ids, n: _generate(model, ids, n, early)),
+        Contestant("transformers early exit", 0, lambda ids, n: _generate(model, ids, n, early)),
     )
 
 

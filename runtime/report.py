@@ -55,22 +55,32 @@ def histogram(s: Statistics) -> str:
 
 
 def print_bench(report: BenchReport, console: Console) -> None:
-    """The table of a bench, and what differed."""
-    s = report.settings
-    title = f"{report.source}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}"
-    caption = f"{report.prompts} prompts, {s.max_new_tokens} tokens each, medians of {s.repeats} interleaved repeats"
-    if s.confidence_threshold:
-        caption += f"; drafting ends below a confidence of {s.confidence_threshold:g}"
-    table = Table(title=title, caption=caption, box=None, pad_edge=False, title_justify="left", caption_justify="left")
-    table.add_column("mode")
-    for name in ("K", "tokens/s", "ms/token", "speedup", "first ms", "accepted", "match", "tokens/round"):
-        table.add_column(name, justify="right")
-    for name in ("draft ms", "verify ms", "head ms", "distinct"):
-        table.add_column(name, justify="right")
-    best = max((r for r in report.rows if r.acceptance_rate is not None), key=lambda r: r.speedup, default=None)
+    """The tables of a bench, and what differed."""
+    settings, plain = report.settings, report.rows[0]
+    best = max((row for row in report.rows if row.num_speculations), key=lambda row: row.speedup, default=None)
+    console.print(f"{report.source}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}")
+    speed = _table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
-        table.add_row(*_bench_cells(row), style="bold" if row is best else "")
-    console.print(table)
+        speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
+    console.print(speed)
+    console.print(
+        f"{report.prompts} prompts, {settings.max_new_tokens} tokens each, medians of {settings.repeats} interleaved "
+        f"repeats; ms a token; {plain.distinct_4grams:.0%} of 4-grams distinct; "
+        + (
+            f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
+            if settings.confidence_threshold
+            else "K drafts always\n"
+        )
+    )
+    stages = _table("K", *(f"{graph} ms" for graph in GRAPHS), "others ms", "first token ms")
+    for row in report.rows:
+        if row.stage_ms_per_round and row.tokens_per_round:
+            whole = row.ms_per_token * row.tokens_per_round
+            times = [*row.stage_ms_per_round.values(), whole - sum(row.stage_ms_per_round.values())]
+            first = f"{row.time_to_first_token_ms:.0f}"
+            stages.add_row(str(row.num_speculations), *(f"{ms:.2f}" for ms in times), first)
+    console.print("Where a round's time goes:")
+    console.print(stages)
     for d in report.differences:
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
@@ -81,23 +91,27 @@ def print_bench(report: BenchReport, console: Console) -> None:
         console.print("Every mode gave exactly the tokens of plain decoding.")
 
 
-def _bench_cells(row: BenchRow) -> list[str]:
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _speed_cells(row: BenchRow) -> list[str]:
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0%}"
 
-    stages = row.stage_ms_per_round or {}
     return [
         row.mode,
         str(row.num_speculations or ""),
         f"{row.tokens_per_second:.0f}",
         f"{row.ms_per_token:.2f}",
         f"{row.speedup:.2f}x",
-        f"{row.time_to_first_token_ms:.0f}",
         share(row.acceptance_rate),
         share(row.match_rate),
         "" if row.tokens_per_round is None else f"{row.tokens_per_round:.2f}",
-        *(f"{stages[graph]:.2f}" if stages else "" for graph in GRAPHS),
-        share(row.distinct_4grams),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The order of imports: runtime <- exporter <- recipes <- cli; and what stays out of a process that needs it not."""
+"""Who may import whom, and which libraries stay out of a process that has no need of them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def loaded_by(code, *arguments):
     """Top-level modules in sys.modules of a fresh process that ran the code."""
     code += "\nimport sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
     out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    return set(out.stdout.rpartition("loaded:")[2].split())
+    loaded = set(out.stdout.rpartition("loaded:")[2].split())
+    assert "edgeskip" in loaded
+    return loaded
 
 
 def test_importing_edgeskip_loads_no_library():

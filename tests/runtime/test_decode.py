@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
 import edgeskip
-from edgeskip.runtime.decode import count_accepted
+from edgeskip.runtime.decode import count_accepted, decode, prefill
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.manifest import MANIFEST
 from edgeskip.runtime.statistics import distinct_4grams
@@ -19,19 +21,25 @@ CAPACITY = 96
 TIE = 1e-4
 
 
-def greedy(model, prompt, max_new_tokens):
-    """transformers' greedy tokens, and the gap between the two top logits at each."""
-    out = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    top = torch.stack(out.logits)[:, 0].topk(2).values
-    return out.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+@pytest.fixture(scope="module")
+def greedy(reference):
+    """transformers' greedy tokens, and the gap between the two top logits at each; computed once for each prompt."""
+
+    @cache
+    def get(variant, prompt, max_new_tokens):
+        out = reference(variant).generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        top = torch.stack(out.logits)[:, 0].topk(2).values
+        return out.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+    return lambda variant, prompt, max_new_tokens: get(variant, tuple(prompt), max_new_tokens)
 
 
 def assert_same_tokens(ours, wanted, gaps):
@@ -48,16 +56,16 @@ def prompts(count, seed=0, longest=30):
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
-def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, bundles, reference):
+def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, bundles, greedy):
     bundle = bundles("llama-tied", exit_layer=exit_layer)
     accepted = 0
     with edgeskip.load(bundle.folder) as model:
         for prompt in prompts(6):
-            wanted, gaps = greedy(reference("llama-tied"), prompt, 33)
+            wanted, gaps = greedy("llama-tied", prompt, 33)
             plain = model.complete(prompt, mode="autoregressive", max_new_tokens=33)
             assert_same_tokens(plain.token_ids, wanted, gaps)
             for k in range(1, 9):
-                ours = model.complete(prompt, num_speculations=k, max_new_tokens=33)
+                ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=33)
                 assert_same_tokens(ours.token_ids, wanted, gaps)
                 assert ours.token_ids == plain.token_ids
                 assert ours.text == plain.text
@@ -66,14 +74,13 @@ def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, bundles
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-llama3-rope", "mistral", "qwen2", "qwen3"])
-def test_tokens_equal_transformers_for_every_family(variant, bundles, reference):
+def test_tokens_equal_transformers_for_every_family(variant, bundles, greedy):
     with edgeskip.load(bundles(variant, exit_layer=3).folder) as model:
         for prompt in prompts(8, seed=1):
-            wanted, gaps = greedy(reference(variant), prompt, 40)
+            wanted, gaps = greedy(variant, prompt, 40)
             for k in (1, 4, 7):
-                assert_same_tokens(
-                    model.complete(prompt, num_speculations=k, max_new_tokens=40).token_ids, wanted, gaps
-                )
+                ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=40)
+                assert_same_tokens(ours.token_ids, wanted, gaps)
 
 
 def test_the_texts_of_these_tests_do_not_loop(bundles):
@@ -88,7 +95,7 @@ def test_every_number_of_new_tokens_ends_exactly_there(k, bundles):
         prompt = prompts(1)[0]
         whole = model.complete(prompt, mode="autoregressive", max_new_tokens=24)
         for count in range(1, 24):
-            cut = model.complete(prompt, num_speculations=k, max_new_tokens=count)
+            cut = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=count)
             assert cut.token_ids == whole.token_ids[:count]
             assert cut.stop_reason == "max_new_tokens"
             assert sum(n * (a + 1) for a, n in enumerate(cut.statistics.acceptance_histogram)) >= count - 1
@@ -98,11 +105,11 @@ def test_every_number_of_new_tokens_ends_exactly_there(k, bundles):
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 95, 96])
 @pytest.mark.parametrize("k", [0, 1, 5, 8])
-def test_the_cache_fills_to_its_last_row_and_no_further(length, k, bundles, reference):
+def test_the_cache_fills_to_its_last_row_and_no_further(length, k, bundles, greedy):
     prompt = prompts(1, seed=length, longest=2)[0] * length
-    wanted, gaps = greedy(reference("llama-gqa"), prompt, CAPACITY - length + 1)
+    wanted, gaps = greedy("llama-gqa", prompt, CAPACITY - length + 1)
     with edgeskip.load(bundles("llama-gqa", exit_layer=2).folder) as model:
-        mode = {"mode": "autoregressive"} if k == 0 else {"num_speculations": k}
+        mode = {"mode": "autoregressive"} if k == 0 else {"num_speculations": k, "confidence_threshold": 0}
         ours = model.complete(prompt, **mode)
     assert ours.stop_reason in ("capacity", "eos")
     if ours.stop_reason == "capacity":
@@ -115,8 +122,7 @@ def test_eos_inside_accepted_drafts_drops_what_follows(bundles, tmp_path):
     with edgeskip.load(source.folder) as model:
         for prompt in prompts(20, seed=3):
             plain = model.complete(prompt, mode="autoregressive", max_new_tokens=24).token_ids
-            steps = list(model._steps(prompt, "self-speculative", 8))
-            inside = _second_token_of_a_long_round(steps, plain)
+            inside = _second_token_of_a_long_round(_steps(model, prompt, 8), plain)
             if inside is not None:
                 break
         else:
@@ -126,13 +132,20 @@ def test_eos_inside_accepted_drafts_drops_what_follows(bundles, tmp_path):
     _copy_with_eos(source.folder, folder, eos)
     with edgeskip.load(folder) as model:
         first = plain.index(eos)
-        ours = model.complete(prompt, num_speculations=8, max_new_tokens=24)
+        ours = model.complete(prompt, num_speculations=8, confidence_threshold=0, max_new_tokens=24)
         assert ours.token_ids == plain[: first + 1]
         assert ours.stop_reason == "eos"
         histogram = ours.statistics.acceptance_histogram
         assert sum(histogram) == ours.statistics.rounds
         assert ours.statistics.accepted == sum(a * n for a, n in enumerate(histogram))
         assert ours.statistics.new_tokens == first + 1
+
+
+def _steps(model, prompt, k, **settings):
+    """The loop itself, without stop rules: prefill, then rounds until the caches are full."""
+    session, manifest = model.session, model.bundle.manifest
+    yield prefill(session, model.embeddings[list(prompt)], manifest.prefill_chunk)
+    yield from decode(session, len(prompt), manifest.max_length, k, **settings)
 
 
 def _second_token_of_a_long_round(steps, plain):
@@ -151,6 +164,35 @@ def _copy_with_eos(source, folder, eos):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["eos_token_ids"] = [int(eos)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("threshold", [0.12, 0.2])
+def test_drafting_ends_behind_the_first_unsure_draft_of_transformers(threshold, bundles, reference):
+    """Each round's number of drafts, against the same early layers and head in transformers."""
+    full, k = reference("llama-gqa"), 5
+
+    def exit_probabilities(ids):
+        with torch.no_grad():
+            states = full(torch.tensor([ids]), output_hidden_states=True).hidden_states[3]
+            return full.lm_head(full.model.norm(states))[0, -1].softmax(-1)
+
+    lengths = set()
+    with edgeskip.load(bundles("llama-gqa", exit_layer=3).folder) as model:
+        for prompt in prompts(4, seed=7):
+            steps = _steps(model, prompt, k, confidence_threshold=threshold)
+            ids = [*prompt, *next(steps).token_ids]
+            for step in islice(steps, 8):
+                drafts, sure = [], True
+                while sure and len(drafts) < k:
+                    confidence, draft = exit_probabilities(ids + drafts).max(-1)
+                    assert abs(confidence - threshold) > 1e-5  # or rounding decides
+                    drafts.append(int(draft))
+                    sure = confidence >= threshold
+                assert step.drafted == len(drafts)
+                assert list(step.token_ids[:-1]) == drafts[: step.accepted]
+                lengths.add(step.drafted)
+                ids += step.token_ids
+    assert len(lengths) > 2  # rounds of several lengths, or nothing was tested
 
 
 def test_early_exit_mode_is_the_model_cut_off_at_the_exit_layer(bundles, reference):

@@ -1,0 +1,437 @@
+"""The command line: what it prints where, and the exit code and the one line of every error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import edgeskip
+from edgeskip.cli import main
+from edgeskip.runtime.manifest import MANIFEST
+from edgeskip.runtime.statistics import Statistics
+from tests.conftest import edit_json
+
+VERBS = ("bench", "demo", "export", "generate", "inspect", "train")
+MODES = ("self-speculative", "autoregressive", "early-exit")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def run(*arguments, **settings):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], **settings)
+
+
+def succeed(*arguments, **settings):
+    result = run(*arguments, **settings)
+    assert result.exception is None, result.stderr
+    assert result.exit_code == 0
+    return result
+
+
+def assert_one_line(stdout, stderr):
+    assert stdout == ""
+    assert stderr.startswith("edgeskip: ")
+    assert stderr.count("\n") == 1
+    assert stderr.endswith("\n")
+
+
+def process(*arguments, **settings):
+    command = [sys.executable, "-m", "edgeskip.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+
+@pytest.fixture
+def bundle(bundles):
+    return bundles("llama-gqa", exit_layer=3).folder
+
+
+@pytest.fixture
+def spoiled(bundle, tmp_path):
+    """A copy of the bundle to spoil."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two short prompts for a bench."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("def f(x):")
+    (folder / "b.txt").write_text("import os")
+    return folder
+
+
+def test_version():
+    assert succeed("--version").stdout == f"edgeskip, version {edgeskip.__version__}\n"
+
+
+def test_help_names_every_verb_and_the_exit_codes():
+    text = " ".join(succeed("--help").stdout.split())
+    assert set(main.commands) == set(VERBS)
+    assert all(f" {verb} " in text for verb in VERBS)
+    for code in ("2 wrong command line", "3 checkpoint", "4 bundle", "5 request", "6 backend", "7 recipe"):
+        assert code in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(verb):
+    for flag in ("-h", "--help"):
+        text = succeed(verb, flag).stdout
+        assert text.startswith(f"Usage: main {verb}")
+        options = [option for option in main.commands[verb].params if option.param_type_name == "option"]
+        assert all(max(option.opts, key=len) in text for option in options)
+
+
+def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle):
+    with edgeskip.load(bundle) as model:
+        wanted = model.complete("def f(x):", max_new_tokens=20)
+    result = succeed("generate", bundle, "--prompt", "def f(x):", "--max-new-tokens", 20)
+    assert result.stdout == wanted.text + "\n"
+    assert re.match(r"20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
+    assert re.search(r"tokens a round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
+
+
+def test_the_prompt_can_come_from_a_file_or_from_stdin(bundle, tmp_path):
+    (tmp_path / "prompt.txt").write_text("naïve: 日本\n", encoding="utf-8")
+    wanted = succeed("generate", bundle, "--prompt", "naïve: 日本\n", "-n", 12).stdout
+    assert succeed("generate", bundle, "--prompt-file", tmp_path / "prompt.txt", "-n", 12).stdout == wanted
+    assert succeed("generate", bundle, "--prompt-file", "-", "-n", 12, input="naïve: 日本\n").stdout == wanted
+
+
+def test_a_piped_prompt_in_a_process_of_its_own(bundle):
+    wanted = succeed("generate", bundle, "--prompt", "a b c", "-n", 8).stdout
+    piped = process("generate", bundle, "--prompt-file", "-", "-n", 8, input="a b c")
+    assert (piped.returncode, piped.stdout) == (0, wanted)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[], ["--prompt", "a", "--prompt-file", "-"], ["--prompt-file", "nowhere.txt"], ["--prompt", "a", "--mode", "x"]],
+)
+def test_a_wrong_command_line_is_told_with_the_usage(prompt, bundle):
+    result = run("generate", bundle, *prompt, input="a")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Usage: main generate")
+
+
+def test_json_is_one_object_with_the_documented_keys(bundle):
+    with edgeskip.load(bundle) as model:
+        wanted = model.complete("def f(x):", num_speculations=3, max_new_tokens=20)
+    result = succeed("generate", bundle, "-p", "def f(x):", "-k", 3, "-n", 20, "--json")
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
+    made = json.loads(result.stdout)
+    assert set(made) == {"prompt_token_ids", "token_ids", "text", "stop_reason", "statistics"}
+    assert made["prompt_token_ids"] == [0, *(model.tokenizer.token_to_id(c) for c in "defĠf(x):")]
+    assert made["token_ids"] == list(wanted.token_ids)
+    assert (made["text"], made["stop_reason"]) == (wanted.text, "max_new_tokens")
+    statistics = made["statistics"]
+    assert set(statistics) == {field.name for field in dataclasses.fields(Statistics)}
+    assert {"rounds", "acceptance_rate", "match_rate", "tokens_per_round", "acceptance_histogram"} <= set(statistics)
+    assert {"tokens_per_second", "time_to_first_token_ms", "latency_ms", "stage_ms"} <= set(statistics)
+    assert statistics["new_tokens"] == 20
+    assert sum(statistics["acceptance_histogram"]) == statistics["rounds"]
+    assert statistics["acceptance_rate"] == statistics["accepted"] / statistics["drafted"]
+    assert statistics["match_rate"] == statistics["accepted"] / statistics["tested"]
+    assert set(statistics["stage_ms"]) == {"draft", "verify", "head"}
+    assert set(statistics["latency_ms"]) == {"p50", "p90", "p99"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode(mode, bundle):
+    with edgeskip.load(bundle) as model:
+        plain = model.complete("a", mode="autoregressive", max_new_tokens=20)
+    made = json.loads(succeed("generate", bundle, "-p", "a", "--mode", mode, "-n", 20, "--json").stdout)
+    assert made["statistics"]["mode"] == mode
+    assert (made["token_ids"] == list(plain.token_ids)) == (mode != "early-exit")
+    assert (made["statistics"]["acceptance_rate"] is None) == (mode != "self-speculative")
+    assert (made["statistics"]["stage_ms"]["verify"] == 0) == (mode == "early-exit")
+
+
+@pytest.mark.parametrize("threshold", [0, 0.5, 1])
+def test_the_confidence_threshold_changes_no_token(threshold, bundle):
+    plain = succeed("generate", bundle, "-p", "a", "--mode", "autoregressive", "-n", 30).stdout
+    assert succeed("generate", bundle, "-p", "a", "--confidence-threshold", threshold, "-n", 30).stdout == plain
+
+
+def test_stop_strings_end_the_text(bundle):
+    whole = succeed("generate", bundle, "-p", "a", "-n", 30).stdout
+    late, early = whole[12:14], whole[6:8]
+    made = json.loads(succeed("generate", bundle, "-p", "a", "--stop", late, "--stop", early, "--json").stdout)
+    assert made["stop_reason"] == "stop_string"
+    assert made["text"] == whole[: min(whole.index(late), whole.index(early))]
+
+
+def test_a_chat_goes_through_the_template_of_the_bundle(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints("llama-gqa"), tmp_path / "checkpoint"))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    succeed("export", folder, tmp_path / "bundle", "-e", 2)
+    chat = succeed("generate", tmp_path / "bundle", "--chat", "-p", "hi", "-n", 4, "--json").stdout
+    plain = succeed("generate", tmp_path / "bundle", "-p", "<user>hi", "-n", 4, "--json").stdout
+    assert [0, *json.loads(chat)["prompt_token_ids"]] == json.loads(plain)["prompt_token_ids"]
+
+
+def test_on_a_terminal_accepted_drafts_are_green_and_the_text_is_the_same(bundle, monkeypatch):
+    plain = succeed("generate", bundle, "-p", "a", "-n", 40).stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = succeed("generate", bundle, "-p", "a", "-n", 40, color=True).stdout
+    assert "\x1b[32m" in coloured
+    assert ANSI.sub("", coloured) == plain
+
+
+def test_inspect_shows_the_split(bundle):
+    text = succeed("inspect", bundle).stdout
+    for part in (
+        "layers[:3] draft, layers[3:] verify",
+        "draft subgraph: draft -> head",
+        "verify subgraph: verify -> head",
+    ):
+        assert part in text
+    assert "6 caches" in text
+    assert "2 caches" in text
+    assert "capacity 96 tokens" in text
+    for path in bundle.iterdir():
+        assert path.name == MANIFEST or path.name in text
+
+
+def test_inspect_prints_the_manifest_as_json(bundle):
+    assert succeed("inspect", bundle, "--json").stdout == (bundle / MANIFEST).read_text()
+
+
+def test_bench_writes_its_report_as_json(bundle, texts, tmp_path):
+    result = succeed(
+        "bench",
+        bundle,
+        "--prompts",
+        texts,
+        "-k",
+        1,
+        "-k",
+        3,
+        "-n",
+        8,
+        "--repeats",
+        2,
+        "--json",
+        tmp_path / "report.json",
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["rows"]
+    assert [(row["mode"], row["num_speculations"]) for row in rows] == [
+        ("autoregressive", 0),
+        ("self-speculative", 1),
+        ("self-speculative", 3),
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(1e3 / row["ms_per_token"])
+        assert row["speedup"] == pytest.approx(rows[0]["ms_per_token"] / row["ms_per_token"])
+        assert 0 < row["distinct_4grams"] <= 1
+        assert row["time_to_first_token_ms"] > 0
+    for row in rows[1:]:
+        assert 0 <= row["acceptance_rate"] <= row["match_rate"] <= 1
+    assert rows[0]["acceptance_rate"] is rows[0]["match_rate"] is None
+    assert report["faults"] == 0
+    assert (report["prompts"], report["settings"]["max_new_tokens"], report["settings"]["repeats"]) == (2, 8, 2)
+    assert "Every mode gave exactly the tokens of plain decoding." in result.stdout
+    assert result.stdout.count("self-speculative") == 2
+    assert "…" not in result.stdout  # cut off by the width that a pipe does not have
+
+
+def test_bench_keeps_stdout_for_the_json(bundle, texts):
+    result = succeed(
+        "bench", bundle, "--prompts", texts, "--num-prompts", 1, "-k", 2, "-n", 4, "--repeats", 1, "--json", "-"
+    )
+    assert json.loads(result.stdout)["prompts"] == 1
+    assert "tokens/s" in result.stderr
+
+
+def test_bench_against_transformers_finds_the_same_tokens(bundle, texts):
+    result = succeed(
+        "bench",
+        bundle,
+        "--prompts",
+        texts,
+        "-k",
+        2,
+        "-n",
+        12,
+        "--repeats",
+        1,
+        "--compare",
+        "transformers",
+        "--json",
+        "-",
+    )
+    report = json.loads(result.stdout)
+    assert [row["mode"] for row in report["rows"][2:]] == ["transformers", "transformers assistant_early_exit"]
+    assert [d for d in report["differences"] if not d["is_tie"]] == []
+    assert len({row["distinct_4grams"] for row in report["rows"]}) == 1
+
+
+def test_bench_that_finds_a_wrong_token_exits_with_1(bundle, texts, monkeypatch):
+    from edgeskip.runtime import generate
+
+    right = generate.Model.complete
+
+    def wrong(self, prompt, **settings):
+        made = right(self, prompt, **settings)
+        if settings.get("mode") != "self-speculative":
+            return made
+        return dataclasses.replace(made, token_ids=(*made.token_ids[:-1], 2 + made.token_ids[-1] % 2))
+
+    monkeypatch.setattr(generate.Model, "complete", wrong)
+    result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, "--repeats", 1)
+    assert result.exit_code == 1
+    assert "token 7 differs from plain decoding" in result.stdout
+    assert "NOT a tie" in result.stdout
+
+
+def test_export_says_what_it_made_and_how_to_try_it(checkpoints, tmp_path):
+    result = succeed(
+        "export",
+        checkpoints("llama-gqa"),
+        tmp_path / "b",
+        "--exit-layer",
+        1,
+        "--max-length",
+        40,
+        "--num-speculations",
+        2,
+    )
+    assert result.stdout == ""
+    assert "layers[:1] draft" in result.stderr
+    assert f"edgeskip generate {tmp_path / 'b'}" in result.stderr
+    manifest = json.loads(succeed("inspect", tmp_path / "b", "--json").stdout)
+    assert [manifest[key] for key in ("exit_layer", "max_length", "num_speculations", "dtype")] == [1, 40, 2, "fp32"]
+    made = json.loads(succeed("generate", tmp_path / "b", "-p", "a", "-n", 3, "--json").stdout)
+    assert made["statistics"]["num_speculations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["export", "{tmp}/nowhere", "{tmp}/b", "-e", "2"], 3, "nowhere: no such folder"),
+        (["export", "{tmp}", "{tmp}/b", "-e", "2"], 3, "config.json: no such file"),
+        (["export", "{checkpoint}", "{bundle}", "-e", "2"], 4, "already exists"),
+        (["export", "{checkpoint}", "{tmp}/b", "-e", "4"], 5, "exit layer: 4; wanted 1 to 3"),
+        (["export", "{checkpoint}", "{tmp}/b", "-e", "2", "--max-length", "97"], 5, "max length: 97; wanted 2 to 96"),
+        (["generate", "{tmp}/nowhere", "-p", "a"], 4, "no such folder"),
+        (["generate", "{tmp}", "-p", "a"], 4, "no manifest.json, so not a bundle"),
+        (["generate", "{bundle}", "-p", ""], 5, "prompt: empty"),
+        (["generate", "{bundle}", "-p", "{long}"], 5, "prompt: 101 tokens; wanted at most 96"),
+        (["generate", "{bundle}", "-p", "a", "-n", "0"], 5, "max new tokens: 0; wanted at least 1"),
+        (["generate", "{bundle}", "-p", "a", "-k", "17"], 5, "num speculations: 17; wanted 1 to 16"),
+        (["generate", "{bundle}", "-p", "a", "--stop", ""], 5, "stop: an empty text"),
+        (["generate", "{bundle}", "-p", "a", "--chat"], 5, "no chat template"),
+        (["generate", "{bundle}", "-f", "{bundle}/weights.safetensors"], 5, "not UTF-8 text"),
+        (["generate", "{bf16}", "-p", "a"], 6, "in bf16, which ONNX Runtime does not compute on a CPU"),
+        (["bench", "{tmp}/nowhere"], 4, "no such folder"),
+        (["bench", "{bundle}", "--prompts", "{tmp}/nowhere"], 5, "nowhere: not readable as text"),
+        (["bench", "{bundle}", "--prompts", "{tmp}"], 5, "no text in it"),
+        (["bench", "{bundle}", "-k", "0"], 5, "num speculations: 0; wanted 1 to 16"),
+        (["bench", "{bundle}", "-n", "90"], 5, "max new tokens: 90; wanted at most"),
+        (
+            ["bench", "{bundle}", "--prompts", "{text}", "-n", "2", "-k", "1", "--json", "{tmp}/no/x"],
+            5,
+            "cannot be written",
+        ),
+        (["inspect", "{tmp}/nowhere"], 4, "no such folder"),
+        (["train", "{tmp}/nowhere.toml"], 7, "nowhere.toml: cannot be read"),
+    ],
+)
+def test_an_error_is_one_line_with_its_exit_code(arguments, code, message, bundle, bundles, checkpoints, tmp_path):
+    names = {
+        "tmp": tmp_path / "empty",
+        "bundle": bundle,
+        "bf16": bundles("llama-gqa", dtype="bf16").folder,
+        "checkpoint": checkpoints("llama-gqa"),
+        "text": tmp_path / "text",
+        "long": "x" * 100,
+    }
+    names["tmp"].mkdir()
+    names["text"].write_text("a text")
+    result = run(*(argument.format(**names) for argument in arguments))
+    assert result.exit_code == code
+    assert_one_line(result.stdout, result.stderr)
+    assert message in result.stderr
+    assert list(names["tmp"].iterdir()) == []
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path):
+    out = process("generate", tmp_path / "nowhere", "--prompt", "a")
+    assert out.returncode == 4
+    assert_one_line(out.stdout, out.stderr)
+
+
+def test_a_damaged_bundle_is_told_before_anything_is_printed(spoiled):
+    data = bytearray((spoiled / "draft.ort.onnx").read_bytes())
+    data[100] ^= 1
+    (spoiled / "draft.ort.onnx").write_bytes(data)
+    result = run("generate", spoiled, "-p", "a")
+    assert result.exit_code == 4
+    assert_one_line(result.stdout, result.stderr)
+    assert "draft.ort.onnx: sha256 is" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "module", "extra"),
+    [
+        (["export", "{checkpoint}", "{tmp}/b", "-e", "2"], "onnx_ir", "export"),
+        (["export", "{checkpoint}", "{tmp}/b", "-e", "2"], "safetensors", "export"),
+        (["train", "recipe.toml"], "torch", "train"),
+        (["train", "recipe.toml"], "accelerate", "train"),
+        (["demo"], "onnxscript", "demo"),
+        (["demo"], "onnxruntime", "demo"),
+        (["generate", "{bundle}", "-p", "a"], "onnxruntime", "cpu"),
+        (["bench", "{bundle}", "--prompts", "{text}", "-n", "2"], "onnxruntime", "cpu"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+    verb, module, extra, bundle, checkpoints, tmp_path, monkeypatch
+):
+    (tmp_path / "text").write_text("a text")
+    names = {"bundle": bundle, "checkpoint": checkpoints("llama-gqa"), "tmp": tmp_path, "text": tmp_path / "text"}
+    monkeypatch.setitem(sys.modules, module, None)  # neither found nor importable
+    result = run(*(argument.format(**names) for argument in verb))
+    assert result.exit_code == 6
+    assert_one_line(result.stdout, result.stderr)
+    assert module in result.stderr
+    assert f'pip install "edgeskip[{extra}]"' in result.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bug_keeps_its_traceback(bundle, monkeypatch):
+    from edgeskip.runtime import manifest
+
+    def fail(_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(manifest, "read_bundle", fail)
+    assert isinstance(run("inspect", bundle).exception, ZeroDivisionError)
+
+
+def test_an_interrupt_is_one_line(bundle, monkeypatch):
+    from edgeskip.runtime import generate
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "decode", interrupt)
+    result = run("generate", bundle, "-p", "a")
+    assert result.exit_code == 130
+    assert result.stderr == "edgeskip: interrupted\n"
+
+
+def test_a_bundle_whose_default_is_one_draft(spoiled):
+    edit_json(spoiled / MANIFEST, lambda m: m.update(num_speculations=1))
+    made = json.loads(succeed("generate", spoiled, "-p", "a", "-n", 9, "--json").stdout)
+    assert np.size(made["statistics"]["acceptance_histogram"]) == 2
