@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class _Group(click.Group):
     """Prints what the user can mend as one line, with its exit code; a bug keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` cleans up
         try:
             return super().invoke(ctx)
         except EdgeskipError as error:
@@ -53,7 +55,7 @@ threshold_option = click.option(
     type=click.FloatRange(0, 1),
     help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
 )
-threads_option = click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: one a core.")
+threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
 
 
 @main.command()
@@ -89,10 +91,11 @@ def export(
 ) -> None:
     """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
     _require("export", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
-    from edgeskip.exporter.bundle import ExportSettings, export_bundle
+    from edgeskip.exporter.bundle import ExportSettings, check_destination, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
 
     settings = ExportSettings(exit_layer, dtype, max_length, num_speculations)
+    check_destination(bundle)
     opened = open_checkpoint(checkpoint, revision=revision, token=token, offline=offline)
     with _progress() as progress:
         exported = export_bundle(opened, bundle, settings, progress)
@@ -190,19 +193,21 @@ def bench(
     from edgeskip.runtime.generate import load
     from edgeskip.runtime.report import print_bench
 
+    if json_path is not None:
+        _write_text(json_path, "", mode="a")  # refused now rather than after the measurements
     settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold)
     texts = load_prompts(prompts)[:num_prompts]
     with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
         others = []
         if compare:
-            _require("train", "torch", "transformers")
+            _require("train,export", "torch", "transformers", "safetensors", "ml_dtypes", "onnxscript")
             from edgeskip.exporter.reference import transformers_contestants
 
             others = list(transformers_contestants(model.bundle, threads))
         report = run_bench(model, texts, settings, others, progress)
+    print_bench(report, _console(stderr=str(json_path) == "-"))
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    print_bench(report, _console(stderr=json_path is not None and str(json_path) == "-"))
     if report.faults:
         raise SystemExit(1)
 
@@ -302,14 +307,15 @@ def _read_text(file: Any) -> str:
         raise RequestError(file.name, f"not UTF-8 text ({error.reason})", wanted="a text file") from None
 
 
-def _write_text(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str, mode: str = "w") -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
     from edgeskip.runtime.errors import RequestError
 
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise RequestError(path, f"cannot be written ({error.strerror})") from None
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 import edgeskip
-from edgeskip.exporter.checkpoint import Checkpoint
+from edgeskip.exporter.checkpoint import Checkpoint, read_json
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, sync, write_weights
 from edgeskip.runtime.architecture import DType
@@ -66,6 +67,8 @@ def export_bundle(
     capacity = _check_settings(checkpoint, settings)
     architecture = checkpoint.architecture
     layout = plan_weights(checkpoint, settings.dtype, capacity)
+    tokenizer_config = _tokenizer_config(checkpoint.folder)
+    texts = _text_files(checkpoint, tokenizer_config)
     with _whole_or_absent(destination, layout.bytes) as folder:
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
         table = graph_table(architecture.num_layers, settings.exit_layer)
@@ -74,7 +77,7 @@ def export_bundle(
                 model = split_graph(name, table[name], architecture, layout, dialect)
                 data = ir.to_proto(model).SerializeToString(deterministic=True)
                 files[pattern.format(name)] = _write(folder / pattern.format(name), data)
-        files |= _write_text_files(checkpoint, folder)
+        files |= {name: _write(folder / name, data) for name, data in texts.items()}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             edgeskip_version=edgeskip.__version__,
@@ -86,6 +89,8 @@ def export_bundle(
             num_speculations=settings.num_speculations,
             prefill_chunk=min(settings.prefill_chunk, capacity),
             eos_token_ids=checkpoint.eos_token_ids,
+            bos_token=_special_token(tokenizer_config, "bos_token"),
+            eos_token=_special_token(tokenizer_config, "eos_token"),
             graphs={str(name): graph for name, graph in table.items()},
             chains={name: tuple(chain) for name, chain in CHAINS.items()},
             files=files,
@@ -113,11 +118,24 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     return capacity
 
 
+def check_destination(destination: Path) -> None:
+    """Refuses a destination that is there already.
+
+    Raises:
+        BundleError: it exists, or its name cannot be one.
+    """
+    try:
+        taken = destination.exists() or destination.is_symlink()
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{str(destination)[:60]!r}", f"cannot be looked up ({error})") from None
+    if taken:
+        raise BundleError(destination, "already exists", fix="give another folder or remove this one")
+
+
 @contextmanager
 def _whole_or_absent(destination: Path, weights_bytes: int) -> Iterator[Path]:
     """A temporary sibling that becomes `destination` at the end, or goes away with whatever went wrong."""
-    if destination.exists() or destination.is_symlink():
-        raise BundleError(destination, "already exists", fix="give another folder or remove this one")
+    check_destination(destination)
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -166,31 +184,31 @@ def _write(path: Path, data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
-def _write_text_files(checkpoint: Checkpoint, folder: Path) -> dict[str, FileRecord]:
+def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dict[str, bytes]:
     """Tokenizer, config, chat template and licences, under their own names."""
-    files = {
-        name: _write(folder / name, (checkpoint.folder / name).read_bytes())
-        for name in ("tokenizer.json", "config.json")
-    }
-    template = _chat_template(checkpoint.folder)
-    if template is not None:
-        files["chat_template.jinja"] = _write(folder / "chat_template.jinja", template.encode())
-    for licence in checkpoint.licences():
-        files[licence.name] = _write(folder / licence.name, licence.read_bytes())
+    paths = [checkpoint.folder / name for name in ("tokenizer.json", "config.json")]
+    template = checkpoint.folder / "chat_template.jinja"
+    paths += [*([template] if template.is_file() else []), *checkpoint.licences()]
+    try:
+        files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}
+    except OSError as error:
+        raise CheckpointError(error.filename, f"cannot be read ({error.strerror})") from None
+    inline = tokenizer_config.get("chat_template")
+    if isinstance(inline, list):  # several, by name
+        named = [item for item in inline if isinstance(item, dict) and item.get("name") == "default"]
+        inline = named[0].get("template") if named else None
+    if isinstance(inline, str):
+        files.setdefault("chat_template.jinja", inline.encode())
     return files
 
 
-def _chat_template(folder: Path) -> str | None:
-    """A template file, or the one (or the one named `default`) within tokenizer_config.json."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config_path = folder / "tokenizer_config.json"
-    if not config_path.is_file():
-        return None
-    try:
-        template = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(config_path, f"not valid JSON ({error})") from None
-    if isinstance(template, list):
-        template = {item.get("name"): item.get("template") for item in template}.get("default")
-    return template if isinstance(template, str) else None
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _special_token(tokenizer_config: dict[str, Any], name: str) -> str:
+    """The text of a special token, which may be spelled out as a table; empty where there is none."""
+    token = tokenizer_config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""

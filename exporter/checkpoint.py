@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
+_HUB_DUPLICATES = ["*/*", "consolidated*"]  # the same weights in other layouts
 _DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -95,28 +97,41 @@ def open_checkpoint(
         CheckpointError: not found, not readable, not supported, or incomplete.
     """
     folder = Path(source).expanduser()
-    if not folder.is_dir():
+    if not _is_dir(folder):
         folder = _download(source, revision, token, offline)
-    config = _read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
+    config = read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
     architecture = architecture_from_config(config, folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
         legacy = (folder / "tokenizer.model").is_file()
         found = "only tokenizer.model, without tokenizer.json" if legacy else "no tokenizer.json"
         fix = "save it again with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         raise CheckpointError(folder, found, fix=fix)
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(folder / "tokenizer.json", f"not a tokenizer ({error})") from None
     return Checkpoint(
         source=source if not Path(source).is_dir() else Path(source).resolve().name,
         folder=folder,
         config=config,
         architecture=architecture,
-        sliding_window=sliding_window(config),
-        eos_token_ids=_eos_token_ids(folder, config),
+        sliding_window=sliding_window(config, folder / "config.json"),
+        eos_token_ids=_eos_token_ids(folder, config, architecture.vocab_size),
         tensors=_index_tensors(folder),
     )
 
 
+def _is_dir(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(folder)[:60]!r}", f"cannot be looked up ({error})") from None
+
+
 def _download(source: str, revision: str | None, token: str | None, offline: bool) -> Path:
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+    if Path(source).is_file():
+        raise CheckpointError(source, "a file", wanted="the folder that it is in")
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_like_path:
         raise CheckpointError(source, "no such folder", wanted="a model folder or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
@@ -133,7 +148,12 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
     try:
         return Path(
             snapshot_download(
-                source, revision=revision, token=token, local_files_only=offline, allow_patterns=_HUB_PATTERNS
+                source,
+                revision=revision,
+                token=token,
+                local_files_only=offline,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=_HUB_DUPLICATES,
             )
         )
     except GatedRepoError:
@@ -161,40 +181,50 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
         ) from None
 
 
-def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(path, "no such file", fix=otherwise)
+def read_json(path: Path, otherwise: str = "download the checkpoint again") -> dict[str, Any]:
+    """Reads a JSON object; `otherwise` says what to do where there is no such file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except FileNotFoundError:
+        raise CheckpointError(path, "no such file", fix=otherwise) from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
     if not isinstance(data, dict):
         raise CheckpointError(path, "not a JSON object", fix="download the checkpoint again")
     return data
 
 
-def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """EOS ids of generation_config.json, else of config.json: a number or a list."""
     generation = folder / "generation_config.json"
-    value = _read_json(generation, "").get("eos_token_id") if generation.is_file() else None
+    value = read_json(generation).get("eos_token_id") if generation.is_file() else None
     value = config.get("eos_token_id") if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(folder, f"eos_token_id is {value!r}", wanted="a token id or a list of them")
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise CheckpointError(folder, f"eos_token_id is {value!r:.60}", wanted=f"token ids from 0 to {vocab_size - 1}")
     return tuple(ids)
 
 
 def _index_tensors(folder: Path) -> dict[str, StoredTensor]:
     index = folder / "model.safetensors.index.json"
+    weight_map: Any = {}
     if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map", {})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(index, "no weight_map of tensors to files", fix="download the checkpoint again")
         names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         path = folder / name
-        if path.resolve().parent != folder.resolve() and ("/" in name or ".." in name):
+        if Path(name).name != name or "\0" in name:
             raise CheckpointError(index, f"shard {name!r} leads out of the folder")
         if not path.is_file():
             pickled = any(folder.glob("pytorch_model*.bin"))
@@ -218,6 +248,8 @@ def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                     name,
                     StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
                 )
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise CheckpointError(
             path, f"not a whole safetensors file ({error})", fix="download the checkpoint again"

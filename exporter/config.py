@@ -6,7 +6,9 @@ because of a field that nobody looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from edgeskip.runtime.architecture import Architecture, Rope
@@ -62,61 +64,82 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
     if model_type not in SUPPORTED:
         raise CheckpointError(place, f"model_type {model_type!r}", wanted=f"one of {', '.join(SUPPORTED)}")
     _refuse_unknown(config, place)
-
-    def whole(key: str, default: int | None = None) -> int:
-        value = config.get(key, default)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(place, f"{key} is {value!r}", wanted="a positive whole number")
-        return value
-
-    hidden_size, num_heads = whole("hidden_size"), whole("num_attention_heads")
-    head_dim = whole("head_dim", 128 if model_type == "qwen3" else max(hidden_size // num_heads, 1))
-    num_kv_heads = whole("num_key_value_heads", {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, num_heads))
+    fields = _Fields(config, place)
+    hidden_size, num_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    head_dim = fields.whole("head_dim", 128 if model_type == "qwen3" else max(hidden_size // num_heads, 1))
+    kv_heads = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, num_heads)
+    num_kv_heads = fields.whole("num_key_value_heads", kv_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             place, f"{num_heads} attention heads over {num_kv_heads} KV heads", wanted="a whole ratio"
         )
     if head_dim % 2:
         raise CheckpointError(place, f"head_dim {head_dim}", wanted="an even number, for RoPE")
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = fields.flag("attention_bias")
+    context = fields.whole("max_position_embeddings", 2048)
     return Architecture(
         model_type=model_type,
-        num_layers=whole("num_hidden_layers"),
+        num_layers=fields.whole("num_hidden_layers", high=1000),
         hidden_size=hidden_size,
-        intermediate_size=whole("intermediate_size"),
+        intermediate_size=fields.whole("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=whole("vocab_size"),
-        max_position_embeddings=_context(config, whole("max_position_embeddings", 2048)),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        vocab_size=fields.whole("vocab_size"),
+        max_position_embeddings=min(context, sliding_window(config, place) or context),
+        rms_norm_eps=fields.positive("rms_norm_eps", 1e-6),
         rope=_rope(config, place),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
         output_bias=attention_bias and model_type != "qwen2",
-        mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
+        mlp_bias=fields.flag("mlp_bias") and model_type == "llama",
         qk_norm=model_type == "qwen3",
     )
 
 
-def sliding_window(config: Mapping[str, Any]) -> int | None:
+@dataclass(frozen=True)
+class _Fields:
+    """A table of config.json, read key by key; an absent or null key takes the default."""
+
+    table: Mapping[str, Any]
+    place: object
+
+    def whole(self, key: str, default: int | None = None, *, high: int = 1 << 31) -> int:
+        value = default if self.table.get(key) is None else self.table[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+            raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted=f"a whole number from 1 to {high}")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = default if self.table.get(key) is None else self.table[key]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted="a number above 0")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.table.get(key) or False
+        if value is not True and value is not False:
+            raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted="true or false")
+        return value
+
+
+def sliding_window(config: Mapping[str, Any], place: object) -> int | None:
     """Tokens that attention looks back over, or None where it sees all: Mistral always, Qwen where switched on."""
-    window = config.get("sliding_window")
     if config.get("model_type") in ("qwen2", "qwen3"):
         layer_types = config.get("layer_types") or []
         if not config.get("use_sliding_window") and "sliding_attention" not in layer_types:
             return None
-    return int(window) if window else None
+    return None if config.get("sliding_window") is None else _Fields(config, place).whole("sliding_window")
 
 
 def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise CheckpointError(place, f"hidden_act {activation!r}", wanted="'silu'")
-    others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    layer_types = config.get("layer_types") or []
+    others = [kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")]
     if others:
-        raise CheckpointError(place, f"layer_types has {sorted(others)[0]!r}", wanted="'full_attention'")
+        raise CheckpointError(place, f"layer_types has {others[0]!r:.60}", wanted="'full_attention'")
     for key, value in config.items():
         if key in _REQUIRED_VALUE:
             if value not in _REQUIRED_VALUE[key]:
@@ -129,30 +152,32 @@ def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
             )
 
 
-def _context(config: Mapping[str, Any], max_position_embeddings: int) -> int:
-    return min(max_position_embeddings, sliding_window(config) or max_position_embeddings)
-
-
 def _rope(config: Mapping[str, Any], place: object) -> Rope:
     """Either spelling: rope_theta with rope_scaling, or rope_parameters with both."""
-    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = parameters.pop("rope_type", None)
-    kind = parameters.pop("type", kind) if kind is None else kind
-    parameters.pop("type", None)
-    kind = kind or "default"
-    keys = _ROPE_KEYS.get(kind)
-    if keys is None:
-        raise CheckpointError(place, f"RoPE type {kind!r}", wanted="default, linear or llama3")
-    if float(parameters.pop("partial_rotary_factor", None) or 1.0) != 1.0:
+    parameters: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        table = config.get(key) or {}
+        if not isinstance(table, Mapping):
+            raise CheckpointError(place, f"{key} is {table!r:.60}", wanted="a table")
+        parameters.update(table)
+    fields = _Fields({"rope_theta": config.get("rope_theta")} | parameters, place)
+    kinds = [parameters[key] for key in ("rope_type", "type") if parameters.get(key) is not None] or ["default"]
+    kind = kinds[0]
+    if not isinstance(kind, str) or any(other != kind for other in kinds) or kind not in _ROPE_KEYS:
+        raise CheckpointError(place, f"RoPE type {kinds[-1]!r:.60}", wanted="default, linear or llama3")
+    if fields.positive("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(place, "partial_rotary_factor is not 1", wanted="RoPE over the whole head")
-    if kind == "default":
-        parameters.pop("factor", None)
-    for key in keys:
-        if not isinstance(parameters.get(key), (int, float)):
-            raise CheckpointError(place, f"RoPE type {kind!r} without {key}", wanted="a number")
-    unknown = sorted(key for key in parameters if key not in keys)
+    keys = _ROPE_KEYS[kind]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *keys, *(["factor"] if not keys else [])}
+    unknown = sorted(key for key in parameters if key not in known)
     if unknown:
         raise CheckpointError(place, f"RoPE parameter {unknown[0]!r} is not handled for type {kind!r}")
-    values = {key: parameters[key] for key in keys}
-    return Rope(theta=float(theta), type=cast(Any, kind), **values)
+    for key in keys:
+        if parameters.get(key) is None:
+            raise CheckpointError(place, f"RoPE type {kind!r} without {key}", wanted="a number")
+    values: dict[str, Any] = {key: fields.positive(key) for key in keys}
+    if kind == "llama3":
+        values["original_max_position_embeddings"] = fields.whole("original_max_position_embeddings")
+        if values["low_freq_factor"] >= values["high_freq_factor"]:
+            raise CheckpointError(place, "low_freq_factor is not below high_freq_factor")
+    return Rope(theta=fields.positive("rope_theta", 10000.0), type=cast(Any, kind), **values)

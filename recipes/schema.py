@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 PositiveInt = Annotated[int, Range(1)]
-Positive = Annotated[float, Range(sys.float_info.min)]
+Positive = Annotated[float, Range(sys.float_info.min)]  # and finite
 Share = Annotated[float, Range(0, 1)]
 
 RecipeT = TypeVar("RecipeT")

@@ -46,8 +46,11 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise RecipeError(folder / name, "no such file", wanted="a folder with a fast tokenizer")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise RecipeError(folder, f"no tokenizer can be read here ({error})", fix="save it again") from None
 
     def token_id(name: str) -> int | None:
         token = config.get(name)
@@ -110,7 +113,10 @@ def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int
 
 
 def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
-    tokens: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        tokens: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(path, f"not an array of numpy's ({error})", wanted="token ids, uint16 or uint32") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise RecipeError(path, f"an array {tokens.dtype}{list(tokens.shape)}", wanted="token ids, uint16 or uint32")
     if int(tokens.max()) >= tokenizer.vocab_size:

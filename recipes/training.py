@@ -378,13 +378,16 @@ def train(
         minutes=elapsed_s / 60,
     )
     if result.finished:
+        model = load_model(checkpoint)
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise RecipeError(recipe_path, "the weights are no longer finite", fix="lower optimizer.learning_rate")
         log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         summary = {"steps": step, "tokens": result.tokens, "minutes": result.minutes, "log": log}
         notes = {
             "recipe.toml": Path(recipe_path).read_text(encoding="utf-8"),
             "training.json": json.dumps(summary, indent=1),
         }
-        write_model(load_model(checkpoint), tokenizer, DTYPES[recipe.run.output_dtype], output, notes)
+        write_model(model, tokenizer, DTYPES[recipe.run.output_dtype], output, notes)
     return result
 
 

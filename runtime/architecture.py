@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from edgeskip.runtime.structure import Range
 
 DType = Literal["fp32", "fp16", "bf16"]
+Size = Annotated[int, Range(1, 1 << 31)]
 ITEMSIZE: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
@@ -33,14 +36,14 @@ class Architecture:
     """
 
     model_type: str
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
+    num_layers: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    vocab_size: Size
+    max_position_embeddings: Size
     rms_norm_eps: float
     rope: Rope
     tie_word_embeddings: bool = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from edgeskip.runtime.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.manifest import Progress
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
 
-TIE_GAP = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.4}
+TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
 """Kernels round differently for one row and for many: a token may differ where the two top logits lie closer."""
 
 
@@ -79,7 +81,10 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """A contestant's first token that is not plain decoding's: `gap` lies between the model's two top logits there."""
+    """A contestant's first token that is not plain decoding's.
+
+    `gap` lies between the logits of the two tokens, infinite unless they are the two top ones.
+    """
 
     mode: str
     num_speculations: int
@@ -140,10 +145,13 @@ def run_bench(
             raise RequestError("num speculations", f"{k}", wanted=f"1 to {MAX_SPECULATIONS}")
     manifest = model.bundle.manifest
     prompt_ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
-    room = manifest.max_length - max(map(len, prompt_ids))
-    if room < settings.max_new_tokens:
+    longest = max(map(len, prompt_ids))
+    room = manifest.max_length - longest
+    if room < 2:
+        raise RequestError("prompts", f"one of {longest} tokens", wanted=f"at most {manifest.max_length - 2}")
+    if not 2 <= settings.max_new_tokens <= room:
         raise RequestError(
-            "max new tokens", f"{settings.max_new_tokens}", wanted=f"at most {room} behind the longest prompt"
+            "max new tokens", f"{settings.max_new_tokens}", wanted=f"2 to {room}, behind the longest prompt"
         )
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=model.session.confidence_threshold)
@@ -163,9 +171,12 @@ def run_bench(
     plain_ms = _ms_per_token(measured[0])
     rows = tuple(_row(c, kept, plain_ms) for c, kept in zip(contestants, measured, strict=True))
     differences = tuple(
-        difference
-        for contestant, kept in zip(contestants[1:], measured[1:], strict=True)
-        for difference in _differences(model, contestant, prompt_ids, measured[0][0], kept[0])
+        dict.fromkeys(
+            difference
+            for contestant, kept in zip(contestants[1:], measured[1:], strict=True)
+            for runs_of_repeat in kept
+            for difference in _differences(model, contestant, prompt_ids, measured[0][0], runs_of_repeat)
+        )
     )
     foreign = {other.mode for other in others}
     return BenchReport(
@@ -181,11 +192,12 @@ def run_bench(
     )
 
 
-def top_two_gap(model: Model, token_ids: Sequence[int]) -> float:
-    """How far the two top logits lie apart after these tokens, by plain computation."""
+def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
+    """How far the logits of two candidates lie apart behind these tokens; infinite unless they are the two top ones."""
     prefill(model.session, model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk)
-    second, first = np.sort(model.session.read_logits(1)[0])[-2:]
-    return float(first - second)
+    logits = model.session.read_logits(1)[0]
+    second, first = np.argsort(logits)[-2:]
+    return float(logits[first] - logits[second]) if {ours, theirs} == {first, second} else math.inf
 
 
 def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
@@ -238,21 +250,13 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
 
 
 def _differences(
-    model: Model,
-    contestant: Contestant,
-    prompts: Sequence[list[int]],
-    plain: Sequence[Run],
-    runs: Sequence[Run],
-) -> list[Difference]:
-    found = []
+    model: Model, contestant: Contestant, prompts: Sequence[list[int]], plain: Sequence[Run], runs: Sequence[Run]
+) -> Iterator[Difference]:
     for index, (ids, ours, theirs) in enumerate(zip(prompts, plain, runs, strict=True)):
-        if ours.token_ids == theirs.token_ids:
-            continue
-        pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
-        position = next(
-            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours.token_ids), len(theirs.token_ids))
-        )
-        gap = top_two_gap(model, [*ids, *ours.token_ids[:position]])
-        tie = gap < TIE_GAP[model.bundle.manifest.dtype]
-        found.append(Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie))
-    return found
+        pairs = zip_longest(ours.token_ids, theirs.token_ids, fillvalue=-1)
+        parted = next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
+        if parted is not None:
+            position, a, b = parted
+            gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b)
+            tie = gap < TIE_GAP[model.bundle.manifest.dtype]
+            yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)

@@ -102,12 +102,12 @@ class Model:
             confidence_threshold = self.session.confidence_threshold
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
-        if not 1 <= num_speculations <= MAX_SPECULATIONS:
+        if not (type(num_speculations) is int and 1 <= num_speculations <= MAX_SPECULATIONS):
             raise RequestError("num speculations", f"{num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
         if not 0 <= confidence_threshold <= 1:
             raise RequestError("confidence threshold", f"{confidence_threshold}", wanted="0 to 1")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise RequestError("max new tokens", f"{max_new_tokens}", wanted="at least 1")
+        if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
+            raise RequestError("max new tokens", f"{max_new_tokens}", wanted="a whole number from 1")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stops):
             raise RequestError("stop", "an empty text", wanted="at least one character")
@@ -122,8 +122,7 @@ class Model:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         manifest = self.bundle.manifest
-        template = self.bundle.path("chat_template.jinja")
-        ids = encode_prompt(self.tokenizer, prompt, template, manifest.architecture.vocab_size)
+        ids = encode_prompt(self.tokenizer, prompt, self.bundle)
         if len(ids) > manifest.max_length:
             raise RequestError(
                 "prompt",
@@ -135,7 +134,7 @@ class Model:
 
     def _generate(self, request: _Request) -> Iterator[Piece]:
         if self._closed:
-            raise RequestError("model", "is closed", fix="generate within its `with` block")
+            raise _closed_error()
         if self._busy:
             raise RequestError(
                 "model", "is already generating", fix="finish or close() the first generator, or load a second model"
@@ -154,6 +153,8 @@ class Model:
         reason: StopReason | None = None
         steps = self._steps(request)
         while reason is None:
+            if self._closed:
+                raise _closed_error()
             start = perf_counter()
             step = next(steps, None)
             if step is None:
@@ -244,6 +245,10 @@ def embedding_table(bundle: Bundle) -> np.ndarray:
         entry = json.loads(file.read(size))["model.embed_tokens.weight"]
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[entry["dtype"]]
     return np.memmap(path, dtype, "r", offset=8 + size + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+
+
+def _closed_error() -> RequestError:
+    return RequestError("model", "is closed", fix="generate within its `with` block")
 
 
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:

@@ -63,8 +63,18 @@ def graph_table(num_layers: int, exit_layer: int) -> dict[GraphName, Graph]:
     ids = Tensor("token_ids", "int64", ("B", "T"))
     early, late = range(exit_layer), range(exit_layer, num_layers)
     return {
-        "draft": Graph(0, exit_layer, (embeds, positions, *_past(early)), (exit_states, *_present(early))),
-        "verify": Graph(exit_layer, num_layers, (exit_states, positions, *_past(late)), (states, *_present(late))),
+        "draft": Graph(
+            0,
+            exit_layer,
+            (embeds, positions, *_caches("past_key_values", early)),
+            (exit_states, *_caches("present", early)),
+        ),
+        "verify": Graph(
+            exit_layer,
+            num_layers,
+            (exit_states, positions, *_caches("past_key_values", late)),
+            (states, *_caches("present", late)),
+        ),
         "head": Graph(num_layers, num_layers, (states,), (logits, ids, embeds)),
     }
 
@@ -84,14 +94,6 @@ def dimensions(architecture: Architecture, capacity: int) -> dict[str, int]:
 def present_name(past: str) -> str:
     """The output that updates the given cache input."""
     return past.replace("past_key_values.", "present.")
-
-
-def _past(layers: range) -> tuple[Tensor, ...]:
-    return _caches("past_key_values", layers)
-
-
-def _present(layers: range) -> tuple[Tensor, ...]:
-    return _caches("present", layers)
 
 
 def _caches(prefix: str, layers: range) -> tuple[Tensor, ...]:

@@ -19,16 +19,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from edgeskip.runtime.architecture import Architecture, DType
+from edgeskip.runtime.architecture import Architecture, DType, Size
 from edgeskip.runtime.errors import BundleError
-from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, Graph, GraphName, graph_table
-from edgeskip.runtime.structure import structure
+from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
+from edgeskip.runtime.structure import Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT_VERSION = 1
+
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
+"""Names of a bundle's files: flat, and the same on every file system."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is under way, bytes done and bytes in all."""
@@ -47,7 +50,8 @@ class Manifest:
     """What a bundle holds.
 
     `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts a round,
-    `prefill_chunk` the prompt tokens of one call. `graphs` and `chains` repeat the contract for other readers.
+    `prefill_chunk` the prompt tokens of one call; `bos_token` and `eos_token` are texts for the chat template. `graphs`
+    and `chains` repeat the contract for other readers.
     """
 
     format_version: int
@@ -56,10 +60,12 @@ class Manifest:
     architecture: Architecture
     exit_layer: int
     dtype: DType
-    max_length: int
-    num_speculations: int
-    prefill_chunk: int
+    max_length: Size
+    num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)]
+    prefill_chunk: Size
     eos_token_ids: tuple[int, ...]
+    bos_token: str
+    eos_token: str
     graphs: dict[str, Graph]
     chains: dict[str, tuple[str, ...]]
     files: dict[str, FileRecord]
@@ -110,7 +116,9 @@ def read_bundle(folder: str | Path) -> Bundle:
         raise BundleError(folder, f"no {MANIFEST}, so not a bundle", fix="make one with `edgeskip export`")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise BundleError(path, f"not valid JSON ({error})", fix="export the bundle again") from None
     _check_version(path, data)
     manifest = structure(Manifest, data, path, BundleError)
@@ -123,27 +131,31 @@ def read_bundle(folder: str | Path) -> Bundle:
 def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
     """Compares every file with its sha256, in full the first time.
 
-    Later loads trust a stamp in the user's cache folder while size and modification time stay as they were.
+    Later loads trust a stamp in the user's cache folder while size, modification time and inode stay as they were.
 
     Raises:
         BundleError: a file differs from what was exported.
     """
     stamp = _stamp(bundle)
-    stamp_path = _stamp_path(bundle)
+    stamp_path: Path | None = None
     try:
+        stamp_path = _stamp_path(bundle)
         if json.loads(stamp_path.read_text(encoding="utf-8")) == stamp:
             return
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # no stamp, a damaged one, or no home folder
         pass
     total = sum(record.bytes for record in bundle.manifest.files.values())
     done = 0
     for name, record in bundle.manifest.files.items():
         digest = hashlib.sha256()
-        with bundle.path(name).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                done += len(block)
-                progress("checking the bundle", done, total)
+        try:
+            with bundle.path(name).open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    done += len(block)
+                    progress("checking the bundle", done, total)
+        except OSError as error:
+            raise BundleError(bundle.path(name), f"cannot be read ({error.strerror})") from None
         if digest.hexdigest() != record.sha256:
             raise BundleError(
                 bundle.path(name),
@@ -151,6 +163,8 @@ def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
                 wanted=f"{record.sha256[:12]}..., as exported",
                 fix="copy the bundle again or export it again",
             )
+    if stamp_path is None:
+        return
     try:
         stamp_path.parent.mkdir(parents=True, exist_ok=True)
         stamp_path.write_text(json.dumps(stamp), encoding="utf-8")
@@ -168,7 +182,9 @@ def _check_version(path: Path, data: Any) -> None:
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
-    layers = manifest.architecture.num_layers
+    layers, vocab_size = manifest.architecture.num_layers, manifest.architecture.vocab_size
+    if not all(0 <= i < vocab_size for i in manifest.eos_token_ids):
+        raise BundleError(path, f"eos_token_ids {manifest.eos_token_ids}", wanted=f"0 to {vocab_size - 1}")
     if not 1 <= manifest.exit_layer < layers:
         raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"1 to {layers - 1}")
     if manifest.graphs != manifest.table or manifest.chains != CHAINS:
@@ -184,7 +200,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
 
 def _check_file(folder: Path, name: str, record: FileRecord) -> None:
     path = folder / name
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or path.resolve().parent != folder.resolve():
+    if not FILE_NAME.fullmatch(name) or path.resolve().parent != folder.resolve():
         raise BundleError(folder / MANIFEST, f"file {name!r} leads out of the bundle", fix="do not use this bundle")
     if not path.is_file():
         raise BundleError(path, "missing", fix="copy the bundle again or export it again")

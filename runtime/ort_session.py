@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 
-from edgeskip.runtime.errors import BackendError
-from edgeskip.runtime.graphs import GRAPHS, Tensor, dimensions, present_name
+from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
 from edgeskip.runtime.manifest import Bundle
 from edgeskip.runtime.rounds import Call, Round, View, workspace
 from edgeskip.runtime.session import BoundRound, RoundResult, Session
 
-_NUMPY = {"fp32": np.float32, "fp16": np.float16, "int64": np.int64}
+_NUMPY = {"fp32": np.float32, "fp16": np.float16}
+_ORT_NAMES: dict[Any, str] = {np.float32: "tensor(float)", np.float16: "tensor(float16)"}
 
 
 class OrtCpuSession(Session):
@@ -57,6 +59,7 @@ class OrtCpuSession(Session):
                 raise BackendError(
                     path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
                 ) from None
+            self._check_tensors(path, graph)
         self._buffers = {
             name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), self._dtypes[dtype])
             for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
@@ -71,6 +74,17 @@ class OrtCpuSession(Session):
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
+
+    def _check_tensors(self, path: Path, graph: GraphName) -> None:
+        """Compares a loaded graph with the manifest's: memory is bound by address, so nothing later would notice."""
+        session, names = self._sessions[graph], {"float": _ORT_NAMES[self._dtypes["float"]], "int64": "tensor(int64)"}
+        for tensors, nodes in (
+            (self._table[graph].inputs, session.get_inputs()),
+            (self._table[graph].outputs, session.get_outputs()),
+        ):
+            wanted = [(t.name, names[t.dtype], [self._dims.get(dim, dim) for dim in t.shape]) for t in tensors]
+            if [(node.name, node.type, node.shape) for node in nodes] != wanted:
+                raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
 
     @property
     def stage_ns(self) -> Mapping[str, int]:

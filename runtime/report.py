@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +59,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
     """The tables of a bench, and what differed."""
     settings, plain = report.settings, report.rows[0]
     best = max((row for row in report.rows if row.num_speculations), key=lambda row: row.speedup, default=None)
-    console.print(f"{report.source}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}")
+    console.print(f"{escape(report.source)}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}")
     speed = _table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
         speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
@@ -119,7 +120,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     """What a bundle holds."""
     m, a = bundle.manifest, bundle.manifest.architecture
     console.print(
-        f"[bold]{bundle.folder}[/bold]: {m.source}, {a.model_type}, {m.dtype}, by edgeskip {m.edgeskip_version}"
+        f"[bold]{escape(str(bundle.folder))}[/bold]: {escape(m.source)}, {escape(a.model_type)}, {m.dtype}, "
+        f"by edgeskip {escape(m.edgeskip_version)}"
     )
     console.print(
         f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "

@@ -41,11 +41,6 @@ class Call:
     inputs: tuple[tuple[str, View], ...]
     outputs: tuple[tuple[str, View], ...]
 
-    @property
-    def rows(self) -> int:
-        """T, new tokens in this call."""
-        return self.inputs[0][1].rows
-
 
 @dataclass(frozen=True)
 class Round:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -30,28 +31,47 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         raise BundleError(path, f"not a tokenizer ({error})", fix="export from a checkpoint with a sound one") from None
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Path, vocab_size: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle) -> list[int]:
     """Token ids of a prompt; special tokens are added to a text, a chat template brings its own.
 
     Raises:
         RequestError: nothing to start from, ids outside the vocabulary, or a chat without a template.
     """
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt).ids if prompt else []
-    elif prompt and isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode(_render_chat(prompt, chat_template), add_special_tokens=False).ids
+        ids = _encode(tokenizer, prompt, add_special_tokens=True) if prompt else []
+    elif isinstance(prompt, (bytes, Mapping)):
+        raise RequestError("prompt", f"a {type(prompt).__name__}", wanted="a text, token ids or a list of messages")
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        ids = _encode(tokenizer, _render_chat(prompt, bundle), add_special_tokens=False)
     else:
-        ids = list(prompt)  # type: ignore[arg-type]
+        ids = [_token_id(i, bundle.manifest.architecture.vocab_size) for i in prompt]
     if not ids:
         raise RequestError("prompt", "empty", wanted="at least one token")
-    outside = next((i for i in ids if not isinstance(i, int) or not 0 <= i < vocab_size), None)
-    if outside is not None:
-        raise RequestError("prompt", f"token id {outside}", wanted=f"0 to {vocab_size - 1}")
     return ids
 
 
-def _render_chat(messages: Any, path: Path) -> str:
-    if not path.is_file():
+def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError("prompt", f"not valid Unicode ({error.reason})", wanted="a text in UTF-8") from None
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _token_id(value: Any, vocab_size: int) -> int:
+    try:
+        token_id = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        token_id = -1
+    if not 0 <= token_id < vocab_size:
+        raise RequestError("prompt", f"token id {value!r}", wanted=f"0 to {vocab_size - 1}")
+    return token_id
+
+
+def _render_chat(messages: Any, bundle: Bundle) -> str:
+    """The messages as the model was trained to see them, by the variables that transformers gives a template."""
+    path, manifest = bundle.path("chat_template.jinja"), bundle.manifest
+    if path.name not in manifest.files:
         raise RequestError(path, "no chat template, so this model takes no chat", fix="give a plain text")
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -63,10 +83,17 @@ def _render_chat(messages: Any, path: Path) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        template = environment.from_string(path.read_text(encoding="utf-8"))
-        return template.render(messages=list(messages), add_generation_prompt=True, bos_token="", eos_token="")
-    except TemplateError as error:
+        return environment.from_string(path.read_text(encoding="utf-8")).render(
+            messages=list(messages),
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            bos_token=manifest.bos_token,
+            eos_token=manifest.eos_token,
+        )
+    except Exception as error:  # a template can fail in any way
         raise RequestError(path, f"the chat template refuses ({error})", fix="give a plain text") from None
 
 
@@ -89,7 +116,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._decoder = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        # A prompt that ends within a character would be decoded again with what follows.
+        whole = not tokenizer.decode(list(prompt_ids[-8:]), skip_special_tokens=True).endswith("\ufffd")
+        self._decoder = DecodeStream(ids=list(prompt_ids) if whole else [], skip_special_tokens=True)
         self._undecoded: list[int] = []
         self._held: list[Span] = []
         self.stopped = False

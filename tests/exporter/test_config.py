@@ -138,10 +138,21 @@ def test_rope_tables_equal_transformers(rope, parameters):
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3 KV heads"),
         ({"head_dim": 15}, "head_dim 15; wanted an even number"),
-        ({"hidden_size": None}, "hidden_size is None; wanted a positive whole number"),
+        ({"hidden_size": None}, "hidden_size is None; wanted a whole number from 1"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; wanted a number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": True}, "rope_theta is True"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor is 0; wanted a number above 0"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; wanted a table"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "RoPE type"),
+        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor is not below"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; wanted true or false"),
+        ({"model_type": "mistral", "sliding_window": "abc"}, "sliding_window is 'abc'"),
+        ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000; wanted a whole number from 1 to 1000"),
     ],
 )
 def test_what_is_not_handled_is_refused_by_name(change, message):
@@ -150,7 +161,7 @@ def test_what_is_not_handled_is_refused_by_name(change, message):
 
 
 def test_a_sliding_window_counts_only_where_it_is_in_use():
-    assert sliding_window({"model_type": "mistral", "sliding_window": 4096}) == 4096
-    assert sliding_window({"model_type": "mistral", "sliding_window": None}) is None
-    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}) is None
-    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}) == 4096
+    assert sliding_window({"model_type": "mistral", "sliding_window": 4096}, "x") == 4096
+    assert sliding_window({"model_type": "mistral", "sliding_window": None}, "x") is None
+    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, "x") is None
+    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, "x") == 4096

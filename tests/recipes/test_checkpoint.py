@@ -13,7 +13,7 @@ from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.exporter.reference import reference_model
 from edgeskip.recipes.demo import CHECKPOINT, EXIT_LAYER
-from edgeskip.runtime.bench import TIE_GAP, load_prompts, top_two_gap
+from edgeskip.runtime.bench import TIE_GAP, load_prompts, tie_gap
 from edgeskip.runtime.manifest import read_bundle
 
 
@@ -72,10 +72,11 @@ def test_its_tokens_equal_transformers_greedy_tokens(bundle):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=1
             )
             theirs = tuple(out[0, ids.shape[1] :].tolist())
-            parts = next((i for i, (a, b) in enumerate(zip(plain.token_ids, theirs, strict=False)) if a != b), None)
+            pairs = enumerate(zip(plain.token_ids, theirs, strict=True))
+            parts = next(((i, a, b) for i, (a, b) in pairs if a != b), None)
             if parts is not None:
-                gap = top_two_gap(model, [*plain.prompt_token_ids, *theirs[:parts]])
-                assert gap < TIE_GAP["fp32"]
+                position, a, b = parts
+                assert tie_gap(model, [*plain.prompt_token_ids, *theirs[:position]], a, b) < TIE_GAP["fp32"]
 
 
 def test_a_bundle_gives_back_the_very_weights(bundle):

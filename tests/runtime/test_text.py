@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 from tests.conftest import make_tokenizer
 
 import edgeskip
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.text import TextStream
+from edgeskip.runtime.manifest import Bundle, FileRecord
+from edgeskip.runtime.text import TextStream, encode_prompt
 
 
 def streamed(text, stop=(), drafted=lambda index: False):
@@ -77,6 +81,12 @@ def test_generation_ends_at_a_stop_string(bundles):
         ([], {}, "prompt: empty"),
         ([1, 300], {}, "token id 300; wanted 0 to 299"),
         ([-1], {}, "token id -1"),
+        ([True], {}, "token id True"),
+        ([1.5], {}, "token id 1.5"),
+        (b"abc", {}, "prompt: a bytes"),
+        ("\ud800", {}, "not valid Unicode"),
+        ("a", {"max_new_tokens": 2.5}, "max new tokens: 2.5"),
+        ("a", {"num_speculations": 2.5}, "num speculations: 2.5"),
         ("x" * 96, {}, "97 tokens; wanted at most 96"),
         ("a", {"mode": "fast"}, "mode: 'fast'; wanted one of self-speculative, autoregressive, early-exit"),
         ("a", {"num_speculations": 0}, "num speculations: 0; wanted 1 to 16"),
@@ -93,19 +103,30 @@ def test_what_cannot_be_served_is_refused_at_once(prompt, settings, message, bun
         assert model.complete("a", max_new_tokens=2).statistics.new_tokens == 2
 
 
-def test_a_chat_is_rendered_by_its_template_without_a_second_bos(bundles, tmp_path):
-    from edgeskip.runtime.text import encode_prompt
+@pytest.fixture
+def chat(bundles, tmp_path):
+    """Encodes a chat by a template, in a bundle that has it."""
 
-    template = tmp_path / "chat_template.jinja"
-    template.write_text(
-        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    def encode(template, messages=({"role": "user", "content": "hi"},)):
+        bundle = bundles("llama-gqa")
+        (tmp_path / "chat_template.jinja").write_text(template)
+        files = bundle.manifest.files | {"chat_template.jinja": FileRecord(0, "")}
+        manifest = dataclasses.replace(bundle.manifest, files=files, bos_token="<s>", eos_token="</s>")
+        return encode_prompt(make_tokenizer(), list(messages), Bundle(tmp_path, manifest))
+
+    return encode
+
+
+def test_a_chat_is_rendered_by_its_template_with_one_bos(chat):
+    ids = chat(
+        "{{ bos_token }}{% if tools is not none %}[tools]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}[you]{% endif %}"
     )
-    tokenizer = make_tokenizer()
-    ids = encode_prompt(tokenizer, [{"role": "user", "content": "hi"}], template, 300)
     assert ids[0] == 0
     assert 0 not in ids[1:]
-    assert tokenizer.decode(ids) == "[user]hi[you]"
+    assert ids.count(1) == 1
+    assert make_tokenizer().decode(ids) == "[user]hi[you]"
 
 
 @pytest.mark.parametrize(
@@ -113,13 +134,33 @@ def test_a_chat_is_rendered_by_its_template_without_a_second_bos(bundles, tmp_pa
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% for %}", "refuses"),
+        ("{{ 1/0 }}", "refuses"),
+        ("{{ messages[0].content + 1 }}", "refuses"),
         ("{{ ''.__class__.mro() }}", "refuses"),
     ],
 )
-def test_a_template_that_fails_is_one_line(template, message, tmp_path):
-    from edgeskip.runtime.text import encode_prompt
-
-    path = tmp_path / "chat_template.jinja"
-    path.write_text(template)
+def test_a_template_that_fails_is_one_line(template, message, chat):
     with pytest.raises(RequestError, match=message):
-        encode_prompt(make_tokenizer(), [{"role": "user", "content": "hi"}], path, 300)
+        chat(template)
+
+
+def test_closing_the_model_ends_its_generator_with_an_error(bundles):
+    with edgeskip.load(bundles("llama-gqa").folder) as model:
+        pieces = model.generate("abc", max_new_tokens=20)
+        next(pieces)
+    with pytest.raises(RequestError, match="model: is closed"):
+        list(pieces)
+
+
+def test_a_prompt_that_ends_within_a_character_is_not_repeated():
+    tokenizer = make_tokenizer()
+    prompt = tokenizer.encode("x = 😀", add_special_tokens=False).ids[:-2]
+    stream = TextStream(tokenizer, prompt, ())
+    spans = [s for i in tokenizer.encode("ab", add_special_tokens=False).ids for s in stream.push(i, drafted=False)]
+    assert "".join(s.text for s in spans) == "ab"
+
+
+def test_token_ids_may_be_an_array(bundles):
+    with edgeskip.load(bundles("llama-gqa").folder) as model:
+        listed = model.complete([0, 40, 41], max_new_tokens=4)
+        assert model.complete(np.array([0, 40, 41]), max_new_tokens=4).token_ids == listed.token_ids
