@@ -60,8 +60,8 @@ class Contestant:
 class BenchRow:
     """One contestant over all prompts.
 
-    Rates are over the tokens after each first one. `acceptance_histogram` and `stage_ms_per_round` (time in each
-    graph) are null for other runtimes. `distinct_4grams` is the share of distinct 4-grams in the texts: a model that
+    Rates are over the tokens after each first one. `acceptance_histogram`, `stage_ms_per_round` (mean time in each
+    graph) and `host_ms_per_round` (mean of the rest) are null for other runtimes. `distinct_4grams` is the share of distinct 4-grams in the texts: a model that
     loops flatters every rate.
     """
 
@@ -77,6 +77,7 @@ class BenchRow:
     distinct_4grams: float
     acceptance_histogram: tuple[int, ...] | None
     stage_ms_per_round: dict[str, float] | None
+    host_ms_per_round: float | None
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
     rounds = sum(s.rounds for s in stats)
     accepted, drafted, tested = (sum(getattr(s, n) for s in stats) for n in ("accepted", "drafted", "tested"))
     stages = [s.stage_ms for s in stats if s.stage_ms]
+    seconds = sum(run.seconds for run in runs)
+    stage_ms = {g: sum(s[g] for s in stages) / rounds for g in stages[0]} if stages else None
     return BenchRow(
         mode=contestant.mode,
         num_speculations=contestant.num_speculations,
@@ -245,7 +248,8 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
         tokens_per_round=sum(s.new_tokens - 1 for s in stats) / rounds if rounds else None,
         distinct_4grams=distinct_4grams([run.token_ids for run in repeats[0]]),
         acceptance_histogram=tuple(int(n) // len(repeats) for n in histogram) if stats else None,
-        stage_ms_per_round={g: sum(s[g] for s in stages) / rounds for g in stages[0]} if stages else None,
+        stage_ms_per_round=stage_ms,
+        host_ms_per_round=None if stage_ms is None else seconds * 1e3 / rounds - sum(stage_ms.values()),
     )
 
 

@@ -73,11 +73,10 @@ def print_bench(report: BenchReport, console: Console) -> None:
             else "K drafts always\n"
         )
     )
-    stages = _table("K", *(f"{graph} ms" for graph in GRAPHS), "others ms", "first token ms")
+    stages = _table("K", *(f"{graph} ms" for graph in GRAPHS), "host ms", "first token ms")
     for row in report.rows:
-        if row.stage_ms_per_round and row.tokens_per_round:
-            whole = row.ms_per_token * row.tokens_per_round
-            times = [*row.stage_ms_per_round.values(), whole - sum(row.stage_ms_per_round.values())]
+        if row.stage_ms_per_round is not None:
+            times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
             first = f"{row.time_to_first_token_ms:.0f}"
             stages.add_row(str(row.num_speculations), *(f"{ms:.2f}" for ms in times), first)
     console.print("Where a round's time goes:")

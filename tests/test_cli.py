@@ -393,6 +393,8 @@ def test_a_damaged_bundle_is_told_before_anything_is_printed(spoiled):
         (["demo"], "onnxruntime", "demo"),
         (["generate", "{bundle}", "-p", "a"], "onnxruntime", "cpu"),
         (["bench", "{bundle}", "--prompts", "{text}", "-n", "2"], "onnxruntime", "cpu"),
+        (["bench", "{bundle}", "--prompts", "{text}", "--compare", "transformers"], "torch", "train,export"),
+        (["bench", "{bundle}", "--prompts", "{text}", "--compare", "transformers"], "ml_dtypes", "train,export"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(

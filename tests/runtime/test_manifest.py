@@ -112,6 +112,7 @@ def test_another_format_version_is_told_before_anything_else(version, message, f
         (b"\xff\xfe{}", "not valid JSON"),
         (b"[]", "no format_version"),
         (b"null", "no format_version"),
+        (b"[" * 100_000, "not valid JSON"),
         (b'{"format_version": 1}', "key 'edgeskip_version' is missing"),
     ],
 )
@@ -138,6 +139,9 @@ def test_a_malformed_manifest(text, message, folder):
         (lambda m: m.update(exit_layer=3), "its graphs are not those of this version"),
         (lambda m: m["graphs"].pop("head"), "its graphs are not those of this version"),
         (lambda m: m["chains"].update(draft=["draft"]), "its graphs are not those of this version"),
+        (lambda m: m.update(eos_token_ids=[300]), r"eos_token_ids \(300,\); wanted 0 to 299"),
+        (lambda m: m.update(prefill_chunk=0), "prefill_chunk: found 0; wanted"),
+        (lambda m: m["architecture"].update(head_dim=-1), "architecture.head_dim: found -1; wanted"),
         (lambda m: m["files"].pop("tokenizer.json"), "lists no tokenizer.json"),
         (lambda m: m["files"].pop("verify.ort.onnx"), "lists no verify.ort.onnx"),
     ],
@@ -145,6 +149,22 @@ def test_a_malformed_manifest(text, message, folder):
 def test_a_manifest_that_is_not_consistent(change, message, folder):
     edit_json(folder / MANIFEST, change)
     assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(max_length=97),
+        lambda m: m.update(dtype="fp16"),
+        lambda m: m["architecture"].update(hidden_size=128),
+        lambda m: m["architecture"].update(num_kv_heads=4),
+        lambda m: m["architecture"].update(head_dim=32),
+        lambda m: m["architecture"].update(vocab_size=310),
+    ],
+)
+def test_a_manifest_of_other_graphs(change, folder):
+    edit_json(folder / MANIFEST, change)
+    assert_refused(folder, "onnx: its tensors are not those of the manifest; export the bundle again")
 
 
 @pytest.mark.parametrize("name", ["../x.json", "sub/x.json", "{absolute}", "..", ".hidden", "", "a\\b", "x.json\n"])
@@ -231,6 +251,16 @@ def test_a_moved_bundle_is_checked_where_it_is(folder, cache):
 def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert hashed(folder)
+    assert hashed(folder)
+
+
+def test_a_user_without_a_home_is_no_error(folder, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
     assert hashed(folder)
     assert hashed(folder)
 
