@@ -61,8 +61,8 @@ class BenchRow:
     """One contestant over all prompts.
 
     Rates are over the tokens after each first one. `acceptance_histogram`, `stage_ms_per_round` (mean time in each
-    graph) and `host_ms_per_round` (mean of the rest) are null for other runtimes. `distinct_4grams` is the share of distinct 4-grams in the texts: a model that
-    loops flatters every rate.
+    graph) and `host_ms_per_round` (mean of the rest) are null for other runtimes. `distinct_4grams` is the share of
+    distinct 4-grams in the texts: a model that loops flatters every rate.
     """
 
     mode: str
