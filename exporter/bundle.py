@@ -127,7 +127,9 @@ def check_destination(destination: Path) -> None:
     try:
         taken = destination.exists() or destination.is_symlink()
     except (OSError, ValueError) as error:
-        raise BundleError(f"{str(destination)[:60]!r}", f"cannot be looked up ({error})") from None
+        raise BundleError(
+            f"{str(destination)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if taken:
         raise BundleError(destination, "already exists", fix="give another folder or remove this one")
 

@@ -125,7 +125,9 @@ def _is_dir(folder: Path) -> bool:
     try:
         return folder.is_dir()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(folder)[:60]!r}", f"cannot be looked up ({error})") from None
+        raise CheckpointError(
+            f"{str(folder)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+        ) from None
 
 
 def _download(source: str, revision: str | None, token: str | None, offline: bool) -> Path:

@@ -110,8 +110,14 @@ def read_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleError(folder, "no such folder", fix="give the folder that `edgeskip export` wrote")
+    try:
+        found = "no such folder" if not folder.exists() else "" if folder.is_dir() else "a file"
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            f"{str(folder)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    if found:
+        raise BundleError(folder, found, fix="give the folder that `edgeskip export` wrote")
     if not path.is_file():
         raise BundleError(folder, f"no {MANIFEST}, so not a bundle", fix="make one with `edgeskip export`")
     try:
