@@ -20,7 +20,7 @@ from edgeskip.exporter.checkpoint import Checkpoint, read_json
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, sync, write_weights
 from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError
+from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError, reason
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table
 from edgeskip.runtime.manifest import (
     FORMAT_VERSION,
@@ -127,9 +127,7 @@ def check_destination(destination: Path) -> None:
     try:
         taken = destination.exists() or destination.is_symlink()
     except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{str(destination)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        raise BundleError(f"{str(destination)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
     if taken:
         raise BundleError(destination, "already exists", fix="give another folder or remove this one")
 
@@ -146,7 +144,7 @@ def _whole_or_absent(destination: Path, weights_bytes: int) -> Iterator[Path]:
             raise _disk_full(destination, free, weights_bytes)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
     except OSError as error:
-        raise BundleError(destination, f"cannot be written ({error.strerror})", fix="give another folder") from None
+        raise BundleError(destination, f"cannot be written ({reason(error)})", fix="give another folder") from None
     try:
         yield folder
         folder.chmod(0o755)
@@ -157,7 +155,7 @@ def _whole_or_absent(destination: Path, weights_bytes: int) -> Iterator[Path]:
             raise _disk_full(destination, shutil.disk_usage(parent).free, weights_bytes) from None
         if isinstance(error, FileExistsError) or destination.exists():
             raise BundleError(destination, "appeared during the export", fix="give another folder") from None
-        raise BundleError(destination, f"cannot be written ({error.strerror})", fix="give another folder") from None
+        raise BundleError(destination, f"cannot be written ({reason(error)})", fix="give another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -194,7 +192,7 @@ def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dic
     try:
         files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}
     except OSError as error:
-        raise CheckpointError(error.filename, f"cannot be read ({error.strerror})") from None
+        raise CheckpointError(error.filename, f"cannot be read ({reason(error)})") from None
     inline = tokenizer_config.get("chat_template")
     if isinstance(inline, list):  # several, by name
         named = [item for item in inline if isinstance(item, dict) and item.get("name") == "default"]

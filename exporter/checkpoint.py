@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.runtime.architecture import Architecture
-from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.errors import CheckpointError, reason
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]  # the same weights in other layouts
@@ -125,9 +125,7 @@ def _is_dir(folder: Path) -> bool:
     try:
         return folder.is_dir()
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(folder)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        raise CheckpointError(f"{str(folder)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
 
 
 def _download(source: str, revision: str | None, token: str | None, offline: bool) -> Path:
@@ -194,7 +192,7 @@ def read_json(path: Path, otherwise: str = "download the checkpoint again") -> d
     except FileNotFoundError:
         raise CheckpointError(path, "no such file", fix=otherwise) from None
     except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
+        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
     if not isinstance(data, dict):
@@ -251,7 +249,7 @@ def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                     StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
                 )
     except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({error.strerror or error})") from None
+        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
     except SafetensorError as error:
         raise CheckpointError(
             path, f"not a whole safetensors file ({error})", fix="download the checkpoint again"

@@ -65,3 +65,8 @@ class RecipeError(EdgeskipError):
     """A recipe is malformed or names something that is not there."""
 
     exit_code = 7
+
+
+def reason(error: Exception) -> str:
+    """What the system said, without the path that a message names already."""
+    return getattr(error, "strerror", None) or str(error)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgeskip.runtime.architecture import Architecture, DType, Size
-from edgeskip.runtime.errors import BundleError
+from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
 from edgeskip.runtime.structure import Range, structure
 
@@ -113,9 +113,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     try:
         found = "no such folder" if not folder.exists() else "" if folder.is_dir() else "a file"
     except (OSError, ValueError) as error:
-        raise BundleError(
-            f"{str(folder)[:60]!r}", f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        raise BundleError(f"{str(folder)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
     if found:
         raise BundleError(folder, found, fix="give the folder that `edgeskip export` wrote")
     if not path.is_file():
@@ -123,7 +121,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BundleError(path, f"cannot be read ({error.strerror})") from None
+        raise BundleError(path, f"cannot be read ({reason(error)})") from None
     except (ValueError, RecursionError) as error:
         raise BundleError(path, f"not valid JSON ({error})", fix="export the bundle again") from None
     _check_version(path, data)
@@ -161,7 +159,7 @@ def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
                     done += len(block)
                     progress("checking the bundle", done, total)
         except OSError as error:
-            raise BundleError(bundle.path(name), f"cannot be read ({error.strerror})") from None
+            raise BundleError(bundle.path(name), f"cannot be read ({reason(error)})") from None
         if digest.hexdigest() != record.sha256:
             raise BundleError(
                 bundle.path(name),

@@ -59,7 +59,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_file_in_place_of_a_folder(folder):
-    assert_refused(folder / MANIFEST, "no such folder")
+    assert_refused(folder / MANIFEST, "a file; give the folder")
 
 
 def test_a_folder_without_manifest(tmp_path):
