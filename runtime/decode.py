@@ -97,11 +97,12 @@ def _drafting(
 
     def while_confident(position: int, k: int) -> RoundResult:
         """Ends drafting behind the first draft of a probability below the threshold."""
-        drafted, confidence = 0, 1.0
-        while drafted < k and confidence >= threshold:
+        drafted = 0
+        while drafted < k:
             drafts[drafted](position)
-            confidence = session.draft_confidence(drafted)
             drafted += 1
+            if drafted < k and session.draft_confidence(drafted - 1) < threshold:
+                break
         return checks[drafted](position)
 
     return while_confident
