@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edgeskip
-from edgeskip.runtime.errors import EdgeskipError
+from edgeskip.runtime.errors import BackendError, EdgeskipError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,8 +193,8 @@ def bench(
     from edgeskip.runtime.generate import load
     from edgeskip.runtime.report import print_bench
 
-    if json_path is not None:
-        _write_text(json_path, "", mode="a")  # refused now rather than after the measurements
+    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
+        raise RequestError(json_path, "cannot be written (no such folder)")
     settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold)
     texts = load_prompts(prompts)[:num_prompts]
     with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
@@ -287,8 +287,6 @@ def _require(extra: str, *modules: str) -> None:
     """Refuses a verb whose extra is not installed."""
     from importlib.util import find_spec
 
-    from edgeskip.runtime.errors import BackendError
-
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise BackendError(
@@ -299,23 +297,18 @@ def _require(extra: str, *modules: str) -> None:
 
 
 def _read_text(file: Any) -> str:
-    from edgeskip.runtime.errors import RequestError
-
     try:
         return str(file.read())
     except UnicodeDecodeError as error:
         raise RequestError(file.name, f"not UTF-8 text ({error.reason})", wanted="a text file") from None
 
 
-def _write_text(path: Path, text: str, mode: str = "w") -> None:
+def _write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    from edgeskip.runtime.errors import RequestError
-
     try:
-        with path.open(mode, encoding="utf-8") as file:
-            file.write(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RequestError(path, f"cannot be written ({error.strerror})") from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
@@ -69,7 +70,7 @@ class TensorReader:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[np.ndarray]:
+    def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[npt.NDArray[Any]]:
         """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype."""
         stored = self._checkpoint.tensors[name]
         file = self._files.get(stored.file)

@@ -11,7 +11,8 @@ from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.graphs import Graph, GraphName, Tensor, dimensions
 from edgeskip.runtime.manifest import WEIGHTS
 
-OPSET = 24
+OPSETS = {"standard": 24, "ort": 23}
+"""The lowest that has each dialect's operators; ONNX Runtime reads 24 from its release 1.24 on."""
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
@@ -31,7 +32,7 @@ def split_graph(
     dtype = _DTYPES[layout.dtype]
     capacity = layout.tensors["rope.cos"].shape[0]
     sizes = dimensions(architecture, capacity)
-    opsets = {"": OPSET, "com.microsoft": 1} if fused else {"": OPSET}
+    opsets = {"": OPSETS[dialect]} | ({"com.microsoft": 1} if fused else {})
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=opsets, name=name))
     op = builder.op
 

@@ -19,10 +19,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
 from edgeskip.runtime.architecture import ITEMSIZE, Architecture, DType, Rope
@@ -176,7 +177,7 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def rope_tables(rope: Rope, head_dim: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(rope: Rope, head_dim: int, capacity: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Cosines and sines [C, D/2] in fp32 of RoPE (arXiv 2104.09864) at positions 0..C-1.
 
     `llama3` scales as Llama 3.1 does: wavelengths beyond the original context over `low_freq_factor` are stretched
@@ -231,7 +232,7 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
 
 def _converted(
     checkpoint: Checkpoint, reader: TensorReader, tensor: PlacedTensor, dtype: DType
-) -> Iterator[np.ndarray]:
+) -> Iterator[npt.NDArray[Any]]:
     """A bundle tensor's rows, in its dtype."""
     target = NUMPY_DTYPES[dtype]
     if not tensor.sources:
@@ -252,5 +253,5 @@ def _converted(
             yield converted
 
 
-def _bytes(block: np.ndarray) -> memoryview:
+def _bytes(block: npt.NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(block).reshape(-1).view(np.uint8).data

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from edgeskip.runtime.rounds import (
     draft_round,
@@ -38,7 +39,7 @@ class Step:
         return len(self.token_ids) - 1
 
 
-def prefill(session: Session, embeddings: np.ndarray, chunk: int, *, early_exit: bool = False) -> Step:
+def prefill(session: Session, embeddings: npt.NDArray[Any], chunk: int, *, early_exit: bool = False) -> Step:
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
     Full chunks, the last one overlapping backwards so that shapes stay few: its first rows are computed again,

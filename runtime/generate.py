@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.decode import Step, decode, prefill
@@ -237,7 +238,7 @@ def load(bundle: str | Path, *, threads: int = 0, progress: Progress = lambda *_
         raise
 
 
-def embedding_table(bundle: Bundle) -> np.ndarray:
+def embedding_table(bundle: Bundle) -> npt.NDArray[Any]:
     """The token embeddings [V,H], mapped from the weights file; bf16 as raw 16-bit words."""
     path = bundle.path(WEIGHTS)
     with path.open("rb") as file:

@@ -10,6 +10,7 @@ from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
@@ -133,14 +134,14 @@ class OrtCpuSession(Session):
                 binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
 
-    def _view(self, tensor: Tensor, view: View) -> np.ndarray:
+    def _view(self, tensor: Tensor, view: View) -> npt.NDArray[Any]:
         rows = self._buffers[view.buffer][view.start : view.start + view.rows]
         return rows.reshape(self._shape(tensor, view.rows))
 
     def _shape(self, tensor: Tensor, rows: int) -> tuple[int, ...]:
         return tuple(rows if dim == "T" else self._dims[dim] for dim in tensor.shape)
 
-    def write_embeddings(self, rows: np.ndarray) -> None:
+    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
         """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
         self._buffers["inputs_embeds"][: len(rows)] = rows
 
@@ -154,7 +155,7 @@ class OrtCpuSession(Session):
         np.subtract(logits, np.maximum.reduce(logits), out=scratch)
         return 1.0 / float(np.add.reduce(np.exp(scratch, out=scratch)))
 
-    def read_logits(self, rows: int) -> np.ndarray:
+    def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the last head call's logits, [rows,V]."""
         return self._buffers["logits"][:rows].astype(np.float32)
 
@@ -200,10 +201,10 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     """Zeroed memory on a 64-byte boundary."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    aligned: np.ndarray = raw[start : start + size].view(dtype).reshape(shape)
+    aligned: npt.NDArray[Any] = raw[start : start + size].view(dtype).reshape(shape)
     return aligned

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from edgeskip.runtime.bench import BenchReport, BenchRow
 from edgeskip.runtime.generate import Generation, Piece
@@ -22,8 +21,8 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     """Prints text as it comes, accepted drafts in colour; returns the generation."""
     generation = None
     for piece in pieces:
-        if console.is_terminal:
-            console.print(Text(piece.text, DRAFTED if piece.drafted else ""), end="")
+        if console.is_terminal:  # the model must not drive the terminal
+            console.out(piece.text.replace("\x1b", "\u241b"), style=DRAFTED if piece.drafted else None, end="")
         else:
             console.file.write(piece.text)
         console.file.flush()

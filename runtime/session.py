@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from edgeskip.runtime.rounds import Round
 
@@ -47,7 +48,7 @@ class Session(ABC):
         """Fixes shapes and memory of a round's calls; the same round is bound once."""
 
     @abstractmethod
-    def write_embeddings(self, rows: np.ndarray) -> None:
+    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
         """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
 
     @abstractmethod
@@ -59,7 +60,7 @@ class Session(ABC):
         """The probability that the exit gave to the token it drafted in this row."""
 
     @abstractmethod
-    def read_logits(self, rows: int) -> np.ndarray:
+    def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the last head call's logits, [rows,V]."""
 
     @abstractmethod
