@@ -71,7 +71,7 @@ class OrtCpuSession(Session):
             for tensor in graph.inputs
             if tensor.is_cache
         }
-        self._scratch = np.empty(self._dims["V"], np.float32)
+        self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
@@ -152,8 +152,9 @@ class OrtCpuSession(Session):
     def draft_confidence(self, row: int) -> float:
         """The probability that the exit gave to the token it drafted in this row."""
         logits, scratch = self._buffers["logits"][row], self._scratch
-        np.subtract(logits, np.maximum.reduce(logits), out=scratch)
-        return 1.0 / float(np.add.reduce(np.exp(scratch, out=scratch)))
+        np.subtract(logits, logits[self._buffers["draft_token_ids"][row]], out=scratch)
+        np.exp(scratch, out=scratch)
+        return 1.0 / float(scratch.dot(self._ones))  # a sum, by one kernel
 
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the last head call's logits, [rows,V]."""
