@@ -9,19 +9,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 import edgeskip
+from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.errors import BackendError, EdgeskipError, RequestError
+from edgeskip.runtime.rounds import MODES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from edgeskip.runtime.manifest import Progress
 
-MODES = ("self-speculative", "autoregressive", "early-exit")
+EXPORT_MODULES = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 self-speculative tokens differ from plain ones, 2 wrong command line, 3 checkpoint, "
     "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted."
@@ -64,7 +66,7 @@ threads_option = click.option("--threads", type=click.IntRange(0, 1024), default
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: layers[:E] draft, the rest verify.")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(get_args(DType)),
     default="fp32",
     show_default=True,
     help="fp32 for a CPU, fp16 or bf16 for a GPU.",
@@ -90,7 +92,7 @@ def export(
     offline: bool,
 ) -> None:
     """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
-    _require("export", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
+    _require("export", *EXPORT_MODULES)
     from edgeskip.exporter.bundle import ExportSettings, check_destination, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
 
@@ -200,7 +202,7 @@ def bench(
     with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
         others = []
         if compare:
-            _require("train,export", "torch", "transformers", "safetensors", "ml_dtypes", "onnxscript")
+            _require("train,export", "torch", "transformers", *EXPORT_MODULES)
             from edgeskip.exporter.reference import transformers_contestants
 
             others = list(transformers_contestants(model.bundle, threads))
@@ -248,7 +250,7 @@ def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: f
 @threads_option
 def demo(keep: Path | None, threads: int) -> None:
     """See it work: export the model that ships with edgeskip, decode it both ways, compare."""
-    _require("demo", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes", "onnxruntime")
+    _require("demo", *EXPORT_MODULES, "onnxruntime")
     from edgeskip.recipes.demo import run_demo
 
     with _progress() as progress:

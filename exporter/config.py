@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from edgeskip.runtime.architecture import Architecture, Rope
+from edgeskip.runtime.architecture import MODEL_TYPES, Architecture, Rope
 from edgeskip.runtime.errors import CheckpointError
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -61,8 +59,8 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
         CheckpointError: a model type, RoPE type or field that is not handled, or a missing or malformed one.
     """
     model_type = config.get("model_type")
-    if model_type not in SUPPORTED:
-        raise CheckpointError(place, f"model_type {model_type!r}", wanted=f"one of {', '.join(SUPPORTED)}")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(place, f"model_type {model_type!r}", wanted=f"one of {', '.join(MODEL_TYPES)}")
     _refuse_unknown(config, place)
     fields = _Fields(config, place)
     hidden_size, num_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")

@@ -47,10 +47,10 @@ from edgeskip.recipes.layerskip import (
 )
 from edgeskip.recipes.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
 from edgeskip.recipes.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
+from edgeskip.runtime.architecture import MODEL_TYPES
 from edgeskip.runtime.errors import RecipeError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Files of a checkpoint that travel with its weights.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*")
 CLOCK = "clock.json"  # the last file of a checkpoint

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 from edgeskip.runtime.structure import Range
 
 DType = Literal["fp32", "fp16", "bf16"]
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""The family, as config.json calls its members."""
+
 Size = Annotated[int, Range(1, 1 << 31)]
 ITEMSIZE: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 

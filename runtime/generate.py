@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,11 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.manifest import WEIGHTS, Bundle, Progress, read_bundle, verify_hashes
 from edgeskip.runtime.ort_session import OrtCpuSession
+from edgeskip.runtime.rounds import MODES, Mode
 from edgeskip.runtime.session import Session
 from edgeskip.runtime.statistics import RoundRecord, Statistics, summarize
 from edgeskip.runtime.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 
-Mode = Literal["self-speculative", "autoregressive", "early-exit"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
 
 

@@ -17,8 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, get_args
 
 from edgeskip.runtime.graphs import MAX_SPECULATIONS, GraphName
+
+Mode = Literal["self-speculative", "autoregressive", "early-exit"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""Ways of decoding: rounds with drafts, rounds without, and the draft subgraph alone."""
 
 HEAD_ROWS = MAX_SPECULATIONS + 1
 """Rows that the head sees at most."""
