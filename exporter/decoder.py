@@ -228,15 +228,17 @@ class Layers(nn.Module):
         for i, layer in self.layers.items():
             x, delta, *present = layer(op, x, delta, *pasts[i], places)
             presents += present
-        return op.Reshape(op.Add(x, delta), [1, -1, self.hidden_size]), presents
+        # shaped before the sum, not after it: a reshape into a graph's output is a copy
+        x, delta = (op.Reshape(part, [1, -1, self.hidden_size]) for part in (x, delta))
+        return op.Add(x, delta), presents
 
 
 class Head(nn.Module):
     """Final norm, LM head, argmax, and the embedding of the token picked."""
 
-    def __init__(self, a: Architecture, dtype: ir.DataType) -> None:
+    def __init__(self, a: Architecture, dtype: ir.DataType, *, fused: bool) -> None:
         super().__init__()
-        self.a = a
+        self.a, self.fused = a, fused
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps, dtype)
         self.norm._set_name("model.norm")
         self.embed_tokens = nn.Parameter([a.vocab_size, a.hidden_size], dtype, "model.embed_tokens.weight")
@@ -246,9 +248,14 @@ class Head(nn.Module):
     def forward(self, op: OpBuilder, hidden: Value) -> tuple[Value, Value, Value]:
         """Hidden [B,T,H] -> logits [B,T,V], token ids [B,T], their embeddings [B,T,H]."""
         table = self.embed_tokens if self.a.tie_word_embeddings else self.lm_head
-        normed = self.norm(op, op.Reshape(hidden, [-1, self.a.hidden_size]))
-        logits = op.Reshape(op.Gemm(normed, table, transB=1), [1, -1, self.a.vocab_size])
-        token_ids = op.ArgMax(logits, axis=-1, keepdims=0)
+        if self.fused:
+            logits = op.FusedMatMul(self.norm(op, hidden), table, transB=1, _domain="com.microsoft")
+        else:
+            normed = self.norm(op, op.Reshape(hidden, [-1, self.a.hidden_size]))
+            logits = op.Reshape(op.Gemm(normed, table, transB=1), [1, -1, self.a.vocab_size])
+        # ONNX Runtime's ArgMax has no bf16 on CUDA; the wider numbers are the same
+        ranked = op.Cast(logits, to=ir.DataType.FLOAT) if table.dtype == ir.DataType.BFLOAT16 else logits
+        token_ids = op.ArgMax(ranked, axis=-1, keepdims=0)
         return logits, token_ids, op.Gather(self.embed_tokens, token_ids)
 
 

@@ -42,7 +42,7 @@ def split_graph(
 
     inputs = {tensor.name: builder.input(tensor.name, *declared(tensor)) for tensor in graph.inputs}
     if name == "head":
-        outputs = list(decoder.Head(architecture, dtype)(op, inputs["hidden_states"]))
+        outputs = list(decoder.Head(architecture, dtype, fused=fused)(op, inputs["hidden_states"]))
     else:
         cos, sin = (builder.initializer(_external(layout, table), table) for table in ("rope.cos", "rope.sin"))
         places = decoder.places(op, inputs["position_ids"], cos, sin, capacity, fused=fused)
