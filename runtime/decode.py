@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
@@ -50,7 +51,7 @@ def prefill(session: Session, embeddings: npt.NDArray[Any], chunk: int, *, early
     starts = [*range(0, length - rows, rows), length - rows]
     for start in starts:
         session.write_embeddings(embeddings[start : start + rows])
-        result = session.bind(prefill_round(rows, last=start == starts[-1], early_exit=early_exit))(start)
+        result = session.bind(prefill_round(rows, last=start == starts[-1], early_exit=early_exit))(start)()
     session.carry(0)
     return Step(tuple(result.target_ids), 0)
 
@@ -61,32 +62,38 @@ def decode(
     capacity: int,
     num_speculations: int,
     *,
+    end: int | None = None,
     confidence_threshold: float = 0.0,
     early_exit: bool = False,
 ) -> Iterator[Step]:
-    """Rounds after a prefill of `position` rows, until the caches are full.
+    """Rounds after a prefill of `position` rows, until the caches are full. Each is handed to the device before the
+    tokens of the one before it are given out, so that what the caller does with them costs no time.
 
     Args:
         session: prefilled.
         position: n, rows in the caches.
         capacity: C, rows that the caches hold; nothing is written past them.
         num_speculations: K, drafts a round at most; 0 is plain decoding.
+        end: no round starts here or behind it, where the caller knows how far it will go.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
     """
-    draft = _drafting(session, num_speculations, confidence_threshold, early_exit)
-    while position < capacity:
-        result = draft(position, min(num_speculations, capacity - position - 1))
+    start = _drafting(session, num_speculations, confidence_threshold, early_exit)
+    end = capacity if end is None else min(end, capacity)
+    under_way = start(position, min(num_speculations, capacity - position - 1)) if position < end else None
+    while under_way:
+        result = under_way()
         accepted = count_accepted(result.draft_ids, result.target_ids)
         session.carry(accepted)
         position += accepted + 1
+        under_way = start(position, min(num_speculations, capacity - position - 1)) if position < end else None
         yield Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids))
 
 
 def _drafting(
     session: Session, num_speculations: int, threshold: float, early_exit: bool
-) -> Callable[[int, int], RoundResult]:
-    """How a round runs: (position, K of this round) -> result."""
+) -> Callable[[int, int], Callable[[], RoundResult]]:
+    """How a round starts: (position, K of this round) -> what waits for its result."""
     if early_exit:
         step = session.bind(early_exit_round())
         return lambda position, _: step(position)
@@ -100,13 +107,13 @@ def _drafting(
         """Ends drafting behind the first draft of a probability below the threshold."""
         drafted = 0
         while drafted < k:
-            drafts[drafted](position)
+            drafts[drafted](position)()
             drafted += 1
             if drafted < k and session.draft_confidence(drafted - 1) < threshold:
                 break
-        return checks[drafted](position)
+        return checks[drafted](position)()
 
-    return while_confident
+    return lambda position, k: partial(while_confident, position, k)
 
 
 def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from edgeskip.runtime.backends import DeviceChoice, open_session
 from edgeskip.runtime.decode import Step, decode, prefill
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.manifest import WEIGHTS, Bundle, Progress, read_bundle, verify_hashes
-from edgeskip.runtime.ort_session import OrtCpuSession
+from edgeskip.runtime.manifest import Bundle, Progress, read_bundle, verify_hashes
 from edgeskip.runtime.rounds import MODES, Mode
 from edgeskip.runtime.session import Session
 from edgeskip.runtime.statistics import RoundRecord, Statistics, summarize
 from edgeskip.runtime.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
+from edgeskip.runtime.weights import embedding_table
 
 StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
 
@@ -193,11 +191,13 @@ class Model:
         manifest, early_exit = self.bundle.manifest, request.mode == "early-exit"
         embeddings = self.embeddings[request.prompt_ids]
         yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
+        new_tokens = request.max_new_tokens
         yield from decode(
             self.session,
             len(embeddings),
             manifest.max_length,
             request.num_speculations,
+            end=None if new_tokens is None else len(embeddings) + new_tokens - 1,
             confidence_threshold=request.confidence_threshold,
             early_exit=early_exit,
         )
@@ -215,12 +215,21 @@ class _Request:
     stop: tuple[str, ...]
 
 
-def load(bundle: str | Path, *, threads: int = 0, progress: Progress = lambda *_: None) -> Model:
+def load(
+    bundle: str | Path,
+    *,
+    device: DeviceChoice = "auto",
+    threads: int = 0,
+    dialect: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Model:
     """Loads a bundle: reads and checks it, and takes the memory it needs.
 
     Args:
         bundle: the folder that `edgeskip export` wrote.
+        device: `cpu`, `cuda`, or `auto`: the GPU where there is one.
         threads: of the CPU; 0 means one a core.
+        dialect: `ort` or `standard`; by default what suits the device.
         progress: called while the files are checked.
 
     Raises:
@@ -229,22 +238,12 @@ def load(bundle: str | Path, *, threads: int = 0, progress: Progress = lambda *_
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress)
-    session = OrtCpuSession(opened, threads=threads)
+    session = open_session(opened, device=device, threads=threads, dialect=dialect)
     try:
         return Model(opened, session)
     except BaseException:
         session.close()
         raise
-
-
-def embedding_table(bundle: Bundle) -> npt.NDArray[Any]:
-    """The token embeddings [V,H], mapped from the weights file; bf16 as raw 16-bit words."""
-    path = bundle.path(WEIGHTS)
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(size))["model.embed_tokens.weight"]
-    dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[entry["dtype"]]
-    return np.memmap(path, dtype, "r", offset=8 + size + entry["data_offsets"][0], shape=tuple(entry["shape"]))
 
 
 def _closed_error() -> RequestError:

@@ -1,25 +1,39 @@
-"""Sessions on ONNX Runtime: the CPU."""
+"""Sessions on ONNX Runtime: the CPU, and a CUDA device."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.architecture import DType
+from edgeskip.runtime.cuda import INSTALL, CudaDevice, out_of_memory
+from edgeskip.runtime.cuda_session import CudaSession
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
 from edgeskip.runtime.manifest import Bundle
 from edgeskip.runtime.rounds import Call, Round, View, workspace
-from edgeskip.runtime.session import BoundRound, RoundResult, Session
+from edgeskip.runtime.session import BoundRound, Memory, RoundResult, Session
 
+_ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
+"""Numbers of the dtypes in ONNX's TensorProto."""
+_ELEMENT_NAMES = {
+    "fp32": "tensor(float)",
+    "fp16": "tensor(float16)",
+    "bf16": "tensor(bfloat16)",
+    "int64": "tensor(int64)",
+}
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
-_ORT_NAMES: dict[Any, str] = {np.float32: "tensor(float)", np.float16: "tensor(float16)"}
 
 
 class OrtCpuSession(Session):
@@ -36,6 +50,7 @@ class OrtCpuSession(Session):
             provider does not compute.
     """
 
+    device = "cpu"
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "ort") -> None:
@@ -46,46 +61,28 @@ class OrtCpuSession(Session):
                 "in bf16, which ONNX Runtime does not compute on a CPU",
                 fix="export with --dtype fp32",
             )
-        ort = _onnxruntime()
-        self._dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
+        ort = onnxruntime()
+        options = _cpu_options(ort, threads)
+        self._graphs = _Graphs(ort, bundle, dialect, options, [("CPUExecutionProvider", {})])
         self._dims = dimensions(manifest.architecture, manifest.max_length)
-        self._table = manifest.table
-        self._sessions = {}
-        options = _session_options(ort, threads)
-        for graph in GRAPHS:
-            path = bundle.graph_path(graph, dialect)
-            try:
-                self._sessions[graph] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # its errors share no base but Exception
-                raise BackendError(
-                    path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
-                ) from None
-            self._check_tensors(path, graph)
+        dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
         self._buffers = {
-            name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), self._dtypes[dtype])
+            name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), dtypes[dtype])
             for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
         }
         self._caches = {
-            tensor.name: _zeros(self._shape(tensor, 0), self._dtypes["float"])
-            for graph in self._table.values()
+            tensor.name: _zeros(tuple(self._dims[dim] for dim in tensor.shape), dtypes["float"])
+            for graph in manifest.table.values()
             for tensor in graph.inputs
             if tensor.is_cache
         }
+        self._weights_bytes = manifest.weights_bytes
         self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
+        self._threads = threads or _usable_cores()
+        self.hardware = f"{_cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
-
-    def _check_tensors(self, path: Path, graph: GraphName) -> None:
-        """Compares a loaded graph with the manifest's: memory is bound by address, so nothing later would notice."""
-        session, names = self._sessions[graph], {"float": _ORT_NAMES[self._dtypes["float"]], "int64": "tensor(int64)"}
-        for tensors, nodes in (
-            (self._table[graph].inputs, session.get_inputs()),
-            (self._table[graph].outputs, session.get_outputs()),
-        ):
-            wanted = [(t.name, names[t.dtype], [self._dims.get(dim, dim) for dim in t.shape]) for t in tensors]
-            if [(node.name, node.type, node.shape) for node in nodes] != wanted:
-                raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
 
     @property
     def stage_ns(self) -> Mapping[str, int]:
@@ -99,7 +96,7 @@ class OrtCpuSession(Session):
         return self._bound[round_]
 
     def _bind(self, round_: Round) -> BoundRound:
-        calls = [(call.graph, self._sessions[call.graph], self._binding(call)) for call in round_.calls]
+        calls = [(call.graph, self._bound_call(call)) for call in round_.calls]
         stage_ns = self._stage_ns
         positions = self._buffers["position_ids"][: round_.rows]
         rows = np.arange(round_.rows)
@@ -109,37 +106,22 @@ class OrtCpuSession(Session):
         def run(position: int) -> RoundResult:
             np.add(rows, position, out=positions)
             before = perf_counter_ns()
-            for graph, session, binding in calls:
-                session.run_with_iobinding(binding)
+            for graph, call in calls:
+                call()
                 after = perf_counter_ns()
                 stage_ns[graph] += after - before
                 before = after
             return RoundResult(drafts.tolist(), targets.tolist())
 
-        return run
+        return lambda position: partial(run, position)
 
-    def _binding(self, call: Call) -> Any:
-        binding = self._sessions[call.graph].io_binding()
-        graph = self._table[call.graph]
-        inputs, outputs = dict(call.inputs), dict(call.outputs)
-        for tensor in graph.inputs:
-            array = self._caches[tensor.name] if tensor.is_cache else self._view(tensor, inputs[tensor.name])
-            binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-            if tensor.is_cache:
-                name = present_name(tensor.name)
-                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for tensor in graph.outputs:
-            if not tensor.is_cache:
-                array = self._view(tensor, outputs[tensor.name])
-                binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return binding
+    def _bound_call(self, call: Call) -> Callable[[], None]:
+        def address(place: Tensor | View) -> int:
+            if isinstance(place, Tensor):
+                return int(self._caches[place.name].ctypes.data)
+            return int(self._buffers[place.buffer][place.start :].ctypes.data)
 
-    def _view(self, tensor: Tensor, view: View) -> npt.NDArray[Any]:
-        rows = self._buffers[view.buffer][view.start : view.start + view.rows]
-        return rows.reshape(self._shape(tensor, view.rows))
-
-    def _shape(self, tensor: Tensor, rows: int) -> tuple[int, ...]:
-        return tuple(rows if dim == "T" else self._dims[dim] for dim in tensor.shape)
+        return self._graphs.bound(call, "cpu", address)
 
     def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
         """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
@@ -160,18 +142,206 @@ class OrtCpuSession(Session):
         """The first `rows` rows of the last head call's logits, [rows,V]."""
         return self._buffers["logits"][:rows].astype(np.float32)
 
+    def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
+        """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
+        self._buffers["position_ids"][:] = position + np.arange(len(self._buffers["position_ids"]))
+        run, times = self._bound_call(call), []
+        for _ in range(repeats + 2):
+            start = perf_counter_ns()
+            run()
+            times.append((perf_counter_ns() - start) / 1e6)
+        return float(np.median(times[2:]))
+
+    def copy_bytes_per_second(self) -> float:
+        """Rate of copies within the memory that holds the weights, bytes read plus bytes written, by all threads."""
+        size = 1 << 26
+        pairs = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(self._threads)]
+        times = []
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in range(9):
+                start = perf_counter()
+                list(pool.map(lambda pair: np.copyto(*pair), pairs))
+                times.append(perf_counter() - start)
+        return 2 * size * self._threads / float(np.median(times[2:]))
+
+    def memory(self) -> Memory:
+        """Host memory by kind; what the backend takes beyond the weights is not told apart from the process's."""
+        caches = sum(cache.nbytes for cache in self._caches.values())
+        return Memory(self._weights_bytes, caches, sum(buffer.nbytes for buffer in self._buffers.values()), None)
+
     def close(self) -> None:
         """Frees everything; the session is of no use afterwards."""
         self._bound.clear()
-        self._sessions.clear()
+        self._graphs.close()
         self._buffers.clear()
         self._caches.clear()
+
+
+class OrtCudaSession(CudaSession):
+    """ONNX Runtime's CUDA provider on a stream of ours: nothing in a round waits for the host.
+
+    Args:
+        bundle: what to load.
+        device: where to; the session closes it.
+        dialect: `ort` for fp16 and bf16 and `standard` for fp32, by default: the fused attention has no fp32.
+
+    Raises:
+        BackendError: ONNX Runtime lacks its CUDA provider, CUDA libraries are missing, the driver is too old, an
+            operator has no kernel for CUDA, or device memory does not suffice.
+    """
+
+    def __init__(self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None) -> None:
+        ort = onnxruntime()
+        manifest = bundle.manifest
+        dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
+        if dialect == "ort" and manifest.dtype == "fp32":
+            raise BackendError(
+                bundle.folder, "in fp32, which the ort dialect's attention lacks on CUDA", wanted="the standard dialect"
+            )
+        self._graphs: _Graphs | None = None
+        super().__init__(bundle, device)
+        try:
+            _check_cuda_provider(ort, device)
+            self._run_options = ort.RunOptions()
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self._graphs = _Graphs(ort, bundle, dialect, _cuda_options(ort), [_cuda_provider(device)])
+            self._warm_up(manifest.prefill_chunk)
+        except BaseException as error:
+            self.close()
+            if "out of memory" in str(error).lower() and not isinstance(error, BackendError):
+                raise out_of_memory(bundle.folder, manifest.weights_bytes, device.free_at_start) from None
+            raise
+        self.description = f"ONNX Runtime {ort.__version__}, {device.name}, {dialect} dialect, {manifest.dtype}"
+
+    def _enqueued(self, call: Call) -> Callable[[], None]:
+        def address(place: Tensor | View) -> int:
+            return self._caches[place.name].address if isinstance(place, Tensor) else self._address(place)
+
+        assert self._graphs is not None
+        return self._graphs.bound(call, "cuda", address, self._run_options)
+
+    def _release(self) -> None:
+        if self._graphs:
+            self._graphs.close()
+
+
+class _Graphs:
+    """The three graphs, loaded, whose calls are bound by address."""
+
+    def __init__(
+        self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
+    ) -> None:
+        manifest = bundle.manifest
+        self._table, self._dtype = manifest.table, manifest.dtype
+        self._dims = dimensions(manifest.architecture, manifest.max_length)
+        self._sessions: dict[GraphName, Any] = {}
+        for graph in GRAPHS:
+            path = bundle.graph_path(graph, dialect)
+            try:
+                session = ort.InferenceSession(path, options, providers=providers)
+            except Exception as error:  # its errors share no base but Exception
+                self.close()
+                if "out of memory" in str(error).lower():
+                    raise
+                raise BackendError(
+                    path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
+                ) from None
+            self._sessions[graph] = session
+            self._check_tensors(path, graph)
+
+    def _check_tensors(self, path: Path, graph: GraphName) -> None:
+        """Compares a loaded graph with the manifest's: memory is bound by address, so nothing later would notice."""
+        session = self._sessions[graph]
+        for tensors, nodes in (
+            (self._table[graph].inputs, session.get_inputs()),
+            (self._table[graph].outputs, session.get_outputs()),
+        ):
+            wanted = [
+                (t.name, _ELEMENT_NAMES[self._dtype_of(t)], [self._dims.get(dim, dim) for dim in t.shape])
+                for t in tensors
+            ]
+            if [(node.name, node.type, node.shape) for node in nodes] != wanted:
+                raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
+
+    def _dtype_of(self, tensor: Tensor) -> DType | str:
+        return self._dtype if tensor.dtype == "float" else tensor.dtype
+
+    def bound(
+        self, call: Call, device: str, address: Callable[[Tensor | View], int], run_options: Any = None
+    ) -> Callable[[], None]:
+        """Binds a call to memory: `address` of a cache or of rows of the workspace. Calling the result runs it."""
+        session, graph = self._sessions[call.graph], self._table[call.graph]
+        binding = session.io_binding()
+        inputs, outputs = dict(call.inputs), dict(call.outputs)
+
+        def bind(method: Callable[..., None], name: str, tensor: Tensor, view: View | None) -> None:
+            shape = [view.rows if view and dim == "T" else self._dims[dim] for dim in tensor.shape]
+            place = address(view or tensor)
+            method(name, device, 0, _ELEMENT_TYPES[self._dtype_of(tensor)], shape, place)
+
+        for tensor in graph.inputs:
+            bind(binding.bind_input, tensor.name, tensor, inputs.get(tensor.name))
+            if tensor.is_cache:
+                bind(binding.bind_output, present_name(tensor.name), tensor, None)
+        for tensor in graph.outputs:
+            if not tensor.is_cache:
+                bind(binding.bind_output, tensor.name, tensor, outputs[tensor.name])
+        if run_options is None:
+            return lambda: session.run_with_iobinding(binding)
+        return lambda: session.run_with_iobinding(binding, run_options)
+
+    def close(self) -> None:
+        """Frees the graphs and their weights."""
+        self._sessions.clear()
+
+
+def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
+    return (
+        "CUDAExecutionProvider",
+        {
+            "device_id": "0",
+            "user_compute_stream": str(int(device.stream.handle)),
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
+        },
+    )
+
+
+def _cuda_options(ort: Any) -> Any:
+    ort.set_default_logger_severity(3)  # it warns of providers that nobody asked for
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
+    return options
+
+
+def _check_cuda_provider(ort: Any, device: CudaDevice) -> None:
+    """Says in one line what would keep the CUDA provider from loading."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendError(
+            "onnxruntime", f"{ort.__version__} has no CUDA provider", fix=f"pip uninstall onnxruntime; {INSTALL}"
+        )
+    wanted = tuple(int(part) for part in (getattr(ort, "cuda_version", "") or "0.0").split(".")[:2])
+    if device.driver_cuda_version[0] < wanted[0]:
+        found, needed = (".".join(map(str, version)) for version in (device.driver_cuda_version, wanted))
+        raise BackendError(
+            "CUDA", f"a driver for CUDA {found}", wanted=f"CUDA {needed}", fix="upgrade the NVIDIA driver"
+        )
+    ort.preload_dlls()
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if library.exists():
+        try:
+            ctypes.CDLL(str(library.with_name("libonnxruntime_providers_shared.so")), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            raise BackendError("CUDA", f"libraries missing ({error})", fix=INSTALL) from None
 
 
 _pool_threads: int | None = None
 
 
-def _session_options(ort: Any, threads: int) -> Any:
+def _cpu_options(ort: Any, threads: int) -> Any:
     """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
     global _pool_threads
     if _pool_threads is None:
@@ -194,7 +364,21 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _onnxruntime() -> Any:
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def onnxruntime() -> Any:
+    """The library, imported late.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy.typing as npt
 
-from edgeskip.runtime.rounds import Round
+from edgeskip.runtime.rounds import Call, Round
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,21 @@ class RoundResult:
     target_ids: list[int]
 
 
-BoundRound = Callable[[int], RoundResult]
-"""Runs a round whose first row stands at the given position."""
+BoundRound = Callable[[int], Callable[[], RoundResult]]
+"""Hands the device a round whose first row stands at the given position; what it returns waits for the ids.
+
+A device works on its own from then on, a CPU begins when somebody waits. One round at a time is under way.
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a session holds, by kind; `other` is the backend's own, null where it cannot be told."""
+
+    weights: int
+    caches: int
+    workspace: int
+    other: int | None
 
 
 class Session(ABC):
@@ -33,6 +46,10 @@ class Session(ABC):
 
     description: str
     """Backend, device and dialect, for people."""
+
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    """The chip's own name."""
 
     confidence_threshold = 0.0
     """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
@@ -62,6 +79,18 @@ class Session(ABC):
     @abstractmethod
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the last head call's logits, [rows,V]."""
+
+    @abstractmethod
+    def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
+        """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
+
+    @abstractmethod
+    def copy_bytes_per_second(self) -> float:
+        """Rate of copies within the memory that holds the weights, bytes read plus bytes written."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """What is held now."""
 
     @abstractmethod
     def close(self) -> None:

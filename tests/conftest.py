@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.runtime.cuda import CudaDevice
+from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.generate import Model, load
 from edgeskip.runtime.manifest import Bundle
 
 VOCAB = 300
@@ -57,6 +61,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Backend:
+    """A session to run the same tests on; two logits that lie closer than `tie` may change places with rounding."""
+
+    device: str
+    dialect: str
+    dtype: str
+    tie: float
+
+    def load(self, bundle: Bundle) -> Model:
+        """Loads a bundle of this dtype."""
+        assert bundle.manifest.dtype == self.dtype
+        return load(bundle.folder, device=self.device, dialect=self.dialect)
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.dialect}-{self.dtype}"
+
+
+BACKENDS = [
+    Backend("cpu", "ort", "fp32", 1e-4),
+    *(
+        pytest.param(backend, marks=pytest.mark.gpu)
+        for backend in (
+            Backend("cuda", "ort", "fp16", 0.1),
+            Backend("cuda", "ort", "bf16", 0.8),
+            Backend("cuda", "standard", "fp16", 0.1),
+            Backend("cuda", "standard", "fp32", 1e-4),
+        )
+    ),
+]
+
+
 def make_tokenizer() -> Tokenizer:
     """Bytes as tokens, BOS and EOS before them: any text has a round trip."""
     vocab = {"<s>": 0, "</s>": 1}
@@ -95,6 +131,24 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a CUDA device where there is none, and says why."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    try:
+        if marked:
+            CudaDevice().close()
+    except BackendError as error:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
+@pytest.fixture(scope="session", params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Every backend of this machine in turn."""
+    made: Backend = request.param
+    return made
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tests.conftest import VARIANTS
 
-from edgeskip.runtime.generate import embedding_table
 from edgeskip.runtime.graphs import DIALECTS, GRAPHS, dimensions
 from edgeskip.runtime.ort_session import OrtCpuSession
 from edgeskip.runtime.rounds import early_exit_round, prefill_round, speculative_round
+from edgeskip.runtime.weights import embedding_table
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 RUNNABLE = [
@@ -33,7 +33,7 @@ def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundl
 
         def run(round_, position, rows):
             session.write_embeddings(embeddings[ids[position : position + round_.rows]])
-            session.bind(round_)(position)
+            session.bind(round_)(position)()
             return np.abs(
                 session.read_logits(rows) - wanted[position + round_.rows - rows : position + round_.rows]
             ).max()
@@ -47,7 +47,7 @@ def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundl
             assert run(speculative_round(0), position, 1) < 1e-4
         # verify alone over several rows: their exit states come from drafting them as one chunk
         run(prefill_round(5, last=False, early_exit=False), 26, 1)
-        session.bind(type(chunk)(speculative_round(4).calls[-2:], rows=5, num_drafts=0, num_targets=5))(26)
+        session.bind(type(chunk)(speculative_round(4).calls[-2:], rows=5, num_drafts=0, num_targets=5))(26)()
         assert np.abs(session.read_logits(5) - wanted[26:31]).max() < 1e-4
 
 
@@ -60,10 +60,10 @@ def test_exit_logits_are_the_shared_head_on_the_early_layers(dialect, bundles, r
         wanted = model.lm_head(model.model.norm(states))[0].numpy()
     with OrtCpuSession(bundle, dialect=dialect) as session:
         session.write_embeddings(embedding_table(bundle)[ids[0, :15].numpy()])
-        session.bind(prefill_round(15, last=True, early_exit=True))(0)
+        session.bind(prefill_round(15, last=True, early_exit=True))(0)()
         np.testing.assert_allclose(session.read_logits(1)[0], wanted[14], atol=1e-4)
         session.write_embeddings(embedding_table(bundle)[ids[0, 15:].numpy()])
-        result = session.bind(early_exit_round())(15)
+        result = session.bind(early_exit_round())(15)()
         np.testing.assert_allclose(session.read_logits(1)[0], wanted[15], atol=1e-4)
         assert result.target_ids == [int(wanted[15].argmax())]
 
@@ -110,6 +110,6 @@ def test_fp16_stays_close_to_transformers(dialect, bundles, reference):
         wanted = reference("llama-llama3-rope")(torch.tensor(ids[None])).logits[0, -1].numpy()
     with OrtCpuSession(bundle, dialect=dialect) as session:
         session.write_embeddings(embedding_table(bundle)[ids])
-        session.bind(prefill_round(16, last=True, early_exit=False))(0)
+        session.bind(prefill_round(16, last=True, early_exit=False))(0)()
         error = np.abs(session.read_logits(1)[0] - wanted).max()
     assert error < 0.02 * np.abs(wanted).max()

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import edgeskip
+from edgeskip.runtime.bench import TIE_GAP, tie_gap
 from edgeskip.runtime.decode import count_accepted, decode, prefill
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.manifest import MANIFEST
 from edgeskip.runtime.statistics import distinct_4grams
 
 CAPACITY = 96
-TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,23 @@ def greedy(reference):
     return lambda variant, prompt, max_new_tokens: get(variant, tuple(prompt), max_new_tokens)
 
 
-def assert_same_tokens(ours, wanted, gaps):
-    """Equal up to the first near tie, behind which the texts may part."""
-    tie = next((i for i, gap in enumerate(gaps) if gap < TIE), len(gaps))
+def assert_same_tokens(ours, wanted, gaps, bound):
+    """Equal up to the first near tie, behind which the texts may part; returns how many were compared."""
+    tie = next((i for i, gap in enumerate(gaps) if gap < bound), len(gaps))
     assert list(ours[:tie]) == wanted[:tie]
     if tie == len(gaps):
         assert len(ours) == len(wanted)
+    return tie
+
+
+def assert_same_but_for_ties(model, prompt, ours, plain):
+    """Two texts of one backend, which part only where the two top logits lie within rounding of each other."""
+    parted = next((i for i, (a, b) in enumerate(zip(ours, plain, strict=False)) if a != b), None)
+    if parted is None:
+        assert len(ours) == len(plain)
+    else:
+        gap = tie_gap(model, [*prompt, *plain[:parted]], ours[parted], plain[parted])
+        assert gap < TIE_GAP[model.bundle.manifest.dtype]
 
 
 def prompts(count, seed=0, longest=30):
@@ -56,31 +67,33 @@ def prompts(count, seed=0, longest=30):
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])
-def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, bundles, greedy):
-    bundle = bundles("llama-tied", exit_layer=exit_layer)
-    accepted = 0
-    with edgeskip.load(bundle.folder) as model:
+def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, backend, bundles, greedy):
+    bundle = bundles("llama-tied", exit_layer=exit_layer, dtype=backend.dtype)
+    accepted = compared = 0
+    with backend.load(bundle) as model:
         for prompt in prompts(6):
             wanted, gaps = greedy("llama-tied", prompt, 33)
             plain = model.complete(prompt, mode="autoregressive", max_new_tokens=33)
-            assert_same_tokens(plain.token_ids, wanted, gaps)
+            compared += assert_same_tokens(plain.token_ids, wanted, gaps, backend.tie)
             for k in range(1, 9):
                 ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=33)
-                assert_same_tokens(ours.token_ids, wanted, gaps)
-                assert ours.token_ids == plain.token_ids
-                assert ours.text == plain.text
+                assert_same_tokens(ours.token_ids, wanted, gaps, backend.tie)
+                assert_same_but_for_ties(model, prompt, ours.token_ids, plain.token_ids)
                 accepted += ours.statistics.accepted
     assert accepted > 0  # some drafts were right, or nothing was tested
+    assert compared > 30
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-llama3-rope", "mistral", "qwen2", "qwen3"])
-def test_tokens_equal_transformers_for_every_family(variant, bundles, greedy):
-    with edgeskip.load(bundles(variant, exit_layer=3).folder) as model:
+def test_tokens_equal_transformers_for_every_family(variant, backend, bundles, greedy):
+    compared = 0
+    with backend.load(bundles(variant, exit_layer=3, dtype=backend.dtype)) as model:
         for prompt in prompts(8, seed=1):
             wanted, gaps = greedy(variant, prompt, 40)
             for k in (1, 4, 7):
                 ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=40)
-                assert_same_tokens(ours.token_ids, wanted, gaps)
+                compared += assert_same_tokens(ours.token_ids, wanted, gaps, backend.tie)
+    assert compared > 30
 
 
 def test_the_texts_of_these_tests_do_not_loop(bundles):
@@ -90,13 +103,13 @@ def test_the_texts_of_these_tests_do_not_loop(bundles):
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_every_number_of_new_tokens_ends_exactly_there(k, bundles):
-    with edgeskip.load(bundles("llama-gqa", exit_layer=3).folder) as model:
+def test_every_number_of_new_tokens_ends_exactly_there(k, backend, bundles):
+    with backend.load(bundles("llama-gqa", exit_layer=3, dtype=backend.dtype)) as model:
         prompt = prompts(1)[0]
         whole = model.complete(prompt, mode="autoregressive", max_new_tokens=24)
         for count in range(1, 24):
             cut = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=count)
-            assert cut.token_ids == whole.token_ids[:count]
+            assert_same_but_for_ties(model, prompt, cut.token_ids, whole.token_ids[:count])
             assert cut.stop_reason == "max_new_tokens"
             assert sum(n * (a + 1) for a, n in enumerate(cut.statistics.acceptance_histogram)) >= count - 1
             assert cut.statistics.new_tokens == count
@@ -105,16 +118,16 @@ def test_every_number_of_new_tokens_ends_exactly_there(k, bundles):
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 95, 96])
 @pytest.mark.parametrize("k", [0, 1, 5, 8])
-def test_the_cache_fills_to_its_last_row_and_no_further(length, k, bundles, greedy):
+def test_the_cache_fills_to_its_last_row_and_no_further(length, k, backend, bundles, greedy):
     prompt = prompts(1, seed=length, longest=2)[0] * length
     wanted, gaps = greedy("llama-gqa", prompt, CAPACITY - length + 1)
-    with edgeskip.load(bundles("llama-gqa", exit_layer=2).folder) as model:
+    with backend.load(bundles("llama-gqa", exit_layer=2, dtype=backend.dtype)) as model:
         mode = {"mode": "autoregressive"} if k == 0 else {"num_speculations": k, "confidence_threshold": 0}
         ours = model.complete(prompt, **mode)
     assert ours.stop_reason in ("capacity", "eos")
     if ours.stop_reason == "capacity":
         assert len(ours.token_ids) == CAPACITY - length + 1
-    assert_same_tokens(ours.token_ids, wanted, gaps)
+    assert_same_tokens(ours.token_ids, wanted, gaps, backend.tie)
 
 
 def test_eos_inside_accepted_drafts_drops_what_follows(bundles, tmp_path):
@@ -209,8 +222,8 @@ def test_early_exit_mode_is_the_model_cut_off_at_the_exit_layer(bundles, referen
     assert ours.statistics.stage_ms["verify"] == 0
 
 
-def test_a_second_generator_is_refused_and_the_first_goes_on(bundles):
-    with edgeskip.load(bundles("llama-gqa").folder) as model:
+def test_a_second_generator_is_refused_and_the_first_goes_on(backend, bundles):
+    with backend.load(bundles("llama-gqa", dtype=backend.dtype)) as model:
         whole = model.complete("abc", max_new_tokens=12).text
         first = model.generate("abc", max_new_tokens=12)
         start = next(first).text
@@ -219,8 +232,8 @@ def test_a_second_generator_is_refused_and_the_first_goes_on(bundles):
         assert start + "".join(piece.text for piece in first) == whole
 
 
-def test_leaving_a_generator_early_resets_the_model(bundles):
-    with edgeskip.load(bundles("llama-gqa").folder) as model:
+def test_leaving_a_generator_early_resets_the_model(backend, bundles):
+    with backend.load(bundles("llama-gqa", dtype=backend.dtype)) as model:
         whole = model.complete("abc", max_new_tokens=12)
         for _ in model.generate("a longer text that fills other rows"):
             break
@@ -228,8 +241,8 @@ def test_leaving_a_generator_early_resets_the_model(bundles):
     assert again.token_ids == whole.token_ids
 
 
-def test_statistics_count_what_the_rounds_did(bundles):
-    with edgeskip.load(bundles("llama-gqa", exit_layer=3).folder) as model:
+def test_statistics_count_what_the_rounds_did(backend, bundles):
+    with backend.load(bundles("llama-gqa", exit_layer=3, dtype=backend.dtype)) as model:
         g = model.complete([5, 6, 7], num_speculations=4, max_new_tokens=40)
     s = g.statistics
     assert (s.prompt_tokens, s.new_tokens, len(g.token_ids)) == (3, 40, 40)
@@ -238,7 +251,7 @@ def test_statistics_count_what_the_rounds_did(bundles):
     assert s.accepted <= s.tested <= s.drafted
     assert s.tokens_per_round == pytest.approx(39 / s.rounds)
     assert s.tokens_per_second == pytest.approx(1e3 / s.ms_per_token)
-    assert set(s.stage_ms) == {"draft", "verify", "head"}
+    assert set(s.stage_ms) == ({"draft", "verify", "head"} if backend.device == "cpu" else {"device"})
     assert all(ms > 0 for ms in s.stage_ms.values())
     assert json.loads(json.dumps(dataclasses.asdict(g)))["stop_reason"] == "max_new_tokens"
 

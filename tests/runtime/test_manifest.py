@@ -280,6 +280,6 @@ def test_hashes_are_compared_before_any_graph_is_loaded(folder, cache, monkeypat
     def fail(*_, **__):
         raise AssertionError("a session was made of a bundle that was not checked")
 
-    monkeypatch.setattr(generate, "OrtCpuSession", fail)
+    monkeypatch.setattr(generate, "open_session", fail)
     flip_a_bit(folder / "draft.ort.onnx")
     assert_refused(folder, "draft.ort.onnx: sha256 is")

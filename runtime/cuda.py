@@ -1,0 +1,198 @@
+"""A CUDA device: memory, the one stream, copies and graphs, through cuda-core. Importing this touches no GPU.
+
+Everything that a session does on the device is enqueued on one stream, in order, so nothing but a read-back waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeskip.runtime.errors import BackendError, reason
+
+ALIGNMENT = 256
+"""Bytes; TensorRT refuses addresses that are not multiples of it."""
+
+INSTALL = 'pip install "edgeskip[cuda]"'
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """Rows in device memory: `address` of the first, bytes of each, and how many."""
+
+    address: int
+    row_bytes: int
+    rows: int
+
+    @property
+    def bytes(self) -> int:
+        """All rows."""
+        return self.row_bytes * self.rows
+
+
+class CudaDevice:
+    """The first CUDA device and a stream on it; a context manager.
+
+    Raises:
+        BackendError: cuda-core is missing, there is no GPU, or its driver is not usable.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import cuda.core as core
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise BackendError("cuda-core", f"not usable ({error})", fix=INSTALL) from None
+        self._core, self._driver = core, driver
+        try:
+            self._device = core.Device(0)
+            self._device.set_current()
+            self.stream = self._device.create_stream()
+        except Exception as error:  # what is missing decides the type: no driver, no device, a driver too old
+            raise BackendError(
+                "CUDA", f"no usable GPU ({reason(error)})", wanted="an NVIDIA GPU and its driver"
+            ) from None
+        self.name = str(self._device.name)
+        self.free_at_start = self.free_bytes()
+        self._owned: list[Any] = []
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """SM version, as (9, 0)."""
+        return tuple(self._device.compute_capability)
+
+    @property
+    def driver_cuda_version(self) -> tuple[int, int]:
+        """The newest CUDA that the driver serves, as (13, 0)."""
+        version = int(self._checked(self._driver.cuDriverGetVersion()))
+        return version // 1000, version % 1000 // 10
+
+    def free_bytes(self) -> int:
+        """Device memory that nobody holds."""
+        self.stream.sync()
+        return int(self._checked(self._driver.cuMemGetInfo())[0])
+
+    def used_bytes(self) -> int:
+        """Device memory taken since this device was opened."""
+        return self.free_at_start - self.free_bytes()
+
+    def zeros(self, shapes: Iterable[tuple[int, int]]) -> list[DeviceArray]:
+        """Zeroed arrays in one block of device memory, each (bytes of a row, rows), each on a 256-byte boundary.
+
+        Raises:
+            BackendError: not enough device memory.
+        """
+        shapes = list(shapes)
+        offsets, size = [], 0
+        for row_bytes, rows in shapes:
+            offsets.append(size)
+            size += -(-row_bytes * rows // ALIGNMENT) * ALIGNMENT
+        try:
+            block = self._device.allocate(size, stream=self.stream)
+        except Exception as error:
+            raise out_of_memory("CUDA", size, self.free_bytes(), error) from None
+        self._owned.append(block)
+        block.fill(0, stream=self.stream)
+        start = int(block.handle)
+        if start % ALIGNMENT:
+            raise BackendError("CUDA", f"memory at {start:#x}", wanted=f"a multiple of {ALIGNMENT}")
+        return [DeviceArray(start + offset, *shape) for offset, shape in zip(offsets, shapes, strict=True)]
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """A zeroed array in page-locked host memory, which the device copies from and to without the host's help."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        block = self._core.LegacyPinnedMemoryResource().allocate(size)
+        self._owned.append(block)
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(block.handle)))
+        raw[:] = 0
+        array: npt.NDArray[Any] = raw.view(dtype).reshape(shape)
+        return array
+
+    def copier(self, target: int, source: int, size: int) -> Callable[[], None]:
+        """A copy of `size` bytes between two addresses, device or pinned, to be enqueued as often as wanted."""
+        buffer, stream = self._core.Buffer, self.stream
+        to, from_ = buffer.from_handle(target, size), buffer.from_handle(source, size)
+        return lambda: to.copy_from(from_, stream=stream)
+
+    def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What `enqueue` puts on the stream, as one CUDA graph; calling the result launches it."""
+        builder = self.stream.create_graph_builder()
+        builder.begin_building("relaxed")
+        try:
+            enqueue()
+        finally:
+            builder.end_building()
+        graph = builder.complete()
+        self._owned.append(graph)
+        graph.upload(self.stream)
+        return lambda: graph.launch(self.stream)
+
+    def stopwatch(self) -> Stopwatch:
+        """Two events around what is enqueued between them."""
+        options = self._core.EventOptions(timing_enabled=True)
+        return Stopwatch(self.stream, self._device.create_event(options), self._device.create_event(options))
+
+    def copy_bytes_per_second(self, size: int = 1 << 29, repeats: int = 10) -> float:
+        """Median rate of copies within device memory, bytes read plus bytes written."""
+        size = min(size, self.free_bytes() // 4)
+        block = self._device.allocate(2 * size, stream=self.stream)
+        start = int(block.handle)
+        copy, watch, seconds = self.copier(start + size, start, size), self.stopwatch(), []
+        for _ in range(repeats + 2):
+            watch.start()
+            copy()
+            watch.stop()
+            seconds.append(watch.elapsed_ns() / 1e9)
+        block.close(self.stream)
+        return 2 * size / float(np.median(seconds[2:]))
+
+    def close(self) -> None:
+        """Frees all memory and graphs; the device is of no use afterwards."""
+        self.stream.sync()
+        while self._owned:
+            self._owned.pop().close()
+        self.stream.sync()
+
+    def _checked(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if int(status):
+            raise BackendError("CUDA", f"{status!r}")
+        return values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Device time between two points of a stream."""
+
+    stream: Any
+    begin: Any
+    end: Any
+
+    def start(self) -> None:
+        """Marks the beginning."""
+        self.stream.record(self.begin)
+
+    def stop(self) -> None:
+        """Marks the end."""
+        self.stream.record(self.end)
+
+    def elapsed_ns(self) -> int:
+        """Waits for the end and says how long it took."""
+        self.end.sync()
+        return int((self.end - self.begin) * 1e6)
+
+
+def out_of_memory(place: object, wanted_bytes: int, free_bytes: int, error: object = "") -> BackendError:
+    """The one line for device memory that does not suffice."""
+    return BackendError(
+        place,
+        f"out of device memory, {free_bytes / 1e6:.0f} MB are free" + (f" ({error})" if error else ""),
+        wanted=f"{wanted_bytes / 1e6:.0f} MB",
+        fix="export with a smaller --max-length or in fp16, or free the device's memory",
+    )

@@ -1,0 +1,204 @@
+"""What every session on a CUDA device shares: workspace and caches in device memory, rounds that run without the host.
+
+A round is enqueued whole on one stream:
+
+    positions (pinned) -> device | the round's calls, in order | draft and target ids -> pinned
+
+and the host waits once, for the ids. The first run of a round enqueues its calls one by one, which lets the backend
+settle its memory; the second captures the same sequence into one CUDA graph, and all others replay that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeskip.runtime.architecture import ITEMSIZE
+from edgeskip.runtime.cuda import CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.graphs import Tensor, dimensions
+from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.rounds import HEAD_ROWS, Call, Round, View, prefill_round, workspace
+from edgeskip.runtime.session import BoundRound, Memory, RoundResult, Session
+
+_NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+_IDS = ("draft_token_ids", "target_token_ids")
+
+
+class CudaSession(Session):
+    """A session whose memory is on a CUDA device; a backend adds how one call is enqueued.
+
+    Raises:
+        BackendError: not enough device memory for weights, caches and workspace.
+    """
+
+    device = "cuda"
+
+    def __init__(self, bundle: Bundle, device: CudaDevice) -> None:
+        manifest = bundle.manifest
+        self._device, self._dtype = device, manifest.dtype
+        self.hardware = device.name
+        self._dims = dimensions(manifest.architecture, manifest.max_length)
+        self._table = manifest.table
+        self._weights_bytes = manifest.weights_bytes
+        itemsize = {"float": ITEMSIZE[manifest.dtype], "int64": 8}
+        buffers = {
+            name: (itemsize[dtype] * (1 if dim is None else self._dims[dim]), rows)
+            for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
+        }
+        caches = {
+            tensor.name: (itemsize["float"] * int(np.prod([self._dims[dim] for dim in tensor.shape])), 1)
+            for graph in self._table.values()
+            for tensor in graph.inputs
+            if tensor.is_cache
+        }
+        self._caches_bytes = sum(row_bytes for row_bytes, _ in caches.values())
+        self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
+        wanted, free = self._weights_bytes + self._caches_bytes + self._workspace_bytes, device.free_bytes()
+        if wanted > free:
+            raise out_of_memory(bundle.folder, wanted, free)
+        self._caches = dict(zip(caches, device.zeros(caches.values()), strict=True))
+        self._buffers = dict(zip(buffers, device.zeros(buffers.values()), strict=True))
+        # the two arrays of ids lie side by side on the device, so that one copy reads both
+        self._buffers |= dict(zip(_IDS, self._adjacent(HEAD_ROWS), strict=True))
+        self._ids = device.pinned((2, HEAD_ROWS), np.int64)
+        self._positions = device.pinned((buffers["position_ids"][1],), np.int64)
+        rows, hidden = buffers["inputs_embeds"][1], self._dims["H"]
+        self._embeds = device.pinned((rows, hidden), _NUMPY[manifest.dtype])
+        self._logits = device.pinned((HEAD_ROWS, self._dims["V"]), _NUMPY[manifest.dtype])
+        first, size = self._buffers["inputs_embeds"].address, buffers["inputs_embeds"][0]
+        self._carry = [
+            device.copier(first, self._address(View("target_embeds", row, 1)), size) for row in range(HEAD_ROWS)
+        ]
+        self._bound: dict[Round, BoundRound] = {}
+        self._device_ns = 0
+
+    @abstractmethod
+    def _enqueued(self, call: Call) -> Callable[[], None]:
+        """Binds a call's shapes and memory; calling the result enqueues it on the device's stream."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Frees what the backend holds."""
+
+    def _warm_up(self, chunk: int) -> None:
+        """Runs the largest calls once, so that memory that does not suffice is found now."""
+        self.bind(prefill_round(chunk, last=True, early_exit=False))(0)()
+
+    def bind(self, round_: Round) -> BoundRound:
+        """Fixes shapes and memory of a round's calls; the same round is bound once."""
+        if round_ not in self._bound:
+            self._bound[round_] = self._bind(round_)
+        return self._bound[round_]
+
+    def _bind(self, round_: Round) -> BoundRound:
+        device, watch = self._device, self._device.stopwatch()
+        calls = [self._enqueued(call) for call in round_.calls]
+        rows, positions = np.arange(round_.rows), self._positions[: round_.rows]
+        target, ids = self._buffers["position_ids"].address, self._buffers[_IDS[0]].address
+        write_positions = device.copier(target, positions.ctypes.data, positions.nbytes)
+        read_ids = device.copier(self._ids.ctypes.data, ids, self._ids.nbytes)
+        drafts, targets = self._ids[0, : round_.num_drafts], self._ids[1, : round_.num_targets]
+        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, and each but once
+        runs, launch = 0, None
+
+        def enqueue() -> None:
+            write_positions()
+            for call in calls:
+                call()
+            read_ids()
+
+        def start(position: int) -> Callable[[], RoundResult]:
+            nonlocal runs, launch
+            if runs == 1 and replayed:
+                launch = device.captured(enqueue)
+            runs += 1
+            np.add(rows, position, out=positions)
+            watch.start()
+            (launch or enqueue)()
+            watch.stop()
+            return wait
+
+        def wait() -> RoundResult:
+            self._device_ns += watch.elapsed_ns()
+            return RoundResult(drafts.tolist(), targets.tolist())
+
+        return start
+
+    @property
+    def stage_ns(self) -> Mapping[str, int]:
+        """Device time of all rounds so far: what runs within one is not the host's to see."""
+        return {"device": self._device_ns}
+
+    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
+        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+        self._device.stream.sync()  # a round that nobody waited for may still be reading
+        self._embeds[: len(rows)] = rows
+        size = self._embeds[: len(rows)].nbytes
+        self._device.copier(self._buffers["inputs_embeds"].address, self._embeds.ctypes.data, size)()
+
+    def carry(self, row: int) -> None:
+        """Makes the token that target row `row` picked the next round's first input."""
+        self._carry[row]()
+
+    def draft_confidence(self, row: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row."""
+        logits = self.read_logits(row + 1)[row]
+        return float(1.0 / np.exp(logits - logits.max()).sum())
+
+    def read_logits(self, rows: int) -> npt.NDArray[Any]:
+        """The first `rows` rows of the last head call's logits, [rows,V]."""
+        part = self._logits[:rows]
+        self._device.copier(part.ctypes.data, self._buffers["logits"].address, part.nbytes)()
+        self._device.stream.sync()
+        if self._dtype == "bf16":
+            return (part.astype(np.uint32) << 16).view(np.float32)
+        return part.astype(np.float32)
+
+    def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
+        """Median device time of one call by itself, as a graph of its own, its first row at `position`."""
+        self._device.stream.sync()
+        self._positions[:] = position + np.arange(len(self._positions))
+        target = self._buffers["position_ids"]
+        self._device.copier(target.address, self._positions.ctypes.data, target.bytes)()
+        enqueue, watch, times = self._enqueued(call), self._device.stopwatch(), []
+        enqueue()
+        launch = self._device.captured(enqueue)
+        for _ in range(repeats + 2):
+            watch.start()
+            launch()
+            watch.stop()
+            times.append(watch.elapsed_ns() / 1e6)
+        return float(np.median(times[2:]))
+
+    def copy_bytes_per_second(self) -> float:
+        """Rate of copies within the device's memory, bytes read plus bytes written."""
+        return self._device.copy_bytes_per_second()
+
+    def memory(self) -> Memory:
+        """Device memory by kind; what is not ours by name is the backend's: scratch, kernels, libraries."""
+        known = self._weights_bytes + self._caches_bytes + self._workspace_bytes
+        other = max(self._device.used_bytes() - known, 0)
+        return Memory(self._weights_bytes, self._caches_bytes, self._workspace_bytes, other)
+
+    def close(self) -> None:
+        """Frees everything; the session is of no use afterwards."""
+        self._device.stream.sync()
+        self._bound.clear()
+        self._carry.clear()
+        self._release()
+        self._device.close()
+
+    def _adjacent(self, rows: int) -> tuple[DeviceArray, DeviceArray]:
+        (block,) = self._device.zeros([(8, 2 * rows)])
+        return DeviceArray(block.address, 8, rows), DeviceArray(block.address + 8 * rows, 8, rows)
+
+    def _address(self, view: View) -> int:
+        buffer = self._buffers[view.buffer]
+        return buffer.address + view.start * buffer.row_bytes
+
+    def _shape(self, tensor: Tensor, rows: int) -> tuple[int, ...]:
+        return tuple(rows if dim == "T" else self._dims[dim] for dim in tensor.shape)
