@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +12,12 @@ import onnx_ir as ir
 
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint, read_json
+from edgeskip.exporter.config import SYNTHETIC
+from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, sync, write_weights
 from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError, reason
+from edgeskip.runtime.errors import CheckpointError, RequestError, reason
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table
 from edgeskip.runtime.manifest import (
     FORMAT_VERSION,
@@ -69,7 +66,7 @@ def export_bundle(
     layout = plan_weights(checkpoint, settings.dtype, capacity)
     tokenizer_config = _tokenizer_config(checkpoint.folder)
     texts = _text_files(checkpoint, tokenizer_config)
-    with _whole_or_absent(destination, layout.bytes) as folder:
+    with whole_or_absent(destination, layout.bytes) as folder:
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
         table = graph_table(architecture.num_layers, settings.exit_layer)
         for dialect, pattern in DIALECTS.items():
@@ -94,6 +91,7 @@ def export_bundle(
             graphs={str(name): graph for name, graph in table.items()},
             chains={name: tuple(chain) for name, chain in CHAINS.items()},
             files=files,
+            synthetic=bool(checkpoint.config.get(SYNTHETIC)),
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Bundle(destination, manifest)
@@ -116,65 +114,6 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity
-
-
-def check_destination(destination: Path) -> None:
-    """Refuses a destination that is there already.
-
-    Raises:
-        BundleError: it exists, or its name cannot be one.
-    """
-    try:
-        taken = destination.exists() or destination.is_symlink()
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{str(destination)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
-    if taken:
-        raise BundleError(destination, "already exists", fix="give another folder or remove this one")
-
-
-@contextmanager
-def _whole_or_absent(destination: Path, weights_bytes: int) -> Iterator[Path]:
-    """A temporary sibling that becomes `destination` at the end, or goes away with whatever went wrong."""
-    check_destination(destination)
-    parent = destination.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < weights_bytes:
-            raise _disk_full(destination, free, weights_bytes)
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
-    except OSError as error:
-        raise BundleError(destination, f"cannot be written ({reason(error)})", fix="give another folder") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        os.rename(folder, destination)  # noqa: PTH104  (a folder appearing meanwhile must not be replaced)
-        _sync_folder(parent)
-    except OSError as error:
-        if error.errno is not None and error.strerror in ("No space left on device", "Disk quota exceeded"):
-            raise _disk_full(destination, shutil.disk_usage(parent).free, weights_bytes) from None
-        if isinstance(error, FileExistsError) or destination.exists():
-            raise BundleError(destination, "appeared during the export", fix="give another folder") from None
-        raise BundleError(destination, f"cannot be written ({reason(error)})", fix="give another folder") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _disk_full(destination: Path, free: int, wanted: int) -> BundleError:
-    return BundleError(
-        destination,
-        f"{free / 1e6:.0f} MB free on the disk",
-        wanted=f"{wanted / 1e6:.0f} MB for the weights",
-        fix="free some room or give a folder on another disk",
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(path: Path, data: bytes) -> FileRecord:

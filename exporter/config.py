@@ -21,7 +21,11 @@ _READ = {
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "hidden_act",
 }  # fmt: skip
 
+SYNTHETIC = "edgeskip_synthetic"
+"""The key of a checkpoint that `edgeskip synth` made, with what it measured."""
+
 _INERT = {
+    SYNTHETIC,
     "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
     "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
     "model_max_length", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",

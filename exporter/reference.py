@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from edgeskip.exporter.weights import bundle_tensors
+from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.bench import Contestant, Run
+from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.manifest import WEIGHTS, Bundle
 
 
-def reference_model(bundle: Bundle) -> Any:
-    """A transformers model in fp32 with the bundle's weights, its packed tensors split again."""
+def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") -> Any:
+    """A transformers model with the bundle's weights, its packed tensors split again."""
     import torch
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     config = AutoConfig.from_pretrained(bundle.path("config.json"))
     state: dict[str, Any] = {}
     with safe_open(bundle.path(WEIGHTS), "pt") as file:
         for name, (_, sources) in bundle_tensors(bundle.manifest.architecture).items():
-            parts = file.get_tensor(name).float().split([rows for _, rows in sources])
+            whole = file.get_tensor(name).to(device, torch_dtype)
+            parts = whole.split([rows for _, rows in sources])
             state.update(zip((source for source, _ in sources), parts, strict=True))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)  # type: ignore[no-untyped-call]
     model.load_state_dict(state, strict=True, assign=True)
     model = _with_buffers(model, config)
     model.generation_config.eos_token_id = list(bundle.manifest.eos_token_ids) or None
     model.generation_config.pad_token_id = next(iter(bundle.manifest.eos_token_ids), 0)
-    return model.eval()
+    return model.eval().to(device)
 
 
-def transformers_contestants(bundle: Bundle, threads: int = 0) -> tuple[Contestant, ...]:
-    """Transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`)."""
+def transformers_contestants(
+    bundle: Bundle, device: Literal["cpu", "cuda"] = "cpu", threads: int = 0
+) -> tuple[Contestant, ...]:
+    """Transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`).
+
+    On a GPU in the bundle's dtype, on a CPU in fp32.
+
+    Raises:
+        BackendError: this torch has no CUDA.
+    """
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("torch", f"{torch.__version__} sees no GPU", fix="install a CUDA build of torch")
     if threads:
         torch.set_num_threads(threads)
-    model = reference_model(bundle)
+    model = reference_model(bundle, bundle.manifest.dtype if device == "cuda" else "fp32", device)
     early = {"assistant_early_exit": bundle.manifest.exit_layer}
     return (
         Contestant("transformers", 0, lambda ids, n: _generate(model, ids, n, {})),
@@ -57,7 +71,7 @@ def _generate(model: Any, prompt_ids: list[int], max_new_tokens: int, settings: 
     import torch
 
     clock = _Clock()
-    ids = torch.tensor([prompt_ids])
+    ids = torch.tensor([prompt_ids], device=model.device)
     start = perf_counter()
     out = model.generate(
         ids,

@@ -51,7 +51,8 @@ class Manifest:
 
     `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts a round,
     `prefill_chunk` the prompt tokens of one call; `bos_token` and `eos_token` are texts for the chat template. `graphs`
-    and `chains` repeat the contract for other readers.
+    and `chains` repeat the contract for other readers. `synthetic` says that the weights are random, from
+    `edgeskip synth`: good for measuring speed only.
     """
 
     format_version: int
@@ -69,6 +70,7 @@ class Manifest:
     graphs: dict[str, Graph]
     chains: dict[str, tuple[str, ...]]
     files: dict[str, FileRecord]
+    synthetic: bool = False
 
     def to_json(self) -> str:
         """The text of manifest.json."""

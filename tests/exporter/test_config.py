@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.exporter.weights import rope_tables
+from edgeskip.recipes.shape import load_shape, shape_names
 from edgeskip.runtime.architecture import Rope
 from edgeskip.runtime.errors import CheckpointError
 
@@ -21,63 +22,23 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
-COMMON = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.45.2",
-    "use_cache": True,
+LAYERSKIP = {  # facebook/layerskip-*: parameters in 1e9
+    "llama2-7b": 6.74,
+    "llama2-13b": 13.02,
+    "llama2-70b": 68.98,
+    "codellama-7b": 6.74,
+    "codellama-34b": 33.74,
+    "llama3-8b": 8.03,
+    "llama3.2-1b": 1.24,
 }
-
-
-def published(layers, hidden, ffn, heads, kv_heads, vocab, context, theta, **more):
-    return COMMON | {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-        "rope_theta": theta,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **more,
-    }
-
-
-LAYERSKIP = {  # hub id: config.json in the shape of that checkpoint, parameters in 1e9
-    "facebook/layerskip-llama2-7B": (published(32, 4096, 11008, 32, 32, 32000, 4096, 10000.0), 6.74),
-    "facebook/layerskip-llama2-13B": (published(40, 5120, 13824, 40, 40, 32000, 4096, 10000.0), 13.02),
-    "facebook/layerskip-llama2-70B": (published(80, 8192, 28672, 64, 8, 32000, 4096, 10000.0), 68.98),
-    "facebook/layerskip-codellama-7B": (published(32, 4096, 11008, 32, 32, 32016, 16384, 1000000), 6.74),
-    "facebook/layerskip-codellama-34B": (published(48, 8192, 22016, 64, 8, 32000, 16384, 1000000), 33.74),
-    "facebook/layerskip-llama3-8B": (published(32, 4096, 14336, 32, 8, 128256, 8192, 500000.0), 8.03),
-    "facebook/layerskip-llama3.2-1B": (
-        published(
-            16, 2048, 8192, 32, 8, 128256, 131072, 500000.0,
-            head_dim=64, rope_scaling=LLAMA3_SCALING, tie_word_embeddings=True,
-        ),
-        1.24,
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAYERSKIP)
 def test_the_published_layerskip_configs_are_read(name):
     from edgeskip.exporter.weights import bundle_tensors
 
-    config, billions = LAYERSKIP[name]
-    a = architecture_from_config(config, name)
+    shape = load_shape(name)
+    config, a = shape.config, shape.architecture
     assert (a.num_layers, a.hidden_size, a.num_kv_heads) == (
         config["num_hidden_layers"],
         config["hidden_size"],
@@ -85,7 +46,11 @@ def test_the_published_layerskip_configs_are_read(name):
     )
     assert a.rope.theta == config["rope_theta"]
     parameters = sum(np.prod(shape, dtype=np.int64) for shape, _ in bundle_tensors(a).values())
-    assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
+    assert parameters / 1e9 == pytest.approx(LAYERSKIP[name], abs=0.01)
+
+
+def test_the_published_shapes_are_these():
+    assert set(shape_names()) == set(LAYERSKIP)
 
 
 def test_both_spellings_of_rope_are_the_same():

@@ -1,0 +1,409 @@
+"""A checkpoint of a given shape with random weights whose exit agrees with the whole model at a chosen rate.
+
+Speed depends on shape and match rate alone, so a model that says nothing makes it measurable where the weights of a
+real one cannot be had.
+
+    h_0 = embedding                      rows of length 1
+    h_1 = h_0 + attention + mlp          attention about as large as the embedding, the MLP far larger
+    h_l = h_(l-1) + attention + mlp      every MLP adds a variance of 1, attention less than that
+    logits = head(norm(h))               with a standard deviation of 1
+
+*Texts that do not loop.* A gated MLP of random weights sends unlike inputs to nearly orthogonal outputs: a text is a
+walk of random jumps as long as the MLPs' inputs differ from place to place. So the first MLP must not see mostly an
+average of the tokens so far, nor the later ones mostly attention. Nor may the embedding itself survive, or a tied model
+repeats its input: the logit of that token gains 1 / rms(h) <= 1 standard deviations, whatever the width, where the top
+of V random ones stands at sqrt(2 ln V), 4.9 of them for V = 128256.
+
+*The match rate.* The later layers add to h_E what the exit does not see. Their output projections are scaled by a
+damping in (0, 1]: at 1 they outweigh the early ones and the exit is rarely right, near 0 it nearly always is.
+
+B prompts, T tokens, E exit layer, L layers, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from edgeskip.exporter.config import SYNTHETIC
+from edgeskip.exporter.folder import whole_or_absent
+from edgeskip.recipes.early_exit import CausalLM
+from edgeskip.recipes.shape import Shape, load_shape
+from edgeskip.runtime.architecture import Architecture, DType
+from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
+from edgeskip.runtime.manifest import Progress
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1
+FIRST_ATTENTION = 3.0  # of one value against an embedding; an average of n of them measures 1 / sqrt(n) of it
+LATE_VARIANCE = 8.0  # of all later layers undamped, against that of the early ones
+STEEPNESS = 7.0  # the match rate is about exp(-STEEPNESS * damping), measured at many shapes
+SMALLEST_DAMPING = 1e-3
+TOLERANCE, LARGEST_ERROR = 0.01, 0.03  # of the match rate: what ends the search, what is refused
+DISTINCT_TOKENS = 0.9
+NUM_BYTES = 256
+SHARD_SIZE = "4GB"
+_BLOCK = 1 << 24  # numbers drawn at a time, 64 MiB in fp32
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """What is made, and how its match rate is measured.
+
+    Args:
+        exit_layer: E, where drafting would end.
+        match_rate: the share of greedy tokens that the exit is to predict, 0 to 1.
+        seed: of weights and prompts; the same seed on another device gives other weights.
+        dtype: of the weights as stored.
+        device: where they are made and measured; `auto` is CUDA where there is one. A CPU computes in fp32.
+        num_prompts: B, of random tokens.
+        prompt_length: tokens of each.
+        new_tokens: T, that the whole model then writes.
+        max_steps: dampings tried.
+    """
+
+    exit_layer: int
+    match_rate: float
+    seed: int = 0
+    dtype: DType = "fp16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_prompts: int = 16
+    prompt_length: int = 32
+    new_tokens: int = 128
+    max_steps: int = 12
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a rate over the prompts."""
+
+    min: float
+    median: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How the exit and the whole model go together on the whole model's own greedy texts.
+
+    Attributes:
+        damping: of the later layers, at which this was measured.
+        match_rate: share of the tokens that are the exit's pick too.
+        match_rate_by_prompt: the same, text by text.
+        distinct_tokens: share of a text's tokens that repeat no earlier one, mean over texts.
+    """
+
+    damping: float
+    match_rate: float
+    match_rate_by_prompt: Spread
+    distinct_tokens: float
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """What config.json says under `edgeskip_synthetic`."""
+
+    shape: str
+    seed: int
+    exit_layer: int
+    damping: float
+    match_rate: float
+    match_rate_by_prompt: Spread
+    distinct_tokens: float
+
+
+def synthesize(
+    shape_name: str, destination: Path, settings: SyntheticSettings, progress: Progress = lambda *_: None
+) -> Synthetic:
+    """Makes a checkpoint folder in transformers' format.
+
+    Args:
+        shape_name: a published shape, or the path of a config.json.
+        destination: the folder.
+        settings: what is made.
+        progress: told of long work.
+
+    Raises:
+        RequestError: a shape, exit layer or rate that cannot be had.
+        CheckpointError: a config.json that is not supported, or a destination that exists or cannot be written.
+        BackendError: no such device, or too little memory.
+    """
+    shape = load_shape(shape_name)
+    _check_settings(shape, settings)
+    device = _device(settings.device)
+    weights = Weights(shape, settings, device)
+    with whole_or_absent(destination, weights.stored_bytes, CheckpointError) as folder:
+        _check_memory(weights, device)
+        weights.draw(progress)
+        measurement = find_damping(weights, settings, progress)
+        _check_measurement(shape, settings, measurement)
+        made = Synthetic(shape.name, settings.seed, settings.exit_layer, **vars(measurement))
+        _write(weights, shape, made, folder)
+    return made
+
+
+class Weights:
+    """A model whose weights are a function of seed, name and damping: any can be drawn again, so none is kept twice.
+
+    Attributes:
+        model: in transformers, on the device; undamped once it has been drawn.
+        stored_bytes: its size in the dtype it is stored in.
+        computed_bytes: its size in the dtype it is run in, fp32 on a CPU.
+    """
+
+    def __init__(self, shape: Shape, settings: SyntheticSettings, device: torch.device) -> None:
+        self.settings, self.device, self.architecture = settings, device, shape.architecture
+        self.dtype = DTYPES[settings.dtype]
+        inert = ("model_type", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+        config = AutoConfig.for_model(
+            shape.architecture.model_type,
+            **{key: value for key, value in shape.config.items() if key not in inert},
+            **dict.fromkeys(inert[3:]),
+        )
+        compute = torch.float32 if device.type == "cpu" else self.dtype
+        with torch.device("meta"):
+            made: CausalLM = AutoModelForCausalLM.from_config(config, dtype=compute)  # type: ignore[no-untyped-call]
+        self.model = made.eval()
+        numbers = sum(parameter.numel() for parameter in self.model.parameters())
+        self.stored_bytes, self.computed_bytes = numbers * self.dtype.itemsize, numbers * compute.itemsize
+
+    def draw(self, progress: Progress = lambda *_: None) -> None:
+        """Makes all weights, on the device."""
+        decoder = self.model.model
+        self.model.to_empty(device=self.device)
+        self.model.tie_weights()
+        decoder.rotary_emb = type(decoder.rotary_emb)(self.model.config).to(self.device)  # its tables are no parameters
+        done = 0
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            self._fill(index, name, parameter, 1.0)
+            done += parameter.numel() * self.dtype.itemsize
+            progress("drawing weights", done, self.stored_bytes)
+
+    def damp(self, damping: float) -> None:
+        """Draws the output projections of the later layers again, times `damping`; nothing builds up."""
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            if self._is_late(name):
+                self._fill(index, name, parameter, damping)
+
+    def _is_late(self, name: str) -> bool:
+        layer = _layer(name)
+        return layer is not None and layer >= self.settings.exit_layer and _is_output(name)
+
+    def _deviation(self, name: str, fan_in: int) -> float:
+        """Standard deviation of a matrix's numbers, undamped: 1 / sqrt(fan-in), but for the module's formulas."""
+        layers, exit_layer = self.architecture.num_layers, self.settings.exit_layer
+        deviation = 1 / math.sqrt(fan_in)
+        if "down_proj" in name:
+            deviation /= GATED_RMS
+        if "o_proj" in name and _layer(name) == 0:
+            deviation *= FIRST_ATTENTION / math.sqrt(self.architecture.hidden_size)  # as an embedding's numbers
+        if self._is_late(name):
+            deviation *= math.sqrt(LATE_VARIANCE * exit_layer / (layers - exit_layer))
+        return deviation
+
+    @torch.no_grad()
+    def _fill(self, index: int, name: str, parameter: Tensor, damping: float) -> None:
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the others are norms
+            return
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed << 16 | index)
+        deviation = damping * self._deviation(name, parameter.shape[1])
+        for part in torch.split(parameter.view(-1), _BLOCK):
+            numbers = torch.randn(part.shape, generator=generator, device=self.device)
+            part.copy_(numbers.mul_(deviation).to(self.dtype))  # rounded to what is stored, whatever computes
+
+
+def _layer(name: str) -> int | None:
+    """The layer of a parameter such as model.layers.3.mlp.down_proj.weight."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def _is_output(name: str) -> bool:
+    return name.endswith(("o_proj.weight", "down_proj.weight"))
+
+
+@torch.inference_mode()
+def measure(
+    model: CausalLM, settings: SyntheticSettings, damping: float, progress: Callable[[int], None] = lambda _: None
+) -> Measurement:
+    """Continues random prompts greedily; at each token asks the exit too, from the same caches as drafting does.
+
+    `progress` is told how many tokens of each prompt are done.
+    """
+    decoder, vocab_size = model.model, model.config.vocab_size
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompts = torch.randint(vocab_size, (settings.num_prompts, settings.prompt_length), generator=generator)
+    token_ids, cache = prompts.to(model.device), None
+    picks = []
+    for done in range(settings.new_tokens):
+        out = decoder(token_ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        exit_state = decoder.norm(out.hidden_states[settings.exit_layer][:, -1])
+        states = torch.stack([exit_state, out.last_hidden_state[:, -1]])  # [2, B, H]; the last is normed already
+        picks.append(model.lm_head(states).argmax(-1))
+        token_ids, cache = picks[-1][1][:, None], out.past_key_values
+        progress(done + 1)
+    exits, texts = torch.stack(picks, dim=-1).cpu()  # [B, T] each
+    matched = (exits == texts).double().mean(-1)
+    return Measurement(
+        damping=damping,
+        match_rate=float(matched.mean()),
+        match_rate_by_prompt=Spread(float(matched.min()), float(matched.quantile(0.5)), float(matched.max())),
+        distinct_tokens=sum(len(text.unique()) for text in texts) / texts.numel(),
+    )
+
+
+def find_damping(weights: Weights, settings: SyntheticSettings, progress: Progress = lambda *_: None) -> Measurement:
+    """Damps the later layers so that the match rate is nearest to what is wanted; returns what was measured then.
+
+    The next damping is read off exp(-c * damping) through the last measurement, or halves the logarithm of what is left
+    where that leads out of it. Every try has its own texts, so rates jitter by some 0.01.
+    """
+    wanted, total = settings.match_rate, (settings.max_steps + 1) * settings.new_tokens
+
+    def at(damping: float, step: int) -> Measurement:
+        weights.damp(damping)
+        before = step * settings.new_tokens
+        return measure(weights.model, settings, damping, lambda n: progress("finding the damping", before + n, total))
+
+    low, high = SMALLEST_DAMPING, 1.0
+    damping = min(max(_exponent(wanted) / STEEPNESS, low), high)
+    tries: list[Measurement] = []
+    for step in range(settings.max_steps):
+        found = at(damping, step)
+        tries.append(found)
+        if abs(found.match_rate - wanted) <= TOLERANCE:
+            break
+        low, high = (damping, high) if found.match_rate > wanted else (low, damping)
+        if high < 1.01 * low:
+            break
+        damping *= _exponent(wanted) / _exponent(found.match_rate)
+        damping = damping if low < damping < high else math.sqrt(low * high)
+    best = min(tries, key=lambda one: abs(one.match_rate - wanted))
+    if best is not tries[-1]:
+        best = at(best.damping, settings.max_steps)
+    progress("finding the damping", total, total)
+    return best
+
+
+def _exponent(match_rate: float) -> float:
+    return -math.log(min(max(match_rate, 1e-3), 1 - 1e-3))
+
+
+# Bad input
+
+
+def _check_settings(shape: Shape, settings: SyntheticSettings) -> None:
+    a, tokens = shape.architecture, settings.prompt_length + settings.new_tokens
+    if not 1 <= settings.exit_layer < a.num_layers:
+        wanted = f"1 to {a.num_layers - 1}: the model has {a.num_layers} layers"
+        raise RequestError("exit layer", f"{settings.exit_layer}", wanted=wanted)
+    if not 0 <= settings.match_rate <= 1:
+        raise RequestError("match rate", f"{settings.match_rate:g}", wanted="0 to 1")
+    if not 0 <= settings.seed < 1 << 31:
+        raise RequestError("seed", f"{settings.seed}", wanted=f"0 to {(1 << 31) - 1}")
+    if a.vocab_size < NUM_BYTES:
+        raise RequestError(f"shape {shape.name}", f"{a.vocab_size} tokens", wanted=f"{NUM_BYTES} or more")
+    if a.max_position_embeddings < tokens:
+        found = f"a context of {a.max_position_embeddings}"
+        raise RequestError(f"shape {shape.name}", found, wanted=f"{tokens} or more, to measure the match rate")
+
+
+def _device(name: str) -> torch.device:
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise BackendError("--device cuda", "no CUDA device, or a torch without CUDA", fix="use --device cpu")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+def _check_memory(weights: Weights, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if free < weights.computed_bytes:
+        raise BackendError(
+            f"device {device.type}",
+            f"{free / 1e9:.0f} GB of memory",
+            wanted=f"{weights.computed_bytes / 1e9:.0f} GB for the weights",
+            fix="use a larger machine or a smaller shape",
+        )
+
+
+def _is_judged(a: Architecture, settings: SyntheticSettings) -> bool:
+    """Whether texts of random tokens hardly repeat and random states of this width are nearly orthogonal.
+
+    The figures of smaller shapes, good for tests only, are recorded and never refused.
+    """
+    return a.vocab_size >= 100 * settings.new_tokens and a.hidden_size >= 512
+
+
+def _check_measurement(shape: Shape, settings: SyntheticSettings, measured: Measurement) -> None:
+    if not _is_judged(shape.architecture, settings):
+        return
+    place = f"shape {shape.name} at exit layer {settings.exit_layer}"
+    if abs(measured.match_rate - settings.match_rate) > LARGEST_ERROR:
+        found = f"the nearest match rate is {measured.match_rate:.3f}, at a damping of {measured.damping:.3g}"
+        raise RequestError(place, found, wanted=f"{settings.match_rate:g}", fix="give another rate or seed")
+    if measured.distinct_tokens < DISTINCT_TOKENS:
+        found = f"its texts loop: {measured.distinct_tokens:.0%} of their tokens are distinct"
+        raise RequestError(place, found, wanted=f"{DISTINCT_TOKENS:.0%}", fix="give another seed")
+
+
+# The folder
+
+
+def _write(weights: Weights, shape: Shape, made: Synthetic, folder: Path) -> None:
+    model = weights.model.to(weights.dtype)
+    setattr(model.config, SYNTHETIC, asdict(made))
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    byte_tokenizer(shape.architecture.vocab_size).save(str(folder / "tokenizer.json"))
+    texts = {
+        "generation_config.json": json.dumps({"eos_token_id": None}) + "\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n",
+        "README.md": _readme(made),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """Id b < 256 is the byte b, so that any text is encoded a token a byte; another id i reads ` i`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [c for c in alphabet if ord(c) < NUM_BYTES]  # ByteLevel writes these bytes as themselves,
+    shifted = iter(sorted(set(alphabet) - set(printable)))  # the others, in order, by characters from 256 on
+    vocab = {chr(b) if chr(b) in printable else next(shifted): b for b in range(NUM_BYTES)}
+    vocab |= {f"\u0120{i}": i for i in range(NUM_BYTES, vocab_size)}  # U+0120 is its space
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _readme(made: Synthetic) -> str:
+    spread = made.match_rate_by_prompt
+    exit_layer = made.exit_layer
+    return f"""# Synthetic weights of the shape {made.shape}
+
+**This is no language model.** Its weights are random (seed {made.seed}), made by `edgeskip synth` to measure speed,
+and its texts mean nothing. No weight of any published model is in it.
+
+The output projections of the layers from {exit_layer} on are damped by {made.damping:.4g},
+so that exit layer {exit_layer} predicts {made.match_rate:.1%} of the tokens that the whole model writes greedily
+({spread.min:.1%} to {spread.max:.1%} by prompt, median {spread.median:.1%}).
+{made.distinct_tokens:.1%} of the tokens of a text are distinct. There is no EOS: texts run to the length asked for.
+The tokenizer encodes a token a byte; other token ids read as their numbers.
+
+Logits are those of random weights, so no token is ever probable: draft with `--confidence-threshold 0`.
+"""
