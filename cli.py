@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ import click
 
 import edgeskip
 from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.errors import BackendError, EdgeskipError, RequestError
+from edgeskip.runtime.backends import DEVICES
+from edgeskip.runtime.errors import BackendError, CheckpointError, EdgeskipError, RequestError
 from edgeskip.runtime.rounds import MODES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from edgeskip.runtime.bench import Contestant
     from edgeskip.runtime.manifest import Progress
 
 EXPORT_MODULES = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
@@ -56,6 +61,9 @@ threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),
     help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
+)
+device_option = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU where there is one."
 )
 threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
 
@@ -93,8 +101,9 @@ def export(
 ) -> None:
     """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
     _require("export", *EXPORT_MODULES)
-    from edgeskip.exporter.bundle import ExportSettings, check_destination, export_bundle
+    from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
+    from edgeskip.exporter.folder import check_destination
 
     settings = ExportSettings(exit_layer, dtype, max_length, num_speculations)
     check_destination(bundle)
@@ -111,12 +120,13 @@ def export(
 @click.option("--prompt", "-p", help="The text to continue.")
 @click.option("--prompt-file", "-f", type=click.File("r", encoding="utf-8"), help="A file with the text; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
-@click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True)
+@click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
 @click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@device_option
 @threads_option
 def generate(
     bundle: Path,
@@ -129,6 +139,7 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     as_json: bool,
+    device: Any,
     threads: int,
 ) -> None:
     """Continue a prompt. On a terminal, text that the early layers drafted is green."""
@@ -139,7 +150,7 @@ def generate(
     from edgeskip.runtime.report import print_statistics, stream
 
     with _progress() as progress:
-        model = load(bundle, threads=threads, progress=progress)
+        model = load(bundle, device=device, threads=threads, progress=progress)
     with model:
         settings = {
             "mode": mode,
@@ -174,9 +185,12 @@ def generate(
     help="A text file a prompt, or a folder of them.  [default: built in]",
 )
 @click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of which medians are taken.")
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout.")
+@device_option
 @threads_option
 def bench(
     bundle: Path,
@@ -185,31 +199,47 @@ def bench(
     max_new_tokens: int,
     prompts: Path | None,
     num_prompts: int | None,
+    prompt_tokens: int | None,
     repeats: int,
     compare: str | None,
     json_path: Path | None,
+    html_path: Path | None,
+    device: Any,
     threads: int,
 ) -> None:
     """Measure plain and self-speculative decoding on held-out prompts, interleaved; medians."""
     from edgeskip.runtime.bench import BenchSettings, load_prompts, run_bench
     from edgeskip.runtime.generate import load
+    from edgeskip.runtime.page import bench_page
     from edgeskip.runtime.report import print_bench
 
-    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
-        raise RequestError(json_path, "cannot be written (no such folder)")
-    settings = BenchSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold)
+    for path in (json_path, html_path):
+        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+            raise RequestError(path, "cannot be written (no such folder)")
+    if html_path is not None:
+        _require("plots", "matplotlib")
+    if compare:
+        _require("train,export", "torch", "transformers", *EXPORT_MODULES)
+    settings = BenchSettings(
+        tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold, prompt_tokens
+    )
     texts = load_prompts(prompts)[:num_prompts]
-    with _progress() as progress, load(bundle, threads=threads, progress=progress) as model:
-        others = []
-        if compare:
-            _require("train,export", "torch", "transformers", *EXPORT_MODULES)
+    command = shlex.join(["edgeskip", *sys.argv[1:]])
+    with _progress() as progress, load(bundle, device=device, threads=threads, progress=progress) as model:
+
+        def others() -> Sequence[Contestant]:
+            if not compare:
+                return ()
             from edgeskip.exporter.reference import transformers_contestants
 
-            others = list(transformers_contestants(model.bundle, threads))
-        report = run_bench(model, texts, settings, others, progress)
-    print_bench(report, _console(stderr=str(json_path) == "-"))
+            return transformers_contestants(model.bundle, model.session.device, threads)
+
+        report = run_bench(model, texts, settings, others, command, progress)
+    print_bench(report, _console(stderr="-" in (str(json_path), str(html_path))))
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    if html_path is not None:
+        _write_text(html_path, bench_page(dataclasses.asdict(report)))
     if report.faults:
         raise SystemExit(1)
 
@@ -243,6 +273,38 @@ def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: f
     result = run(recipe, output, resume, stop_after_minutes, data)
     done = f"{result.steps} steps, {result.tokens:,} tokens, {result.minutes:.1f} minutes"
     click.echo(f"{result.output}: {done}" + ("" if result.finished else "; continue with --resume"), err=True)
+
+
+@main.command()
+@click.argument("shape")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
+@click.option("--match-rate", type=float, required=True, help="Share of greedy tokens that the exit predicts, 0 to 1.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and prompts.")
+@click.option("--dtype", type=click.Choice(get_args(DType)), default="fp16", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
+    """Make a CHECKPOINT with random weights, of a published SHAPE or a config.json, to measure speed with."""
+    _require("train,export", "torch", "transformers", "safetensors", "huggingface_hub")
+    from edgeskip.exporter.folder import check_destination
+    from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
+
+    check_destination(checkpoint, CheckpointError)
+    with _progress() as progress:
+        settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device)
+        made = synthesize(shape, checkpoint, settings, progress)
+    spread = made.match_rate_by_prompt
+    click.echo(
+        f"{checkpoint}: random weights; exit layer {exit_layer} matches {made.match_rate:.1%} of the tokens (by prompt "
+        f"{spread.min:.1%} to {spread.max:.1%}, median {spread.median:.1%}) at a damping of {made.damping:.4g}; "
+        f"{made.distinct_tokens:.1%} of the tokens of a text are distinct.",
+        err=True,
+    )
+    if abs(made.match_rate - match_rate) > TOLERANCE:
+        click.echo(f"The nearest to {match_rate:g} that was reached.", err=True)
+    if made.distinct_tokens < DISTINCT_TOKENS:
+        click.echo("Its texts repeat tokens: the shape is too small for others.", err=True)
+    click.echo(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}", err=True)
 
 
 @main.command()

@@ -1,40 +1,55 @@
-"""Speed, measured: every way of decoding takes turns on the same prompts in one process; medians over repeats."""
+"""Speed, measured: every way of decoding takes turns on the same prompts in one process; medians over repeats.
+
+Beside the tokens' times stand those of each graph by itself, what it has to read, and the rate at which the same
+memory copies. The line to beat is the time of a plain decoder that did nothing but read its weights at that rate.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
+from importlib import metadata, resources
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
+from edgeskip.runtime.architecture import ITEMSIZE
 from edgeskip.runtime.decode import prefill
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Generation, Model
-from edgeskip.runtime.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.manifest import Progress
+from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
+from edgeskip.runtime.manifest import Bundle, Progress
+from edgeskip.runtime.rounds import Call, speculative_round
+from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
+from edgeskip.runtime.weights import read_bytes
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
 """Kernels round differently for one row and for many: a token may differ where the two top logits lie closer."""
+
+
+_STAGE_REPEATS = 30
+_PACKAGES = ("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-core", "torch", "transformers")
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """Speculation lengths to measure, tokens a prompt, how often, and when drafting ends early.
 
-    `confidence_threshold` is that of `Model.generate`: None takes the backend's.
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`
+    where it is given.
     """
 
     grid: tuple[int, ...]
     max_new_tokens: int
     repeats: int
     confidence_threshold: float | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,10 @@ class Contestant:
 class BenchRow:
     """One contestant over all prompts.
 
-    Rates are over the tokens after each first one. `acceptance_histogram`, `stage_ms_per_round` (mean time in each
-    graph) and `host_ms_per_round` (mean of the rest) are null for other runtimes. `distinct_4grams` is the share of
-    distinct 4-grams in the texts: a model that loops flatters every rate.
+    Rates are over the tokens after each first one. `rounds` (of one repeat), `acceptance_histogram`,
+    `stage_ms_per_round` (mean time in each graph, or of the whole round on a device that hides them),
+    `host_ms_per_round` (mean of the rest) and `host_share` (the rest over the stages) are null for other runtimes.
+    `distinct_tokens` and `distinct_4grams` are shares of the texts: a model that loops flatters every rate.
     """
 
     mode: str
@@ -74,17 +90,32 @@ class BenchRow:
     acceptance_rate: float | None
     match_rate: float | None
     tokens_per_round: float | None
+    distinct_tokens: float
     distinct_4grams: float
+    rounds: int | None
     acceptance_histogram: tuple[int, ...] | None
     stage_ms_per_round: dict[str, float] | None
     host_ms_per_round: float | None
+    host_share: float | None
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A graph by itself over `rows` tokens: median time, and the bytes of weights and caches that it has to read."""
+
+    graph: GraphName
+    rows: int
+    ms: float
+    bytes: int
+    gb_per_s: float
+    share_of_copy: float
 
 
 @dataclass(frozen=True)
 class Difference:
     """A contestant's first token that is not plain decoding's.
 
-    `gap` lies between the logits of the two tokens, infinite unless they are the two top ones.
+    `gap` is how far below the top logit the lower of the two tokens' lies.
     """
 
     mode: str
@@ -97,14 +128,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """`faults` are the differences that are no ties, other runtimes left out: there must be none."""
+    """`faults` are the differences that are no ties, other runtimes left out: there must be none.
+
+    `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` are what one call of each graph reads, and
+    `ideal_ms_per_token` their sum at that rate. `prompt_tokens` is a median.
+    """
 
     source: str
+    synthetic: bool
     backend: str
+    hardware: dict[str, str]
+    versions: dict[str, str]
+    command: str
+    dtype: str
     exit_layer: int
     num_layers: int
+    max_length: int
     prompts: int
+    prompt_tokens: int
     settings: BenchSettings
+    copy_gb_per_s: float
+    weight_bytes: dict[GraphName, int]
+    ideal_ms_per_token: float
+    memory_bytes: Memory
+    stages: tuple[StageTime, ...]
     rows: tuple[BenchRow, ...]
     differences: tuple[Difference, ...]
     faults: int
@@ -133,10 +180,14 @@ def run_bench(
     model: Model,
     prompts: Sequence[str],
     settings: BenchSettings,
-    others: Sequence[Contestant] = (),
+    others: Callable[[], Sequence[Contestant]] = tuple,
+    command: str = "",
     progress: Progress = lambda *_: None,
 ) -> BenchReport:
     """Measures plain decoding, self-speculation for each length of the grid, and other runtimes.
+
+    Each contestant warms up on the first prompt. Other runtimes are made when ours are done, so that they share no time
+    and no memory with them, and being far slower they run every prompt once.
 
     Raises:
         RequestError: a setting that cannot be served, or prompts too long for the bundle.
@@ -144,8 +195,8 @@ def run_bench(
     for k in settings.grid:
         if not 1 <= k <= MAX_SPECULATIONS:
             raise RequestError("num speculations", f"{k}", wanted=f"1 to {MAX_SPECULATIONS}")
-    manifest = model.bundle.manifest
-    prompt_ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+    manifest, session = model.bundle.manifest, model.session
+    prompt_ids = [model.tokenizer.encode(prompt).ids[: settings.prompt_tokens] for prompt in prompts]
     longest = max(map(len, prompt_ids))
     room = manifest.max_length - longest
     if room < 2:
@@ -155,20 +206,15 @@ def run_bench(
             "max new tokens", f"{settings.max_new_tokens}", wanted=f"2 to {room}, behind the longest prompt"
         )
     if settings.confidence_threshold is None:
-        settings = replace(settings, confidence_threshold=model.session.confidence_threshold)
-    contestants = [_ours(model, k, settings) for k in (0, *settings.grid)] + list(others)
-    total = (settings.repeats + 1) * len(prompt_ids) * len(contestants)
-    done = 0
-    runs: list[list[list[Run]]] = [[] for _ in contestants]  # by contestant, repeat, prompt
-    for repeat in range(settings.repeats + 1):  # the first one warms up
-        for kept in runs:
-            kept.append([])
-        for ids in prompt_ids:
-            for kept, contestant in zip(runs, contestants, strict=True):
-                kept[repeat].append(contestant.run(ids, settings.max_new_tokens))
-                done += 1
-                progress("measuring", done, total)
-    measured = [kept[1:] for kept in runs]
+        settings = replace(settings, confidence_threshold=session.confidence_threshold)
+    copy_rate = session.copy_bytes_per_second()
+    contestants = [_ours(model, k, settings) for k in (0, *settings.grid)]
+    measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
+    weights, memory = read_bytes(model.bundle), session.memory()
+    stages = tuple(_time_stages(model, settings.grid, longest, weights, copy_rate))
+    foreign = others()
+    contestants += foreign
+    measured += _take_turns(foreign, prompt_ids, settings.max_new_tokens, 1, progress, "measuring other runtimes")
     plain_ms = _ms_per_token(measured[0])
     rows = tuple(_row(c, kept, plain_ms) for c, kept in zip(contestants, measured, strict=True))
     differences = tuple(
@@ -179,26 +225,103 @@ def run_bench(
             for difference in _differences(model, contestant, prompt_ids, measured[0][0], runs_of_repeat)
         )
     )
-    foreign = {other.mode for other in others}
+    foreign_modes = {other.mode for other in foreign}
     return BenchReport(
         source=manifest.source,
-        backend=model.session.description,
+        synthetic=manifest.synthetic,
+        backend=session.description,
+        hardware={"device": session.hardware, "host": f"{platform.system()} {platform.machine()}"},
+        versions=_versions(),
+        command=command,
+        dtype=manifest.dtype,
         exit_layer=manifest.exit_layer,
         num_layers=manifest.architecture.num_layers,
+        max_length=manifest.max_length,
         prompts=len(prompts),
+        prompt_tokens=int(statistics.median(map(len, prompt_ids))),
         settings=settings,
+        copy_gb_per_s=copy_rate / 1e9,
+        weight_bytes=weights,
+        ideal_ms_per_token=1e3 * sum(weights.values()) / copy_rate,
+        memory_bytes=memory,
+        stages=stages,
         rows=rows,
         differences=differences,
-        faults=sum(not d.is_tie and d.mode not in foreign for d in differences),
+        faults=sum(not d.is_tie and d.mode not in foreign_modes for d in differences),
     )
 
 
+def _take_turns(
+    contestants: Sequence[Contestant],
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    repeats: int,
+    progress: Progress,
+    what: str = "measuring",
+) -> list[list[list[Run]]]:
+    """Runs by contestant, repeat and prompt, after a run of each that warms up."""
+    total, done = len(contestants) * (1 + repeats * len(prompts)), 0
+
+    def run(contestant: Contestant, ids: list[int]) -> Run:
+        nonlocal done
+        made = contestant.run(ids, max_new_tokens)
+        done += 1
+        progress(what, done, total)
+        return made
+
+    for contestant in contestants:
+        run(contestant, prompts[0])
+    runs: list[list[list[Run]]] = [[[] for _ in range(repeats)] for _ in contestants]
+    for repeat in range(repeats):
+        for ids in prompts:
+            for kept, contestant in zip(runs, contestants, strict=True):
+                kept[repeat].append(run(contestant, ids))
+    return runs
+
+
+def _time_stages(
+    model: Model, grid: Sequence[int], position: int, weights: dict[GraphName, int], copy_rate: float
+) -> Iterator[StageTime]:
+    """Every graph in the shapes of these rounds, its first row at `position`."""
+    calls: dict[tuple[int, int], Call] = {}
+    for k in (0, *grid):
+        for call in speculative_round(k).calls:
+            calls[GRAPHS.index(call.graph), call.inputs[0][1].rows] = call
+    for (_, rows), call in sorted(calls.items(), key=lambda item: item[0]):
+        ms = model.session.time_call_ms(call, position, _STAGE_REPEATS)
+        size = weights[call.graph] + _cache_bytes(model.bundle, call.graph, position + rows)
+        rate = size / ms * 1e3
+        yield StageTime(call.graph, rows, ms, size, rate / 1e9, rate / copy_rate)
+
+
+def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
+    """Keys and values of that many rows in a graph's layers."""
+    manifest = bundle.manifest
+    a = manifest.architecture
+    return len(manifest.table[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
+
+
+def _versions() -> dict[str, str]:
+    """What of the packages that matter is installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
-    """How far the logits of two candidates lie apart behind these tokens; infinite unless they are the two top ones."""
+    """How far below the top logit the lower of two candidates lies behind these tokens: what rounding must bridge.
+
+    Infinite where one of them is -1, no token: a text that ends and one that goes on are no tie.
+    """
+    if -1 in (ours, theirs):
+        return math.inf
     prefill(model.session, model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk)
     logits = model.session.read_logits(1)[0]
-    second, first = np.argsort(logits)[-2:]
-    return float(logits[first] - logits[second]) if {ours, theirs} == {first, second} else math.inf
+    return float(logits.max() - min(logits[ours], logits[theirs]))
 
 
 def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
@@ -236,6 +359,8 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
     stages = [s.stage_ms for s in stats if s.stage_ms]
     seconds = sum(run.seconds for run in runs)
     stage_ms = {g: sum(s[g] for s in stages) / rounds for g in stages[0]} if stages else None
+    host_ms = None if stage_ms is None else seconds * 1e3 / rounds - sum(stage_ms.values())
+    texts = [run.token_ids for run in repeats[0]]
     return BenchRow(
         mode=contestant.mode,
         num_speculations=contestant.num_speculations,
@@ -246,10 +371,13 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
         acceptance_rate=accepted / drafted if drafted else None,
         match_rate=accepted / tested if tested else None,
         tokens_per_round=sum(s.new_tokens - 1 for s in stats) / rounds if rounds else None,
-        distinct_4grams=distinct_4grams([run.token_ids for run in repeats[0]]),
+        distinct_tokens=float(np.mean([len(set(ids)) / len(ids) for ids in texts])),
+        distinct_4grams=distinct_4grams(texts),
+        rounds=rounds // len(repeats) if stats else None,
         acceptance_histogram=tuple(int(n) // len(repeats) for n in histogram) if stats else None,
         stage_ms_per_round=stage_ms,
-        host_ms_per_round=None if stage_ms is None else seconds * 1e3 / rounds - sum(stage_ms.values()),
+        host_ms_per_round=host_ms,
+        host_share=None if host_ms is None or stage_ms is None else host_ms / sum(stage_ms.values()),
     )
 
 

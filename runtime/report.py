@@ -10,7 +10,7 @@ from rich.table import Table
 
 from edgeskip.runtime.bench import BenchReport, BenchRow
 from edgeskip.runtime.generate import Generation, Piece
-from edgeskip.runtime.graphs import DIALECTS, GRAPHS
+from edgeskip.runtime.graphs import DIALECTS
 from edgeskip.runtime.manifest import Bundle
 from edgeskip.runtime.statistics import Statistics
 
@@ -58,28 +58,40 @@ def print_bench(report: BenchReport, console: Console) -> None:
     """The tables of a bench, and what differed."""
     settings, plain = report.settings, report.rows[0]
     best = max((row for row in report.rows if row.num_speculations), key=lambda row: row.speedup, default=None)
-    console.print(f"{escape(report.source)}, exit layer {report.exit_layer} of {report.num_layers}; {report.backend}")
+    synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
+    console.print(
+        f"{escape(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
+        f"{escape(report.backend)}; {escape(report.hardware['device'])}"
+    )
     speed = _table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
         speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
     console.print(speed)
     console.print(
         f"{report.prompts} prompts, {settings.max_new_tokens} tokens each, medians of {settings.repeats} interleaved "
-        f"repeats; ms a token; {plain.distinct_4grams:.0%} of 4-grams distinct; "
+        f"repeats; ms a token; {plain.distinct_tokens:.0%} of tokens and {plain.distinct_4grams:.0%} of 4-grams "
+        "distinct; "
         + (
             f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
             if settings.confidence_threshold
             else "K drafts always\n"
         )
     )
-    stages = _table("K", *(f"{graph} ms" for graph in GRAPHS), "host ms", "first token ms")
-    for row in report.rows:
-        if row.stage_ms_per_round is not None:
-            times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
-            first = f"{row.time_to_first_token_ms:.0f}"
-            stages.add_row(str(row.num_speculations), *(f"{ms:.2f}" for ms in times), first)
-    console.print("Where a round's time goes:")
+    console.print(
+        f"An ideal plain decoder, which only reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
+        f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms a token"
+        + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
+    )
+    _print_rounds(report, console)
+    stages = _table("graph", "rows", "ms", "MB", "GB/s", "of a copy")
+    for stage in report.stages:
+        cells = (f"{stage.ms:.3f}", f"{stage.bytes / 1e6:.1f}", f"{stage.gb_per_s:.0f}", f"{stage.share_of_copy:.0%}")
+        stages.add_row(stage.graph, str(stage.rows), *cells)
+    console.print("Each graph by itself, and what it has to read:")
     console.print(stages)
+    memory = report.memory_bytes
+    kinds = {"weights": memory.weights, "caches": memory.caches, "workspace": memory.workspace, "other": memory.other}
+    console.print("MB: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in kinds.items() if v is not None) + "\n")
     for d in report.differences:
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
@@ -88,6 +100,23 @@ def print_bench(report: BenchReport, console: Console) -> None:
         )
     if not report.differences:
         console.print("Every mode gave exactly the tokens of plain decoding.")
+
+
+def _print_rounds(report: BenchReport, console: Console) -> None:
+    """Where a round's time goes, for each K."""
+    names = list(report.rows[0].stage_ms_per_round or ())
+    rounds = _table("K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
+    for row in report.rows:
+        if row.stage_ms_per_round is not None:
+            times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
+            rounds.add_row(
+                str(row.num_speculations),
+                *(f"{ms:.3f}" for ms in times),
+                f"{row.host_share:.1%}",
+                f"{row.time_to_first_token_ms:.1f}",
+            )
+    console.print("Where a round's time goes:")
+    console.print(rounds)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -106,7 +135,7 @@ def _speed_cells(row: BenchRow) -> list[str]:
         row.mode,
         str(row.num_speculations or ""),
         f"{row.tokens_per_second:.0f}",
-        f"{row.ms_per_token:.2f}",
+        f"{row.ms_per_token:.3f}",
         f"{row.speedup:.2f}x",
         share(row.acceptance_rate),
         share(row.match_rate),
@@ -121,6 +150,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"[bold]{escape(str(bundle.folder))}[/bold]: {escape(m.source)}, {escape(a.model_type)}, {m.dtype}, "
         f"by edgeskip {escape(m.edgeskip_version)}"
     )
+    if m.synthetic:
+        console.print("[bold]synthetic[/bold]: random weights, made to measure speed; its texts mean nothing")
     console.print(
         f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "
         f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, "

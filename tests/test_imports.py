@@ -13,6 +13,7 @@ import edgeskip
 
 ROOT = Path(edgeskip.__file__).parent
 RUNTIME_LIBRARIES = {"numpy", "tokenizers", "jinja2", "rich"}  # the base install
+PLOTS = {"matplotlib"}
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 EXPORT_LIBRARIES = {"onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"}
 TRAINING_LIBRARIES = {"torch", "transformers", "accelerate"}
@@ -69,7 +70,7 @@ def test_the_runtime_imports_neither_exporter_nor_recipes():
 
 
 def test_the_runtime_needs_the_base_install_and_a_backend_only():
-    allowed = RUNTIME_LIBRARIES | BACKENDS | sys.stdlib_module_names | {"edgeskip"}
+    allowed = RUNTIME_LIBRARIES | BACKENDS | PLOTS | sys.stdlib_module_names | {"edgeskip"}
     tops = {(file, name.partition(".")[0]) for file, names in sources("runtime").items() for name in names}
     assert {(file, top) for file, top in tops if top not in allowed} == set()
 
@@ -78,8 +79,9 @@ def test_the_exporter_does_not_import_recipes():
     assert breaches("exporter", ["edgeskip.recipes", "edgeskip.cli"]) == []
 
 
-def test_recipes_import_the_exporter_in_the_demo_only():
-    assert {breach.split()[0] for breach in breaches("recipes", ["edgeskip.exporter"])} <= {"recipes/demo.py"}
+def test_recipes_import_the_exporter_in_the_demo_and_for_synthetic_checkpoints_only():
+    allowed = {f"recipes/{name}.py" for name in ("demo", "shape", "synthetic")}
+    assert {breach.split()[0] for breach in breaches("recipes", ["edgeskip.exporter"])} <= allowed
     assert breaches("recipes", ["edgeskip.cli"]) == []
 
 
@@ -103,7 +105,7 @@ def test_importing_the_runtime_loads_no_backend_and_no_export_or_training_librar
     assert "tokenizers" in loaded
 
 
-@pytest.mark.parametrize("verb", ["", "generate", "export"])
+@pytest.mark.parametrize("verb", ["", "generate", "export", "synth"])
 def test_help_loads_no_library(verb):
     code = "from edgeskip.cli import main; import sys; main(sys.argv[1:], standalone_mode=False)"
     everything = RUNTIME_LIBRARIES | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
