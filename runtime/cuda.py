@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class CudaDevice:
             ) from None
         self.name = str(self._device.name)
         self.free_at_start = self.free_bytes()
-        self._owned: list[Any] = []
+        self._owned: list[Callable[[], object]] = []
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -93,22 +94,16 @@ class CudaDevice:
         for row_bytes, rows in shapes:
             offsets.append(size)
             size += -(-row_bytes * rows // ALIGNMENT) * ALIGNMENT
-        try:
-            block = self._device.allocate(size, stream=self.stream)
-        except Exception as error:
-            raise out_of_memory("CUDA", size, self.free_bytes(), error) from None
-        self._owned.append(block)
-        block.fill(0, stream=self.stream)
-        start = int(block.handle)
-        if start % ALIGNMENT:
-            raise BackendError("CUDA", f"memory at {start:#x}", wanted=f"a multiple of {ALIGNMENT}")
+        start = self._allocate(size)
+        self._owned.append(partial(self._free, start))
+        self._checked(self._driver.cuMemsetD8Async(start, 0, size, int(self.stream.handle)))
         return [DeviceArray(start + offset, *shape) for offset, shape in zip(offsets, shapes, strict=True)]
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """A zeroed array in page-locked host memory, which the device copies from and to without the host's help."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         block = self._core.LegacyPinnedMemoryResource().allocate(size)
-        self._owned.append(block)
+        self._owned.append(block.close)
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(block.handle)))
         raw[:] = 0
         array: npt.NDArray[Any] = raw.view(dtype).reshape(shape)
@@ -129,7 +124,7 @@ class CudaDevice:
         finally:
             builder.end_building()
         graph = builder.complete()
-        self._owned.append(graph)
+        self._owned.append(graph.close)
         graph.upload(self.stream)
         return lambda: graph.launch(self.stream)
 
@@ -141,23 +136,33 @@ class CudaDevice:
     def copy_bytes_per_second(self, size: int = 1 << 29, repeats: int = 10) -> float:
         """Median rate of copies within device memory, bytes read plus bytes written."""
         size = min(size, self.free_bytes() // 4)
-        block = self._device.allocate(2 * size, stream=self.stream)
-        start = int(block.handle)
+        start = self._allocate(2 * size)
         copy, watch, seconds = self.copier(start + size, start, size), self.stopwatch(), []
         for _ in range(repeats + 2):
             watch.start()
             copy()
             watch.stop()
             seconds.append(watch.elapsed_ns() / 1e9)
-        block.close(self.stream)
+        self._free(start)
         return 2 * size / float(np.median(seconds[2:]))
 
     def close(self) -> None:
         """Frees all memory and graphs; the device is of no use afterwards."""
         self.stream.sync()
         while self._owned:
-            self._owned.pop().close()
-        self.stream.sync()
+            self._owned.pop()()
+
+    def _allocate(self, size: int) -> int:
+        """Takes device memory for itself, not from a pool that would keep it."""
+        status, address = self._driver.cuMemAlloc(size)
+        if int(status):
+            raise out_of_memory("CUDA", size, self.free_bytes(), status.name)
+        if int(address) % ALIGNMENT:
+            raise BackendError("CUDA", f"memory at {int(address):#x}", wanted=f"a multiple of {ALIGNMENT}")
+        return int(address)
+
+    def _free(self, address: int) -> None:
+        self._checked(self._driver.cuMemFree(address))
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         status, *values = result

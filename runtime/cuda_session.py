@@ -40,6 +40,9 @@ class CudaSession(Session):
     def __init__(self, bundle: Bundle, device: CudaDevice) -> None:
         manifest = bundle.manifest
         self._device, self._dtype = device, manifest.dtype
+        self._bound: dict[Round, BoundRound] = {}
+        self._carry: list[Callable[[], None]] = []
+        self._device_ns = 0
         self.hardware = device.name
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._table = manifest.table
@@ -57,9 +60,10 @@ class CudaSession(Session):
         }
         self._caches_bytes = sum(row_bytes for row_bytes, _ in caches.values())
         self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
-        wanted, free = self._weights_bytes + self._caches_bytes + self._workspace_bytes, device.free_bytes()
-        if wanted > free:
-            raise out_of_memory(bundle.folder, wanted, free)
+        self.planned_bytes = self._weights_bytes + self._caches_bytes + self._workspace_bytes
+        free = device.free_bytes()
+        if self.planned_bytes > free:
+            raise out_of_memory(bundle.folder, self.planned_bytes, free)
         self._caches = dict(zip(caches, device.zeros(caches.values()), strict=True))
         self._buffers = dict(zip(buffers, device.zeros(buffers.values()), strict=True))
         # the two arrays of ids lie side by side on the device, so that one copy reads both
@@ -73,8 +77,6 @@ class CudaSession(Session):
         self._carry = [
             device.copier(first, self._address(View("target_embeds", row, 1)), size) for row in range(HEAD_ROWS)
         ]
-        self._bound: dict[Round, BoundRound] = {}
-        self._device_ns = 0
 
     @abstractmethod
     def _enqueued(self, call: Call) -> Callable[[], None]:
@@ -180,8 +182,7 @@ class CudaSession(Session):
 
     def memory(self) -> Memory:
         """Device memory by kind; what is not ours by name is the backend's: scratch, kernels, libraries."""
-        known = self._weights_bytes + self._caches_bytes + self._workspace_bytes
-        other = max(self._device.used_bytes() - known, 0)
+        other = max(self._device.used_bytes() - self.planned_bytes, 0)
         return Memory(self._weights_bytes, self._caches_bytes, self._workspace_bytes, other)
 
     def close(self) -> None:

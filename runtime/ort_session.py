@@ -199,8 +199,8 @@ class OrtCudaSession(CudaSession):
                 bundle.folder, "in fp32, which the ort dialect's attention lacks on CUDA", wanted="the standard dialect"
             )
         self._graphs: _Graphs | None = None
-        super().__init__(bundle, device)
         try:
+            super().__init__(bundle, device)
             _check_cuda_provider(ort, device)
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -208,8 +208,8 @@ class OrtCudaSession(CudaSession):
             self._warm_up(manifest.prefill_chunk)
         except BaseException as error:
             self.close()
-            if "out of memory" in str(error).lower() and not isinstance(error, BackendError):
-                raise out_of_memory(bundle.folder, manifest.weights_bytes, device.free_at_start) from None
+            if _is_out_of_memory(error):
+                raise out_of_memory(bundle.folder, self.planned_bytes, device.free_at_start) from None
             raise
         self.description = f"ONNX Runtime {ort.__version__}, {device.name}, {dialect} dialect, {manifest.dtype}"
 
@@ -241,7 +241,7 @@ class _Graphs:
                 session = ort.InferenceSession(path, options, providers=providers)
             except Exception as error:  # its errors share no base but Exception
                 self.close()
-                if "out of memory" in str(error).lower():
+                if _is_out_of_memory(error):
                     raise
                 raise BackendError(
                     path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
@@ -295,6 +295,14 @@ class _Graphs:
         self._sessions.clear()
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether ONNX Runtime says so; an error of ours has said it already."""
+    text = str(error).lower()
+    return not isinstance(error, BackendError) and any(
+        words in text for words in ("out of memory", "failed to allocate memory", "available memory of")
+    )
+
+
 def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
     return (
         "CUDAExecutionProvider",
@@ -319,15 +327,13 @@ def _cuda_options(ort: Any) -> Any:
 def _check_cuda_provider(ort: Any, device: CudaDevice) -> None:
     """Says in one line what would keep the CUDA provider from loading."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise BackendError(
-            "onnxruntime", f"{ort.__version__} has no CUDA provider", fix=f"pip uninstall onnxruntime; {INSTALL}"
-        )
+        fix = f"pip uninstall onnxruntime && {INSTALL}"
+        raise BackendError("onnxruntime", f"{ort.__version__} has no CUDA provider", fix=fix)
     wanted = tuple(int(part) for part in (getattr(ort, "cuda_version", "") or "0.0").split(".")[:2])
     if device.driver_cuda_version[0] < wanted[0]:
         found, needed = (".".join(map(str, version)) for version in (device.driver_cuda_version, wanted))
-        raise BackendError(
-            "CUDA", f"a driver for CUDA {found}", wanted=f"CUDA {needed}", fix="upgrade the NVIDIA driver"
-        )
+        fix = "upgrade the NVIDIA driver"
+        raise BackendError("CUDA", f"a driver for CUDA {found}", wanted=f"one for CUDA {needed}", fix=fix)
     ort.preload_dlls()
     library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
     if library.exists():

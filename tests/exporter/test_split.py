@@ -9,16 +9,15 @@ import pytest
 import torch
 from tests.conftest import VARIANTS
 
+from edgeskip.runtime.backends import open_session
 from edgeskip.runtime.graphs import DIALECTS, GRAPHS, dimensions
 from edgeskip.runtime.ort_session import OrtCpuSession
 from edgeskip.runtime.rounds import early_exit_round, prefill_round, speculative_round
 from edgeskip.runtime.weights import embedding_table
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
-RUNNABLE = [
-    "ort",
-    pytest.param("standard", marks=pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")),
-]
+OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
+RUNNABLE = ["ort", pytest.param("standard", marks=OLD_MARK)]
 
 
 @pytest.mark.parametrize("dialect", RUNNABLE)
@@ -102,14 +101,20 @@ def test_a_decoder_layer_has_the_operators_that_tensorrt_maps_natively(bundles):
     assert operators.count("Gemm") == 4 * layers
 
 
-@pytest.mark.parametrize("dialect", RUNNABLE)
-def test_fp16_stays_close_to_transformers(dialect, bundles, reference):
-    bundle = bundles("llama-llama3-rope", dtype="fp16")
+HALVES = [
+    ("cpu", "ort", "fp16"),
+    pytest.param("cpu", "standard", "fp16", marks=OLD_MARK),
+] + [pytest.param("cuda", dialect, dtype, marks=pytest.mark.gpu) for dialect in DIALECTS for dtype in ("fp16", "bf16")]
+
+
+@pytest.mark.parametrize(("device", "dialect", "dtype"), HALVES)
+def test_half_precision_stays_close_to_transformers(device, dialect, dtype, bundles, reference):
+    bundle = bundles("llama-llama3-rope", dtype=dtype)
     ids = np.arange(30, 46)
     with torch.no_grad():
         wanted = reference("llama-llama3-rope")(torch.tensor(ids[None])).logits[0, -1].numpy()
-    with OrtCpuSession(bundle, dialect=dialect) as session:
+    with open_session(bundle, device=device, dialect=dialect) as session:
         session.write_embeddings(embedding_table(bundle)[ids])
         session.bind(prefill_round(16, last=True, early_exit=False))(0)()
         error = np.abs(session.read_logits(1)[0] - wanted).max()
-    assert error < 0.02 * np.abs(wanted).max()
+    assert error < {"fp16": 0.02, "bf16": 0.2}[dtype] * np.abs(wanted).max()
