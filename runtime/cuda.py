@@ -63,6 +63,12 @@ class CudaDevice:
         self.free_at_start = self.free_bytes()
         self._owned: list[Callable[[], object]] = []
 
+    def __enter__(self) -> CudaDevice:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     @property
     def compute_capability(self) -> tuple[int, int]:
         """SM version, as (9, 0)."""

@@ -296,11 +296,9 @@ class _Graphs:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether ONNX Runtime says so; an error of ours has said it already."""
-    text = str(error).lower()
-    return not isinstance(error, BackendError) and any(
-        words in text for words in ("out of memory", "failed to allocate memory", "available memory of")
-    )
+    """Whether ONNX Runtime says so, or a library that it could not open; an error of ours has said it already."""
+    words = ("out of memory", "failed to allocate memory", "available memory of", "resource allocation failed")
+    return not isinstance(error, BackendError) and any(word in str(error).lower() for word in words)
 
 
 def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:

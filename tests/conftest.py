@@ -138,7 +138,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     try:
         if marked:
-            CudaDevice().close()
+            with CudaDevice():
+                pass
     except BackendError as error:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=str(error)))

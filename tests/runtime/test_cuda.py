@@ -29,9 +29,8 @@ def has_gpu():
 
 @pytest.fixture
 def device():
-    with_gpu = CudaDevice()
-    yield with_gpu
-    with_gpu.close()
+    with CudaDevice() as with_gpu:
+        yield with_gpu
 
 
 # With a GPU
@@ -67,16 +66,14 @@ def test_a_captured_copy_reads_its_source_at_each_launch(device):
 
 
 @pytest.mark.gpu
-def test_all_memory_is_given_back(bundles):
-    watch = CudaDevice()
+def test_all_memory_is_given_back(bundles, device):
     bundle = bundles("llama-gqa", dtype="fp16")
     edgeskip.load(bundle.folder, device="cuda").close()  # libraries stay loaded
-    before = watch.free_bytes()
+    before = device.free_bytes()
     with edgeskip.load(bundle.folder, device="cuda") as model:
         model.complete(PROMPT, max_new_tokens=20)
-        assert watch.free_bytes() < before
-    assert watch.free_bytes() >= before - (8 << 20)
-    watch.close()
+        assert device.free_bytes() < before
+    assert device.free_bytes() >= before - (8 << 20)
 
 
 @pytest.mark.gpu
@@ -112,16 +109,21 @@ def test_the_confidence_threshold_works_where_the_host_asks_for_it(bundles):
 
 
 @pytest.mark.gpu
-def test_memory_that_does_not_suffice_is_freed_and_said_in_one_line(bundles):
+@pytest.mark.parametrize("left_bytes", [1 << 20, 48 << 20, 160 << 20])
+def test_memory_that_does_not_suffice_is_freed_and_said_in_one_line(left_bytes, bundles, device):
     bundle = bundles("llama-gqa", dtype="fp16")
-    edgeskip.load(bundle.folder, device="cuda").close()
-    hog = CudaDevice()
-    before = hog.free_bytes()
-    hog.zeros([(before - (1 << 20), 1)])  # leaves too little for any library
-    with pytest.raises(BackendError, match="out of device memory") as error:
-        edgeskip.load(bundle.folder, device="cuda")
-    assert "\n" not in str(error.value)
-    hog.close()
+    edgeskip.load(bundle.folder, device="cuda").close()  # libraries stay loaded
+    with CudaDevice() as hog:
+        hog.zeros([(hog.free_bytes() - left_bytes, 1)])
+        before = device.free_bytes()
+        try:
+            edgeskip.load(bundle.folder, device="cuda").close()
+        except BackendError as error:
+            assert "out of device memory" in str(error)
+            assert "\n" not in str(error)
+        else:
+            assert left_bytes > 1 << 20  # what suffices is the libraries' affair, but this cannot
+        assert device.free_bytes() >= before - (2 << 20)
     with edgeskip.load(bundle.folder, device="cuda") as model:
         assert model.complete(PROMPT, max_new_tokens=3).token_ids
 
@@ -129,7 +131,7 @@ def test_memory_that_does_not_suffice_is_freed_and_said_in_one_line(bundles):
 @pytest.mark.gpu
 def test_caches_larger_than_the_device_are_refused_before_anything_is_taken(bundles, monkeypatch):
     monkeypatch.setattr(CudaDevice, "free_bytes", lambda self: 1000)
-    with pytest.raises(BackendError, match=r"out of device memory, 0 MB are free; wanted 1 MB; .*--max-length"):
+    with pytest.raises(BackendError, match=r"out of device memory, 0 MB are free; wanted \d MB; .*--max-length"):
         open_session(bundles("llama-gqa", dtype="fp16"), device="cuda")
 
 
