@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from itertools import pairwise
 
@@ -10,7 +12,7 @@ import onnxruntime
 import pytest
 
 import edgeskip
-from edgeskip.runtime import ort_session
+from edgeskip.runtime import cuda_session, ort_session
 from edgeskip.runtime.backends import open_session
 from edgeskip.runtime.cuda import ALIGNMENT, CudaDevice
 from edgeskip.runtime.errors import BackendError
@@ -109,23 +111,35 @@ def test_the_confidence_threshold_works_where_the_host_asks_for_it(bundles):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("left_bytes", [1 << 20, 48 << 20, 160 << 20])
-def test_memory_that_does_not_suffice_is_freed_and_said_in_one_line(left_bytes, bundles, device):
+@pytest.mark.parametrize("left_mb", [100, 500, 600, 700, 900])
+def test_memory_that_does_not_suffice_is_said_in_one_line(left_mb, bundles):
+    """In a process of its own; what its context and libraries take is their affair, so some of these may suffice."""
+    command = [sys.executable, "-m", "edgeskip.cli", "generate", str(bundles("llama-gqa", dtype="fp16").folder)]
+    command += ["--device", "cuda", "--prompt", "abc", "--max-new-tokens", "3"]
+    with CudaDevice() as hog:
+        hog.zeros([(hog.free_bytes() - (left_mb << 20), 1)])
+        short = subprocess.run(command, capture_output=True, text=True)
+    print(left_mb, short.returncode, short.stderr)
+    assert short.returncode in ((0, 6) if left_mb > 100 else (6,))
+    if short.returncode:
+        assert "memory" in short.stderr.lower()
+        assert len(short.stderr.strip().splitlines()) == 1
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.gpu
+def test_a_session_that_fails_gives_its_memory_back(bundles, device, monkeypatch):
     bundle = bundles("llama-gqa", dtype="fp16")
     edgeskip.load(bundle.folder, device="cuda").close()  # libraries stay loaded
-    with CudaDevice() as hog:
-        hog.zeros([(hog.free_bytes() - left_bytes, 1)])
-        before = device.free_bytes()
-        try:
-            edgeskip.load(bundle.folder, device="cuda").close()
-        except BackendError as error:
-            assert "out of device memory" in str(error)
-            assert "\n" not in str(error)
-        else:
-            assert left_bytes > 1 << 20  # what suffices is the libraries' affair, but this cannot
-        assert device.free_bytes() >= before - (2 << 20)
-    with edgeskip.load(bundle.folder, device="cuda") as model:
-        assert model.complete(PROMPT, max_new_tokens=3).token_ids
+    before = device.free_bytes()
+
+    def fail(*_):
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    monkeypatch.setattr(cuda_session.CudaSession, "_warm_up", fail)
+    with pytest.raises(BackendError, match="out of device memory"):
+        edgeskip.load(bundle.folder, device="cuda")
+    assert device.free_bytes() >= before - (8 << 20)
 
 
 @pytest.mark.gpu
