@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
@@ -22,7 +23,7 @@ from edgeskip.runtime.cuda_session import CudaSession
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
 from edgeskip.runtime.manifest import Bundle
-from edgeskip.runtime.rounds import Call, Round, View, workspace
+from edgeskip.runtime.rounds import Call, Round, View, speculative_round, workspace
 from edgeskip.runtime.session import BoundRound, Memory, RoundResult, Session
 
 _ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
@@ -34,6 +35,8 @@ _ELEMENT_NAMES = {
     "int64": "tensor(int64)",
 }
 _NUMPY = {"fp32": np.float32, "fp16": np.float16}
+_LIBRARIES_BYTES = 256 << 20
+"""About what cuBLAS, cuDNN and the kernels take beside the weights."""
 
 
 class OrtCpuSession(Session):
@@ -207,22 +210,32 @@ class OrtCudaSession(CudaSession):
             self._graphs = _Graphs(ort, bundle, dialect, _cuda_options(ort), [_cuda_provider(device)])
             self._warm_up(manifest.prefill_chunk)
         except BaseException as error:
+            short = _is_out_of_memory(error, device)
             self.close()
-            if _is_out_of_memory(error):
-                raise out_of_memory(bundle.folder, self.planned_bytes, device.free_at_start) from None
+            if short:
+                raise out_of_memory(
+                    bundle.folder, self.planned_bytes + _LIBRARIES_BYTES, device.free_at_start
+                ) from None
             raise
         self.description = f"ONNX Runtime {ort.__version__}, {device.name}, {dialect} dialect, {manifest.dtype}"
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
-        def address(place: Tensor | View) -> int:
-            return self._caches[place.name].address if isinstance(place, Tensor) else self._address(place)
-
         assert self._graphs is not None
-        return self._graphs.bound(call, "cuda", address, self._run_options)
+        return self._graphs.bound(call, "cuda", self._place, self._run_options)
+
+    def _place(self, place: Tensor | View) -> int:
+        return self._caches[place.name].address if isinstance(place, Tensor) else self._address(place)
 
     def _release(self) -> None:
-        if self._graphs:
-            self._graphs.close()
+        if self._graphs is None:
+            return
+        # What runs left unsynchronized lent from the host goes back with one that is: left to its destructor, ONNX
+        # Runtime frees it in a callback of the stream, where CUDA permits no such call, and aborts the process.
+        with suppress(Exception):
+            for call in speculative_round(0).calls:
+                self._graphs.bound(call, "cuda", self._place)()
+            self._device.stream.sync()
+        self._graphs.close()
 
 
 class _Graphs:
@@ -241,8 +254,6 @@ class _Graphs:
                 session = ort.InferenceSession(path, options, providers=providers)
             except Exception as error:  # its errors share no base but Exception
                 self.close()
-                if _is_out_of_memory(error):
-                    raise
                 raise BackendError(
                     path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
                 ) from None
@@ -295,10 +306,13 @@ class _Graphs:
         self._sessions.clear()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether ONNX Runtime says so, or a library that it could not open; an error of ours has said it already."""
+def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
+    """Whether it was memory: what the libraries say then is anything from an allocation to an internal error."""
     words = ("out of memory", "failed to allocate memory", "available memory of", "resource allocation failed")
-    return not isinstance(error, BackendError) and any(word in str(error).lower() for word in words)
+    text = str(error).lower()
+    if not isinstance(error, Exception) or "out of device memory" in text:  # said already
+        return False
+    return any(word in text for word in words) or device.free_bytes() < _LIBRARIES_BYTES
 
 
 def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
@@ -314,9 +328,9 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
 
 
 def _cuda_options(ort: Any) -> Any:
-    ort.set_default_logger_severity(3)  # it warns of providers that nobody asked for
+    ort.set_default_logger_severity(4)  # it warns of providers that nobody asked for
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # fatal: what it refuses it raises too
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
     return options
@@ -360,7 +374,7 @@ def _cpu_options(ort: Any, threads: int) -> Any:
         )
     options = ort.SessionOptions()
     options.use_per_session_threads = False
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # fatal: what it refuses it raises too
     return options
 
 

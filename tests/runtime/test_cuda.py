@@ -219,7 +219,16 @@ def test_missing_cuda_libraries_are_named(tmp_path):
         ort_session._check_cuda_provider(ort, types.SimpleNamespace(driver_cuda_version=(13, 0)))
 
 
-@pytest.mark.parametrize("text", ["CUDA failure 2: out of memory", "Failed to allocate memory for requested buffer"])
-def test_onnxruntimes_ways_of_running_out_of_memory_are_known(text):
-    assert ort_session._is_out_of_memory(RuntimeError(text))
-    assert not ort_session._is_out_of_memory(RuntimeError("another"))
+@pytest.mark.parametrize(
+    ("text", "free_mb", "short"),
+    [
+        ("CUDA failure 2: out of memory", 900, True),
+        ("Failed to allocate memory for requested buffer", 900, True),
+        ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR", 90, True),  # what cuDNN says for want of memory
+        ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR", 900, False),
+        ("x: out of device memory, 1 MB are free", 90, False),  # said already
+    ],
+)
+def test_the_libraries_ways_of_running_out_of_memory_are_known(text, free_mb, short):
+    device = types.SimpleNamespace(free_bytes=lambda: free_mb << 20)
+    assert ort_session._is_out_of_memory(RuntimeError(text), device) == short
