@@ -42,7 +42,7 @@ class CudaSession(Session):
         self._device, self._dtype = device, manifest.dtype
         self._bound: dict[Round, BoundRound] = {}
         self._carry: list[Callable[[], None]] = []
-        self._device_ns = 0
+        self._device_ns = self._captured_rounds = 0
         self.hardware = device.name
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._table = manifest.table
@@ -82,6 +82,10 @@ class CudaSession(Session):
     def _enqueued(self, call: Call) -> Callable[[], None]:
         """Binds a call's shapes and memory; calling the result enqueues it on the device's stream."""
 
+    def _is_capturable(self, round_: Round) -> bool:
+        """Whether a round that has run before can be captured now."""
+        return True
+
     @abstractmethod
     def _release(self) -> None:
         """Frees what the backend holds."""
@@ -115,7 +119,7 @@ class CudaSession(Session):
 
         def start(position: int) -> Callable[[], RoundResult]:
             nonlocal runs, launch
-            if runs == 1 and replayed:
+            if runs and replayed and launch is None and self._is_capturable(round_):
                 launch = device.captured(enqueue)
             runs += 1
             np.add(rows, position, out=positions)
@@ -126,9 +130,15 @@ class CudaSession(Session):
 
         def wait() -> RoundResult:
             self._device_ns += watch.elapsed_ns()
+            self._captured_rounds += launch is not None
             return RoundResult(drafts.tolist(), targets.tolist())
 
         return start
+
+    @property
+    def captured_rounds(self) -> int:
+        """Rounds so far that ran as one CUDA graph."""
+        return self._captured_rounds
 
     @property
     def stage_ns(self) -> Mapping[str, int]:

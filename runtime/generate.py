@@ -167,13 +167,20 @@ class Model:
                 released += stream.finish() if reason else []
                 records.append(_record(step, kept, perf_counter() - start))
                 if len(records) == 1:
-                    clock = self.session.stage_ns
+                    clock, captured = self.session.stage_ns, self.session.captured_rounds
             spans += released
             yield from (Piece(span.text, span.drafted) for span in released)
         first, *rounds = records
         stage_ms = _elapsed_ms(clock, self.session.stage_ns)
+        replayed = self.session.captured_rounds
         statistics = summarize(
-            request.mode, request.num_speculations, len(request.prompt_ids), first.seconds, rounds, stage_ms
+            request.mode,
+            request.num_speculations,
+            len(request.prompt_ids),
+            first.seconds,
+            rounds,
+            stage_ms,
+            None if replayed is None or captured is None else replayed - captured,
         )
         text = "".join(span.text for span in spans)
         generation = Generation(tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics)

@@ -60,6 +60,11 @@ class Session(ABC):
     def stage_ns(self) -> Mapping[str, int] | None:
         """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
 
+    @property
+    def captured_rounds(self) -> int | None:
+        """Rounds so far that the device replayed as one captured graph; None where there is no such thing."""
+        return None
+
     @abstractmethod
     def bind(self, round_: Round) -> BoundRound:
         """Fixes shapes and memory of a round's calls; the same round is bound once."""

@@ -29,7 +29,7 @@ class Statistics:
     behind the first mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted
     drafts. Rates of tokens are taken after the first token, which the prefill gives; a token's latency is its
     round's time over the round's tokens. `stage_ms` sums the time in each graph, prefill left out; null where the
-    device hides it.
+    device hides it. `captured_rounds` of the rounds ran as one captured CUDA graph; null on a CPU.
     """
 
     mode: str
@@ -49,6 +49,7 @@ class Statistics:
     ms_per_token: float | None
     latency_ms: dict[str, float] | None
     stage_ms: dict[str, float] | None
+    captured_rounds: int | None
 
 
 def summarize(
@@ -58,6 +59,7 @@ def summarize(
     first_token_seconds: float,
     rounds: Sequence[RoundRecord],
     stage_ms: dict[str, float] | None,
+    captured_rounds: int | None,
 ) -> Statistics:
     """Sums up a generation whose first token came with the prefill and the others in `rounds`."""
     drafted = sum(r.drafted for r in rounds)
@@ -84,6 +86,7 @@ def summarize(
         ms_per_token=seconds * 1e3 / tokens if tokens else None,
         latency_ms=_latencies_ms(rounds) if tokens else None,
         stage_ms=stage_ms,
+        captured_rounds=captured_rounds,
     )
 
 
