@@ -16,8 +16,8 @@ import click
 
 import edgeskip
 from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.backends import DEVICES
-from edgeskip.runtime.errors import BackendError, CheckpointError, EdgeskipError, RequestError
+from edgeskip.runtime.backends import BACKENDS, DEVICES
+from edgeskip.runtime.errors import BackendError, BundleError, CheckpointError, EdgeskipError, RequestError
 from edgeskip.runtime.rounds import MODES
 
 if TYPE_CHECKING:
@@ -62,8 +62,19 @@ threshold_option = click.option(
     type=click.FloatRange(0, 1),
     help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
 )
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT engines that fit this machine, else ONNX Runtime.",
+)
 device_option = click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU where there is one."
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime's; auto: the GPU where there is one.",
 )
 threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
 
@@ -126,6 +137,7 @@ def export(
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@backend_option
 @device_option
 @threads_option
 def generate(
@@ -139,6 +151,7 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     as_json: bool,
+    backend: Any,
     device: Any,
     threads: int,
 ) -> None:
@@ -150,7 +163,7 @@ def generate(
     from edgeskip.runtime.report import print_statistics, stream
 
     with _progress() as progress:
-        model = load(bundle, device=device, threads=threads, progress=progress)
+        model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
     with model:
         settings = {
             "mode": mode,
@@ -190,6 +203,7 @@ def generate(
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout.")
+@backend_option
 @device_option
 @threads_option
 def bench(
@@ -204,6 +218,7 @@ def bench(
     compare: str | None,
     json_path: Path | None,
     html_path: Path | None,
+    backend: Any,
     device: Any,
     threads: int,
 ) -> None:
@@ -225,7 +240,10 @@ def bench(
     )
     texts = load_prompts(prompts)[:num_prompts]
     command = shlex.join(["edgeskip", *sys.argv[1:]])
-    with _progress() as progress, load(bundle, device=device, threads=threads, progress=progress) as model:
+    with (
+        _progress() as progress,
+        load(bundle, backend=backend, device=device, threads=threads, progress=progress) as model,
+    ):
 
         def others() -> Sequence[Contestant]:
             if not compare:
@@ -242,6 +260,31 @@ def bench(
         _write_text(html_path, bench_page(dataclasses.asdict(report)))
     if report.faults:
         raise SystemExit(1)
+
+
+@main.command()
+@bundle_argument
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--sm", "wanted", type=int, multiple=True, help="Only engines for this SM, 87 for 8.7; more than once for more."
+)
+def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
+    """Write to FOLDER what a device needs of a BUNDLE with engines, and no more."""
+    from edgeskip.exporter.pack import pack as write
+    from edgeskip.runtime.engines import read_engines
+    from edgeskip.runtime.manifest import read_bundle
+
+    opened = read_bundle(bundle)
+    found = read_engines(opened)
+    targets = sorted({engines.build.compute_capability for engines in found})
+    missing = [sm for sm in wanted if sm not in targets]
+    if found and missing:
+        raise BundleError(bundle, f"no engines for SM {missing[0]}", wanted=f"SM {', '.join(map(str, targets))}")
+    chosen = [engines for engines in found if not wanted or engines.build.compute_capability in wanted]
+    with _progress() as progress:
+        write(opened, chosen, folder, progress)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    click.echo(f"{folder}: {size / 1e6:.1f} MB, engines {', '.join(one.folder.name for one in chosen)}.", err=True)
 
 
 @main.command()

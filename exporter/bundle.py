@@ -13,9 +13,9 @@ import onnx_ir as ir
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint, read_json
 from edgeskip.exporter.config import SYNTHETIC
-from edgeskip.exporter.folder import whole_or_absent
+from edgeskip.exporter.folder import sync, whole_or_absent
 from edgeskip.exporter.split import split_graph
-from edgeskip.exporter.weights import plan_weights, sync, write_weights
+from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.errors import CheckpointError, RequestError, reason
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table

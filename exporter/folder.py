@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from edgeskip.runtime.errors import BundleError, EdgeskipError, reason
 
@@ -56,6 +57,12 @@ def whole_or_absent(destination: Path, weights_bytes: int, error: type[EdgeskipE
         raise error(destination, f"cannot be written ({reason(caught)})", fix="give another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Hands a file's bytes to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _disk_full(error: type[EdgeskipError], destination: Path, free: int, wanted: int) -> EdgeskipError:

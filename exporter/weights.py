@@ -15,18 +15,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
+from edgeskip.exporter.folder import sync
 from edgeskip.runtime.architecture import ITEMSIZE, Architecture, DType, Rope
 from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.manifest import FileRecord, Progress
@@ -177,12 +177,6 @@ def write_weights(
         wait()
         sync(file)
     return FileRecord(written, digest.hexdigest())
-
-
-def sync(file: IO[bytes]) -> None:
-    """Hands a file's bytes to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def rope_tables(rope: Rope, head_dim: int, capacity: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

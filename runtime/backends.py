@@ -4,44 +4,94 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
 
 if TYPE_CHECKING:
-    from edgeskip.runtime.manifest import Bundle
+    from edgeskip.runtime.engines import EngineBackend
+    from edgeskip.runtime.manifest import Bundle, Progress
     from edgeskip.runtime.session import Session
 
+BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[BackendChoice, ...] = get_args(BackendChoice)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DEVICES: tuple[DeviceChoice, ...] = get_args(DeviceChoice)
 
 
 def open_session(
-    bundle: Bundle, *, device: DeviceChoice = "auto", threads: int = 0, dialect: str | None = None
+    bundle: Bundle,
+    *,
+    backend: BackendChoice = "auto",
+    device: DeviceChoice = "auto",
+    threads: int = 0,
+    dialect: str | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Session:
-    """Loads a bundle's graphs on a device.
+    """Loads a bundle on a device.
 
     Args:
         bundle: what to load.
-        device: `auto` takes the GPU where the installed ONNX Runtime and the machine have one, else the CPU; the
-            session's description says why not.
+        backend: `auto` takes TensorRT engines that fit this machine, else ONNX Runtime.
+        device: of ONNX Runtime; `auto` takes the GPU where library and machine have one, else the CPU. The session's
+            description says why not.
         threads: of the CPU; 0 means one a core.
-        dialect: `ort` or `standard`; by default what suits the device.
+        dialect: of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
+        progress: called while engines are checked.
 
     Raises:
-        BackendError: the device or its libraries are missing, refuse the bundle, or lack memory.
+        BundleError: there are no engines for the backend, or they do not fit this machine.
+        BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        return _open_engines(bundle, backend, progress)
+    why: list[str] = []
+    if backend == "auto" and device != "cpu" and dialect is None:
+        from edgeskip.runtime.engines import read_engines
+
+        for found in dict.fromkeys(engines.build.backend for engines in read_engines(bundle)):
+            try:
+                return _open_engines(bundle, found, progress)
+            except EdgeskipError as error:
+                why.append(f"not {found}: {error}")
+    if bundle.manifest.packed and backend == "auto":
+        found = "; ".join(why) or "it has no engines"
+        raise BundleError(bundle.folder, f"packed for TensorRT: {found}", fix="pack engines that fit this machine")
+    session = _open_onnxruntime(bundle, device, threads, dialect, why)
+    session.description = "; ".join([session.description, *why])
+    return session
+
+
+def _open_engines(bundle: Bundle, backend: EngineBackend, progress: Progress) -> Session:
+    from edgeskip.runtime.cuda import CudaDevice
+    from edgeskip.runtime.engines import build_command, read_engines
+    from edgeskip.runtime.trt_session import TrtSession, import_tensorrt, why_not
+
+    built = [engines for engines in read_engines(bundle) if engines.build.backend == backend]
+    if not built:
+        raise BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
+    library, device = import_tensorrt(backend), CudaDevice()
+    sm = device.compute_capability
+    reasons = {engines.folder: why_not(engines, sm, library.__version__) for engines in built}
+    for engines in built:
+        if not reasons[engines.folder]:
+            return TrtSession(bundle, engines, device, library, progress)
+    device.close()
+    folder, reason = next(iter(reasons.items()))
+    raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
+
+
+def _open_onnxruntime(
+    bundle: Bundle, device: DeviceChoice, threads: int, dialect: str | None, why: list[str]
+) -> Session:
     from edgeskip.runtime.cuda import CudaDevice
     from edgeskip.runtime.ort_session import OrtCpuSession, OrtCudaSession, onnxruntime
 
     if device == "cuda":
         return OrtCudaSession(bundle, CudaDevice(), dialect=dialect)
-    why = ""
     if device == "auto" and "CUDAExecutionProvider" in onnxruntime().get_available_providers():
         try:
             gpu = CudaDevice()
         except BackendError as error:
-            why = f"; not the GPU: {error}"
+            why.append(f"not the GPU: {error}")
         else:
             return OrtCudaSession(bundle, gpu, dialect=dialect)
-    session = OrtCpuSession(bundle, threads=threads, dialect=dialect or "ort")
-    session.description += why
-    return session
+    return OrtCpuSession(bundle, threads=threads, dialect=dialect or "ort")

@@ -70,9 +70,10 @@ class CudaDevice:
         self.close()
 
     @property
-    def compute_capability(self) -> tuple[int, int]:
-        """SM version, as (9, 0)."""
-        return tuple(self._device.compute_capability)
+    def compute_capability(self) -> int:
+        """SM version, 90 for 9.0."""
+        major, minor = self._device.compute_capability
+        return 10 * int(major) + int(minor)
 
     @property
     def driver_cuda_version(self) -> tuple[int, int]:

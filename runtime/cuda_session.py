@@ -31,13 +31,18 @@ _IDS = ("draft_token_ids", "target_token_ids")
 class CudaSession(Session):
     """A session whose memory is on a CUDA device; a backend adds how one call is enqueued.
 
+    Args:
+        bundle: what is loaded.
+        device: where to; the session closes it.
+        weights_bytes: that the backend will take for weights.
+
     Raises:
         BackendError: not enough device memory for weights, caches and workspace.
     """
 
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, device: CudaDevice) -> None:
+    def __init__(self, bundle: Bundle, device: CudaDevice, weights_bytes: int) -> None:
         manifest = bundle.manifest
         self._device, self._dtype = device, manifest.dtype
         self._bound: dict[Round, BoundRound] = {}
@@ -46,7 +51,7 @@ class CudaSession(Session):
         self.hardware = device.name
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._table = manifest.table
-        self._weights_bytes = manifest.weights_bytes
+        self._weights_bytes = weights_bytes
         itemsize = {"float": ITEMSIZE[manifest.dtype], "int64": 8}
         buffers = {
             name: (itemsize[dtype] * (1 if dim is None else self._dims[dim]), rows)
@@ -70,9 +75,7 @@ class CudaSession(Session):
         self._buffers |= dict(zip(_IDS, self._adjacent(HEAD_ROWS), strict=True))
         self._ids = device.pinned((2, HEAD_ROWS), np.int64)
         self._positions = device.pinned((buffers["position_ids"][1],), np.int64)
-        rows, hidden = buffers["inputs_embeds"][1], self._dims["H"]
-        self._embeds = device.pinned((rows, hidden), _NUMPY[manifest.dtype])
-        self._logits = device.pinned((HEAD_ROWS, self._dims["V"]), _NUMPY[manifest.dtype])
+        self._staging = device.pinned((max(size * rows for size, rows in buffers.values()),), np.uint8)
         first, size = self._buffers["inputs_embeds"].address, buffers["inputs_embeds"][0]
         self._carry = [
             device.copier(first, self._address(View("target_embeds", row, 1)), size) for row in range(HEAD_ROWS)
@@ -145,12 +148,28 @@ class CudaSession(Session):
         """Device time of all rounds so far: what runs within one is not the host's to see."""
         return {"device": self._device_ns}
 
-    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
-        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+        """Puts rows in the bundle's dtype into the first rows of a buffer."""
         self._device.stream.sync()  # a round that nobody waited for may still be reading
-        self._embeds[: len(rows)] = rows
-        size = self._embeds[: len(rows)].nbytes
-        self._device.copier(self._buffers["inputs_embeds"].address, self._embeds.ctypes.data, size)()
+        target = self._buffers[buffer]
+        part = self._staging[: target.row_bytes * len(rows)]
+        part.view(_NUMPY[self._dtype]).reshape(rows.shape)[:] = rows
+        self._device.copier(target.address, part.ctypes.data, part.nbytes)()
+
+    def read(self, view: View) -> npt.NDArray[Any]:
+        """Rows of a workspace buffer: ids as they are, all else in fp32."""
+        size = self._buffers[view.buffer].row_bytes * view.rows
+        raw = self._staged(self._address(view), size)
+        return raw.view(np.int64).copy() if view.buffer in _IDS else self._widened(raw).reshape(view.rows, -1)
+
+    def read_cache(self, name: str) -> npt.NDArray[Any]:
+        """A whole cache, [N,C,D] in fp32."""
+        cache, step = self._caches[name], self._staging.nbytes
+        parts = [
+            self._widened(self._staged(cache.address + start, min(step, cache.bytes - start)))
+            for start in range(0, cache.bytes, step)
+        ]
+        return np.concatenate(parts).reshape([self._dims[dim] for dim in "NCD"])
 
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
@@ -160,15 +179,6 @@ class CudaSession(Session):
         """The probability that the exit gave to the token it drafted in this row."""
         logits = self.read_logits(row + 1)[row]
         return float(1.0 / np.exp(logits - logits.max()).sum())
-
-    def read_logits(self, rows: int) -> npt.NDArray[Any]:
-        """The first `rows` rows of the last head call's logits, [rows,V]."""
-        part = self._logits[:rows]
-        self._device.copier(part.ctypes.data, self._buffers["logits"].address, part.nbytes)()
-        self._device.stream.sync()
-        if self._dtype == "bf16":
-            return (part.astype(np.uint32) << 16).view(np.float32)
-        return part.astype(np.float32)
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median device time of one call by itself, as a graph of its own, its first row at `position`."""
@@ -206,6 +216,19 @@ class CudaSession(Session):
     def _adjacent(self, rows: int) -> tuple[DeviceArray, DeviceArray]:
         (block,) = self._device.zeros([(8, 2 * rows)])
         return DeviceArray(block.address, 8, rows), DeviceArray(block.address + 8 * rows, 8, rows)
+
+    def _staged(self, address: int, size: int) -> npt.NDArray[Any]:
+        """Bytes of device memory, when all that was started is done; good until the next copy."""
+        part = self._staging[:size]
+        self._device.copier(part.ctypes.data, address, size)()
+        self._device.stream.sync()
+        return part
+
+    def _widened(self, raw: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Bytes of the bundle's dtype, in fp32."""
+        if self._dtype == "bf16":
+            return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return raw.view(_NUMPY[self._dtype]).astype(np.float32)
 
     def _address(self, view: View) -> int:
         buffer = self._buffers[view.buffer]

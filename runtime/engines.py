@@ -20,7 +20,7 @@ from typing import Annotated, Literal, get_args
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.graphs import GRAPHS, GraphName
-from edgeskip.runtime.manifest import WEIGHTS, Bundle, Progress
+from edgeskip.runtime.manifest import Bundle, Progress
 from edgeskip.runtime.structure import Range, structure
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -157,11 +157,11 @@ def _read(bundle: Bundle, folder: Path) -> Engines:
     if set(build.engines) != set(GRAPHS):
         raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(GRAPHS))
     again = build_command(bundle, build.backend, build.compute_capability)
-    files = bundle.manifest.files
+    weights_sha256, onnx_sha256 = bundle.manifest.engine_sources
     for graph in GRAPHS:
-        record, onnx = build.engines[graph], bundle.graph_path(graph, "standard").name
-        if build.weights_sha256 != files[WEIGHTS].sha256 or record.onnx_sha256 != files[onnx].sha256:
-            raise BundleError(path, f"built from another {onnx} or other weights", fix=again)
+        record = build.engines[graph]
+        if build.weights_sha256 != weights_sha256 or record.onnx_sha256 != onnx_sha256[graph]:
+            raise BundleError(path, f"built from another {graph} graph or other weights", fix=again)
         engine = folder / f"{graph}.engine"
         size = engine.stat().st_size if engine.is_file() else None
         if size != record.bytes:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.backends import DeviceChoice, open_session
+from edgeskip.runtime.backends import BackendChoice, DeviceChoice, open_session
 from edgeskip.runtime.decode import Step, decode, prefill
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.graphs import MAX_SPECULATIONS
@@ -225,6 +225,7 @@ class _Request:
 def load(
     bundle: str | Path,
     *,
+    backend: BackendChoice = "auto",
     device: DeviceChoice = "auto",
     threads: int = 0,
     dialect: str | None = None,
@@ -234,7 +235,8 @@ def load(
 
     Args:
         bundle: the folder that `edgeskip export` wrote.
-        device: `cpu`, `cuda`, or `auto`: the GPU where there is one.
+        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: engines that fit this machine, else ONNX Runtime.
+        device: of ONNX Runtime: `cpu`, `cuda`, or `auto`: the GPU where there is one.
         threads: of the CPU; 0 means one a core.
         dialect: `ort` or `standard`; by default what suits the device.
         progress: called while the files are checked.
@@ -245,7 +247,7 @@ def load(
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress)
-    session = open_session(opened, device=device, threads=threads, dialect=dialect)
+    session = open_session(opened, backend=backend, device=device, threads=threads, dialect=dialect, progress=progress)
     try:
         return Model(opened, session)
     except BaseException:

@@ -46,6 +46,17 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What a packed bundle, engines and no graphs, was before: hashes of its weights and of the graphs that its engines
+    were built from, by graph, and the bytes of weights that one call of each has to read.
+    """
+
+    weights_sha256: str
+    onnx_sha256: dict[GraphName, str]
+    read_bytes: dict[GraphName, int]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds.
 
@@ -71,6 +82,7 @@ class Manifest:
     chains: dict[str, tuple[str, ...]]
     files: dict[str, FileRecord]
     synthetic: bool = False
+    packed: Packed | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -80,6 +92,14 @@ class Manifest:
     def table(self) -> dict[GraphName, Graph]:
         """The graphs' tensors."""
         return graph_table(self.architecture.num_layers, self.exit_layer)
+
+    @property
+    def engine_sources(self) -> tuple[str, dict[GraphName, str]]:
+        """sha256 of the weights and of each standard graph: what an engine of this bundle must have been built from."""
+        if self.packed:
+            return self.packed.weights_sha256, self.packed.onnx_sha256
+        graphs = {graph: self.files[DIALECTS["standard"].format(graph)].sha256 for graph in GRAPHS}
+        return self.files[WEIGHTS].sha256, graphs
 
     @property
     def weights_bytes(self) -> int:
@@ -197,8 +217,11 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise BundleError(
             path, "its graphs are not those of this version", fix="export the bundle again with this version"
         )
+    if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(GRAPHS):
+        raise BundleError(path, "packed: not of every graph", wanted=", ".join(GRAPHS), fix="pack the bundle again")
     wanted = [WEIGHTS, "tokenizer.json"]
-    wanted += [pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS]
+    if not manifest.packed:
+        wanted += [pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS]
     for name in wanted:
         if name not in manifest.files:
             raise BundleError(path, f"lists no {name}", fix="export the bundle again")

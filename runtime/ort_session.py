@@ -126,9 +126,18 @@ class OrtCpuSession(Session):
 
         return self._graphs.bound(call, "cpu", address)
 
-    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
-        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
-        self._buffers["inputs_embeds"][: len(rows)] = rows
+    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+        """Puts rows in the bundle's dtype into the first rows of a buffer."""
+        self._buffers[buffer][: len(rows)] = rows
+
+    def read(self, view: View) -> npt.NDArray[Any]:
+        """Rows of a workspace buffer: ids as they are, all else in fp32."""
+        rows = self._buffers[view.buffer][view.start : view.start + view.rows]
+        return rows.astype(np.int64 if rows.dtype == np.int64 else np.float32)
+
+    def read_cache(self, name: str) -> npt.NDArray[Any]:
+        """A whole cache, [N,C,D] in fp32."""
+        return self._caches[name][0].astype(np.float32)
 
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
@@ -140,10 +149,6 @@ class OrtCpuSession(Session):
         np.subtract(logits, logits[self._buffers["draft_token_ids"][row]], out=scratch)
         np.exp(scratch, out=scratch)
         return 1.0 / float(scratch.dot(self._ones))  # a sum, by one kernel
-
-    def read_logits(self, rows: int) -> npt.NDArray[Any]:
-        """The first `rows` rows of the last head call's logits, [rows,V]."""
-        return self._buffers["logits"][:rows].astype(np.float32)
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
@@ -203,7 +208,7 @@ class OrtCudaSession(CudaSession):
             )
         self._graphs: _Graphs | None = None
         try:
-            super().__init__(bundle, device)
+            super().__init__(bundle, device, manifest.weights_bytes)
             _check_cuda_provider(ort, device)
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -245,6 +250,10 @@ class _Graphs:
         self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
     ) -> None:
         manifest = bundle.manifest
+        if manifest.packed:
+            raise BackendError(
+                bundle.folder, "packed: it has engines and no graphs for ONNX Runtime", fix="use the bundle"
+            )
         self._table, self._dtype = manifest.table, manifest.dtype
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._sessions: dict[GraphName, Any] = {}
@@ -329,9 +338,7 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
 
 def _cuda_options(ort: Any) -> Any:
     ort.set_default_logger_severity(4)  # it warns of providers that nobody asked for
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal: what it refuses it raises too
-    options.intra_op_num_threads = 1
+    options = _cpu_options(ort, 0)  # a process that has one pool of threads must share it
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
     return options
 

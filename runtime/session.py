@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from edgeskip.runtime.rounds import Call, Round
+from edgeskip.runtime.rounds import Call, Round, View
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,20 @@ class Session(ABC):
         """Fixes shapes and memory of a round's calls; the same round is bound once."""
 
     @abstractmethod
+    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+        """Puts rows in the bundle's dtype (bf16 as 16-bit words), [T,H], into the first T rows of a buffer of states."""
+
+    @abstractmethod
+    def read(self, view: View) -> npt.NDArray[Any]:
+        """Rows of a workspace buffer, when all that was started is done: ids as they are, all else in fp32."""
+
+    @abstractmethod
+    def read_cache(self, name: str) -> npt.NDArray[Any]:
+        """A whole cache, [N,C,D] in fp32, by its input's name (`past_key_values.0.key`)."""
+
     def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
         """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+        self.write("inputs_embeds", rows)
 
     @abstractmethod
     def carry(self, row: int) -> None:
@@ -81,9 +93,9 @@ class Session(ABC):
     def draft_confidence(self, row: int) -> float:
         """The probability that the exit gave to the token it drafted in this row."""
 
-    @abstractmethod
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the last head call's logits, [rows,V]."""
+        return self.read(View("logits", 0, rows))
 
     @abstractmethod
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:

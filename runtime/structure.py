@@ -121,7 +121,9 @@ class _Reader:
             raise self.error(place, f"found {value!r:.60}", wanted=name)
         return value
 
-    def key(self, kind: type, key: str, place: str) -> Any:
+    def key(self, kind: Any, key: str, place: str) -> Any:
+        if get_origin(kind) is Literal:
+            return self.value(kind, key, place)
         try:
             return kind(key)
         except ValueError:

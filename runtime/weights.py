@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.graphs import GraphName
+from edgeskip.runtime.graphs import GRAPHS, GraphName
 from edgeskip.runtime.manifest import WEIGHTS, Bundle
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -52,7 +52,10 @@ def embedding_table(bundle: Bundle) -> npt.NDArray[Any]:
 
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
     """Bytes of weights that one call of each graph has to read, however few its rows."""
-    manifest, tensors = bundle.manifest, stored_tensors(bundle)
+    manifest = bundle.manifest
+    if manifest.packed:
+        return {graph: manifest.packed.read_bytes[graph] for graph in GRAPHS}
+    tensors = stored_tensors(bundle)
     sizes: dict[GraphName, int] = {"draft": 0, "verify": 0, "head": 0}
     for name, tensor in tensors.items():
         if layer := _LAYER.match(name):

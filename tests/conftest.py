@@ -19,6 +19,7 @@ from edgeskip.runtime.cuda import CudaDevice
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.generate import Model, load
 from edgeskip.runtime.manifest import Bundle
+from tests.standin import make_device, standin_model
 
 VOCAB = 300
 LLAMA3_ROPE = {
@@ -73,6 +74,9 @@ class Backend:
     def load(self, bundle: Bundle) -> Model:
         """Loads a bundle of this dtype."""
         assert bundle.manifest.dtype == self.dtype
+        if self.dialect == "engines":
+            copy = bundle.folder.with_name(f"{bundle.folder.name}-{self.device}")
+            return standin_model(bundle, copy, make_device(self.device))
         return load(bundle.folder, device=self.device, dialect=self.dialect)
 
     def __str__(self) -> str:
@@ -81,6 +85,7 @@ class Backend:
 
 BACKENDS = [
     Backend("cpu", "ort", "fp32", 1e-4),
+    Backend("host", "engines", "fp32", 1e-4),  # TensorRT's session with stand-ins
     *(
         pytest.param(backend, marks=pytest.mark.gpu)
         for backend in (
@@ -88,6 +93,8 @@ BACKENDS = [
             Backend("cuda", "ort", "bf16", 0.8),
             Backend("cuda", "standard", "fp16", 0.1),
             Backend("cuda", "standard", "fp32", 1e-4),
+            Backend("cuda", "engines", "fp16", 0.1),
+            Backend("cuda", "engines", "fp32", 1e-4),
         )
     ),
 ]

@@ -1,0 +1,196 @@
+"""TensorRT's session: how it calls, binds, captures and refuses.
+
+The stand-ins of tests/standin.py run everywhere, on a CUDA device too where there is one; tests/runtime/test_decode.py
+puts whole texts through them. Real engines are built and run where there is a GPU that an installed TensorRT serves,
+and there these tests fail rather than skip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, standin_model, with_engines
+
+import edgeskip
+from edgeskip.runtime import backends, trt_session
+from edgeskip.runtime.backends import open_session
+from edgeskip.runtime.engines import BUILD, read_engines
+from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.manifest import read_bundle
+from edgeskip.runtime.trt_session import TrtSession
+
+PROMPT = list(range(40, 60))
+KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def bundle(bundles):
+    return bundles("llama-gqa", exit_layer=3)
+
+
+def model_of(bundle, tmp_path, kind="host", **settings):
+    return standin_model(bundle, tmp_path / "b", make_device(kind), **settings)
+
+
+def refused(bundle, device=None, **settings):
+    (engines,) = read_engines(bundle)
+    device = device or HostDevice()
+    with pytest.raises((BundleError, BackendError)) as error:
+        TrtSession(bundle, engines, device, StandInTensorRT(**settings))
+    assert "\n" not in str(error.value)
+    assert device.used_bytes() == 0 or device.name != "host memory"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounds_are_captured_and_the_statistics_say_so(kind, bundle, tmp_path):
+    with model_of(bundle, tmp_path, kind) as model:
+        s = model.complete(PROMPT, num_speculations=4, max_new_tokens=40).statistics
+        assert s.captured_rounds == s.rounds > 3  # the bundle's own K was captured while loading
+        other = model.complete(PROMPT, num_speculations=3, max_new_tokens=40).statistics
+        assert other.captured_rounds == other.rounds - 1  # the first one was enqueued
+
+
+@pytest.mark.parametrize("rtx", [False, True])
+def test_what_cannot_be_captured_is_enqueued_with_the_same_tokens(rtx, bundle, tmp_path):
+    with edgeskip.load(bundle.folder, device="cpu") as plain:
+        wanted = plain.complete(PROMPT, confidence_threshold=0, max_new_tokens=40)
+    with model_of(bundle, tmp_path, rtx=rtx, capturable=False) as model:
+        ours = model.complete(PROMPT, max_new_tokens=40)
+        assert ours.token_ids == wanted.token_ids
+        assert ours.statistics.captured_rounds == (0 if rtx else ours.statistics.rounds)
+
+
+def test_a_context_serves_one_graph_and_number_of_rows(bundle, tmp_path):
+    device, library = HostDevice(), StandInTensorRT()
+    copied = with_engines(bundle, tmp_path / "b")
+    with TrtSession(copied, read_engines(copied)[0], device, library) as session:
+        # a chunk's draft and verify over 8 rows; draft 1, head 1, verify 5 and head 5 of the round that warms up
+        assert library.contexts == 6
+        session.bind(trt_session.speculative_round(4))(0)()
+        assert library.contexts == 6
+
+
+def test_the_caches_are_bound_past_and_present_to_one_address(bundle, tmp_path):
+    copied = with_engines(bundle, tmp_path / "b")
+    with TrtSession(copied, read_engines(copied)[0], HostDevice(), StandInTensorRT()) as session:
+        for context in session._contexts.values():
+            pasts = {name: at for name, at in context.addresses.items() if name.startswith("past_key_values.")}
+            for name, address in pasts.items():
+                assert context.addresses[name.replace("past_key_values.", "present.")] == address
+        scratch = {context.scratch for context in session._contexts.values()}
+        assert len(scratch) == 1
+
+
+def test_rtx_keeps_what_it_compiled_for_the_next_start(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for found in (None, b"kernels"):
+        library = StandInTensorRT(rtx=True)
+        copied = read_bundle(tmp_path / "b") if (tmp_path / "b").exists() else with_engines(bundle, tmp_path / "b")
+        TrtSession(copied, read_engines(copied)[0], HostDevice(), library).close()
+        assert [cache.found for cache in library.caches] == [found] * 3
+
+
+def test_memory_is_planned_and_told_by_kind(bundle, tmp_path):
+    with model_of(bundle, tmp_path, scratch=1 << 20) as model:
+        memory = model.session.memory()
+    assert memory.workspace > 1 << 20  # scratch and activations are in it
+    assert memory.caches == 4 * 2 * 2 * 96 * 16 * 4  # layers, key and value, heads, rows, head size, fp32
+
+
+@pytest.mark.parametrize("size", [1000, 300_000, 1 << 20])
+def test_memory_that_does_not_suffice_leaves_nothing_behind(size, bundle, tmp_path):
+    message = refused(with_engines(bundle, tmp_path / "b"), HostDevice(size), scratch=2 << 20)
+    assert "out of device memory" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("refuses", "TensorRT refuses it (no kernel image is available); edgeskip build"),
+        ("alias", "present.0.key is not past_key_values.0.key updated in place but None"),
+        ("fails", "does not run"),
+    ],
+)
+def test_what_tensorrt_says_is_one_line_and_leaves_nothing_behind(fault, message, bundle, tmp_path):
+    assert message in refused(with_engines(bundle, tmp_path / "b"), faults=[fault])
+
+
+def test_engines_of_another_gpu_or_version_name_the_command_that_rebuilds_them(bundle, tmp_path):
+    copied = with_engines(bundle, tmp_path / "a", sm=86)
+    message = refused(copied)
+    assert "built for SM 86, this GPU is SM 87; edgeskip build" in message
+    copied = with_engines(bundle, tmp_path / "b", version="10.16.0")
+    assert f"built by tensorrt 10.16.0, {VERSION} is installed; edgeskip build" in refused(copied)
+
+
+def test_a_changed_byte_is_noticed(bundle, tmp_path):
+    copied = with_engines(bundle, tmp_path / "b")
+    (engines,) = read_engines(copied)
+    path = engines.path("verify")
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    assert "verify.engine: sha256 is" in refused(copied)
+
+
+def test_engines_of_other_tensors_are_refused(bundle, bundles, tmp_path):
+    copied = with_engines(bundle, tmp_path / "b")
+    (engines,) = read_engines(copied)
+    other = bundles("llama-gqa", exit_layer=2).graph_path("draft", "standard")
+    path = engines.path("draft")
+    made = json.loads(path.read_text()) | {"onnx": str(other)}
+    path.write_text(json.dumps(made))
+    build = json.loads((engines.folder / BUILD).read_text())
+    record = build["engines"]["draft"]
+    record["sha256"], record["bytes"] = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+    (engines.folder / BUILD).write_text(json.dumps(build))
+    assert "draft.engine: its tensors are not those of the manifest" in refused(copied)
+
+
+def test_a_bundle_without_engines_says_how_to_build_them(bundle):
+    with pytest.raises(BundleError, match=r"no tensorrt-rtx engines; edgeskip build .* --backend tensorrt-rtx"):
+        open_session(bundle, backend="tensorrt-rtx")
+
+
+def test_tensorrt_that_is_missing_is_named(bundle, tmp_path):
+    copied = with_engines(bundle, tmp_path / "b")
+    with pytest.raises(BackendError, match=r"tensorrt: not usable .*edgeskip\[tensorrt\]"):
+        open_session(copied, backend="tensorrt")
+
+
+def standin_machine(monkeypatch, device):
+    """A machine that has the stand-ins: TensorRT and a GPU."""
+    monkeypatch.setattr(trt_session, "import_tensorrt", lambda backend: StandInTensorRT(rtx=backend.endswith("rtx")))
+    monkeypatch.setattr("edgeskip.runtime.cuda.CudaDevice", lambda: device)
+
+
+def test_auto_takes_engines_that_fit_and_else_says_why_not(bundle, tmp_path, monkeypatch):
+    standin_machine(monkeypatch, HostDevice())
+    fits, other = with_engines(bundle, tmp_path / "fits"), with_engines(bundle, tmp_path / "other", sm=86)
+    with open_session(fits) as session:
+        assert session.description == f"tensorrt {VERSION}, host memory, fp32"
+    with open_session(other) as session:
+        assert session.device == "cpu"
+        assert "not tensorrt" in session.description
+        assert "built for SM 86, this GPU is SM 87" in session.description
+
+
+def test_of_several_engines_the_fitting_one_is_taken(bundle, tmp_path, monkeypatch):
+    standin_machine(monkeypatch, HostDevice())
+    copied = with_engines(bundle, tmp_path / "b", sm=86)
+    with_engines(bundle, tmp_path / "b", sm=87)
+    with open_session(copied, backend="tensorrt") as session:
+        assert session.description.startswith("tensorrt ")
+    shutil.rmtree(next(copied.folder.glob("engines/*sm87*")))
+    with pytest.raises(BundleError, match="built for SM 86, this GPU is SM 87"):
+        open_session(copied, backend="tensorrt")
+
+
+def test_the_choices_of_backends_are_those_of_the_engines():
+    from edgeskip.runtime.engines import ENGINE_BACKENDS
+
+    assert set(backends.BACKENDS) == {"auto", "onnxruntime", *ENGINE_BACKENDS}

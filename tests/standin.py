@@ -1,0 +1,286 @@
+"""Stand-ins for what TensorRT's session needs and this machine may lack.
+
+`StandInTensorRT` speaks the part of TensorRT's interface that the session uses, in its full or its RTX flavour; an
+"engine" is a text that names the ONNX file, and a context computes it with ONNX Runtime on the very addresses that were
+set, on the same stream. `HostDevice` is a CUDA device made of host memory: its stream runs at once, and a capture
+records what it is given, addresses and all, to be run again later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import shutil
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from edgeskip.runtime import ort_session
+from edgeskip.runtime.cuda import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.engines import (
+    BUILD,
+    BUILD_VERSION,
+    Build,
+    EngineProfile,
+    EngineRecord,
+    engines_folder,
+    read_engines,
+)
+from edgeskip.runtime.generate import Model
+from edgeskip.runtime.graphs import GRAPHS
+from edgeskip.runtime.manifest import read_bundle
+from edgeskip.runtime.rounds import HEAD_ROWS
+from edgeskip.runtime.trt_session import TrtSession
+
+VERSION = "10.99.1"
+ELEMENTS = {"tensor(float)": ("FLOAT", 1), "tensor(float16)": ("HALF", 10), "tensor(int64)": ("INT64", 7)}
+
+
+class HostStream:
+    """Runs what is submitted at once, or records it."""
+
+    def __init__(self):
+        self.recorded = None
+        self.handle = id(self)
+        STREAMS[self.handle] = self
+
+    def submit(self, operation):
+        (operation if self.recorded is None else self.recorded.append)(*([] if self.recorded is None else [operation]))
+
+    def sync(self):
+        assert self.recorded is None, "a stream that is captured cannot be waited for"
+
+
+STREAMS: dict[int, HostStream] = {}
+
+
+class HostDevice:
+    """A CUDA device made of host memory, of a given size."""
+
+    name = "host memory"
+    compute_capability = 87
+
+    def __init__(self, size=1 << 30):
+        self.size, self.taken, self.captures = size, 0, 0
+        self.stream, self._kept = HostStream(), []
+        self.free_at_start = size
+
+    def free_bytes(self):
+        self.stream.sync()
+        return self.size - self.taken
+
+    def used_bytes(self):
+        return self.taken
+
+    def zeros(self, shapes):
+        shapes = list(shapes)
+        sizes = [-(-row_bytes * rows // ALIGNMENT) * ALIGNMENT for row_bytes, rows in shapes]
+        if sum(sizes) > self.free_bytes():
+            raise out_of_memory("CUDA", sum(sizes), self.free_bytes())
+        block = np.zeros(sum(sizes) + ALIGNMENT, np.uint8)
+        self._kept.append(block)
+        self.taken += sum(sizes)
+        start = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
+        starts = np.cumsum([start, *sizes])[:-1]
+        return [DeviceArray(int(address), *shape) for address, shape in zip(starts, shapes, strict=True)]
+
+    def pinned(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    def copier(self, target, source, size):
+        return lambda: self.stream.submit(lambda: ctypes.memmove(target, source, size))
+
+    def captured(self, enqueue):
+        self.captures += 1
+        self.stream.recorded = []
+        enqueue()
+        operations, self.stream.recorded = self.stream.recorded, None
+        return lambda: [operation() for operation in operations]
+
+    def stopwatch(self):
+        watch = types.SimpleNamespace(begin=0, end=0)
+        watch.start = lambda: setattr(watch, "begin", time.perf_counter_ns())
+        watch.stop = lambda: setattr(watch, "end", time.perf_counter_ns())
+        watch.elapsed_ns = lambda: watch.end - watch.begin
+        return watch
+
+    def close(self):
+        self._kept.clear()
+        self.taken = 0
+
+
+class StandInTensorRT:
+    """The module; `rtx` for its RTX flavour. `faults` change what it answers, for tests of what is refused."""
+
+    __version__ = VERSION
+
+    def __init__(self, *, rtx=False, capturable=True, scratch=4096, faults=()):
+        self.rtx, self.capturable, self.scratch, self.faults = rtx, capturable, scratch, set(faults)
+        self.caches, self.contexts = [], 0
+        self.DataType = types.SimpleNamespace(**{name: name for name in ("FLOAT", "HALF", "BF16", "INT64")})
+        self.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
+        if rtx:
+            self.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(EAGER="eager", LAZY="lazy")
+
+    class ILogger:
+        ERROR = 1
+
+    def Runtime(self, logger):  # noqa: N802
+        return types.SimpleNamespace(deserialize_cuda_engine=lambda data: self._engine(bytes(data[:]), logger))
+
+    def _engine(self, data, logger):
+        if "refuses" in self.faults:
+            logger.log(1, "no kernel image is available")
+            return None
+        return _Engine(self, json.loads(data))
+
+
+class _Engine:
+    def __init__(self, library, made):
+        self.library, self.made = library, made
+        options = ort_session._cpu_options(onnxruntime, 0)
+        session = onnxruntime.InferenceSession(made["onnx"], options, providers=["CPUExecutionProvider"])
+        self.inputs = [node.name for node in session.get_inputs()]
+        nodes = [*session.get_inputs(), *session.get_outputs()]
+        self.tensors = {node.name: (ELEMENTS[node.type], tuple(node.shape)) for node in nodes}
+        self.num_io_tensors = len(self.tensors)
+        self.num_optimization_profiles = len(made["profiles"])
+        self.loaded = {}
+        if library.rtx:
+            self.create_runtime_config = lambda: _RuntimeConfig(library)
+
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
+
+    def get_tensor_dtype(self, name):
+        return self.tensors[name][0][0]
+
+    def get_tensor_shape(self, name):
+        return tuple(-1 if isinstance(dim, str) else dim for dim in self.tensors[name][1])
+
+    def get_aliased_input_tensor(self, name):
+        if "alias" in self.library.faults:
+            return None
+        return name.replace("present.", "past_key_values.") if name.startswith("present.") else None
+
+    def get_device_memory_size_for_profile_v2(self, profile):
+        assert profile < self.num_optimization_profiles
+        return self.library.scratch
+
+    def create_execution_context(self, config):
+        assert config == "user managed" or config.strategy == "user managed"
+        self.library.contexts += 1
+        return _Context(self)
+
+    def session(self, stream):
+        """ONNX Runtime for this graph on a stream: ours of host memory, or a real one."""
+        if stream not in self.loaded:
+            options = ort_session._cpu_options(onnxruntime, 0)
+            provider = "CPUExecutionProvider" if stream in STREAMS else "CUDAExecutionProvider"
+            settings = {} if stream in STREAMS else {"user_compute_stream": str(stream), "use_tf32": "0"}
+            loaded = onnxruntime.InferenceSession(self.made["onnx"], options, providers=[(provider, settings)])
+            self.loaded[stream] = loaded
+        return self.loaded[stream]
+
+
+class _RuntimeConfig:
+    def __init__(self, library):
+        self.library, self.strategy, self.cache = library, None, None
+        self.dynamic_shapes_kernel_specialization_strategy = None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        cache = types.SimpleNamespace(found=None, serialize=lambda: b"kernels")
+        cache.deserialize = lambda data: setattr(cache, "found", data)
+        self.library.caches.append(cache)
+        return cache
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+
+class _Context:
+    def __init__(self, engine):
+        self.engine, self.profile, self.shapes, self.addresses, self.scratch = engine, 0, {}, {}, None
+        if engine.library.rtx:
+            self.is_stream_capturable = lambda stream: engine.library.capturable
+
+    def set_device_memory(self, address, size):
+        assert address % ALIGNMENT == 0
+        assert size >= self.engine.library.scratch
+        self.scratch = address
+
+    def set_optimization_profile_async(self, profile, stream):
+        self.profile = profile
+        return profile < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name, shape):
+        low, high = self.engine.made["profiles"][self.profile]
+        assert low <= shape[1] <= high, f"{shape[1]} rows are not in profile {self.profile}"
+        self.shapes[name] = tuple(shape)
+
+    def set_tensor_address(self, name, address):
+        assert address % ALIGNMENT == 0, f"{name} is bound off the grid"
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream):
+        assert self.scratch, "no scratch memory was given"
+        if "fails" in self.engine.library.faults:
+            return False
+        assert set(self.addresses) == set(self.engine.tensors), "a tensor has no address"
+        session = self.engine.session(stream)
+        binding = session.io_binding()
+        rows = next(shape[1] for shape in self.shapes.values())
+        for name, ((_, element), shape) in self.engine.tensors.items():
+            bind = binding.bind_input if name in self.engine.inputs else binding.bind_output
+            shape = [rows if isinstance(dim, str) else dim for dim in shape]
+            bind(name, "cpu" if stream in STREAMS else "cuda", 0, element, shape, self.addresses[name])
+        if stream in STREAMS:
+            STREAMS[stream].submit(lambda: session.run_with_iobinding(binding))
+        else:
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            session.run_with_iobinding(binding, options)
+        return True
+
+
+def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION):
+    """A copy of a bundle with stand-in engines."""
+    if not folder.exists():
+        shutil.copytree(bundle.folder, folder, copy_function=shutil.copy2)
+    copied = read_bundle(folder)
+    weights_sha256, onnx_sha256 = copied.manifest.engine_sources
+    target = engines_folder(copied, backend, sm, version)
+    target.mkdir(parents=True)
+    decode, prefill = (1, HEAD_ROWS), (1, copied.manifest.prefill_chunk)
+    profiles = {"draft": [decode, prefill], "verify": [decode, prefill], "head": [decode]}
+    records = {}
+    for graph in GRAPHS:
+        made = {"onnx": str(copied.graph_path(graph, "standard")), "profiles": profiles[graph]}
+        data = json.dumps(made).encode()
+        (target / f"{graph}.engine").write_bytes(data)
+        kept = tuple(EngineProfile(low, high, high) for low, high in profiles[graph])
+        records[graph] = EngineRecord(onnx_sha256[graph], hashlib.sha256(data).hexdigest(), len(data), kept, 1.0, None)
+    build = Build(BUILD_VERSION, "0", backend, version, sm, None, copied.manifest.dtype, weights_sha256, records)
+    (target / BUILD).write_text(build.to_json())
+    return copied
+
+
+def standin_model(bundle, folder, device, **settings):
+    """A model on stand-in engines."""
+    if not Path(folder).exists():
+        with_engines(bundle, folder, sm=device.compute_capability)
+    copied = read_bundle(folder)
+    (engines,) = read_engines(copied)
+    return Model(copied, TrtSession(copied, engines, device, StandInTensorRT(**settings)))
+
+
+def make_device(kind):
+    """A device of host memory, or the GPU."""
+    return CudaDevice() if kind == "cuda" else HostDevice()
