@@ -95,8 +95,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
     for d in report.differences:
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
-            f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} differs from plain decoding; "
-            f"the top logits lie {d.gap:.2g} apart: {what}"
+            f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
+            f"the lower of their logits lies {d.gap:.2g} below the top: {what}"
         )
     if not report.differences:
         console.print("Every mode gave exactly the tokens of plain decoding.")
