@@ -30,7 +30,8 @@ from edgeskip.runtime.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.weights import read_bytes
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
-"""Kernels round differently for one row and for many: a token may differ where the two top logits lie closer."""
+"""Kernels round differently for one row and for many: a token may differ where the logits of both candidates lie
+within this of the top one."""
 
 
 _STAGE_REPEATS = 30
