@@ -17,6 +17,7 @@ import click
 import edgeskip
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.backends import BACKENDS, DEVICES
+from edgeskip.runtime.engines import ENGINE_BACKENDS
 from edgeskip.runtime.errors import BackendError, BundleError, CheckpointError, EdgeskipError, RequestError
 from edgeskip.runtime.rounds import MODES
 
@@ -128,6 +129,40 @@ def export(
 
 @main.command()
 @bundle_argument
+@click.option(
+    "--backend",
+    type=click.Choice(ENGINE_BACKENDS),
+    required=True,
+    help="tensorrt builds on the device that runs it, Jetsons among them; tensorrt-rtx also for another machine.",
+)
+@click.option(
+    "--sm",
+    "compute_capabilities",
+    multiple=True,
+    type=int,
+    help="Build for GPUs of this compute capability, 86 for 8.6; can be given more than once.  [default: the GPU here]",
+)
+@click.option("--workspace-mb", type=click.IntRange(1), help="Device memory for a kernel's own use.  [default: all]")
+def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
+    """Build a BUNDLE's TensorRT engines, into the bundle."""
+    _require("build", "polygraphy")
+    from edgeskip.exporter.engine import BuildSettings, build_engines
+    from edgeskip.runtime.manifest import read_bundle
+
+    settings = BuildSettings(backend, compute_capabilities, workspace_mb)
+    with _progress() as progress:
+        made = build_engines(read_bundle(bundle), settings, progress)
+    for engines in made:
+        records = engines.build.engines
+        parts = ", ".join(f"{graph} {record.bytes / 1e6:.1f} MB" for graph, record in records.items())
+        peak = max(record.peak_memory_bytes or 0 for record in records.values())
+        seconds = sum(record.seconds for record in records.values())
+        memory = f", with at most {peak / 1e6:.0f} MB of memory" if peak else ""
+        click.echo(f"{engines.folder}: {parts}, in {seconds:.0f} s{memory}.", err=True)
+
+
+@main.command()
+@bundle_argument
 @click.option("--prompt", "-p", help="The text to continue.")
 @click.option("--prompt-file", "-f", type=click.File("r", encoding="utf-8"), help="A file with the text; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
@@ -160,7 +195,7 @@ def generate(
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
     text = prompt if prompt is not None else _read_text(prompt_file)
     from edgeskip.runtime.generate import load
-    from edgeskip.runtime.report import print_statistics, stream
+    from edgeskip.runtime.report import print_session, print_statistics, stream
 
     with _progress() as progress:
         model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
@@ -177,6 +212,7 @@ def generate(
             click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
         else:
             generation = stream(model.generate(asked, **settings), _console())
+            print_session(model.session, _console(stderr=True))
             print_statistics(generation, _console(stderr=True))
 
 

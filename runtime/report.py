@@ -12,6 +12,7 @@ from edgeskip.runtime.bench import BenchReport, BenchRow
 from edgeskip.runtime.generate import Generation, Piece
 from edgeskip.runtime.graphs import DIALECTS
 from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.session import Memory, Session
 from edgeskip.runtime.statistics import Statistics
 
 DRAFTED = "green"
@@ -30,6 +31,16 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     console.file.write("\n")
     assert generation is not None
     return generation
+
+
+def print_session(session: Session, console: Console) -> None:
+    """What was chosen to run the bundle, and the memory it holds."""
+    console.print(f"[dim]{escape(session.description)}; {_memory(session.memory())}[/dim]")
+
+
+def _memory(memory: Memory) -> str:
+    kinds = {"weights": memory.weights, "caches": memory.caches, "workspace": memory.workspace, "other": memory.other}
+    return "MB: " + ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in kinds.items() if size is not None)
 
 
 def print_statistics(generation: Generation, console: Console) -> None:
@@ -89,9 +100,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         stages.add_row(stage.graph, str(stage.rows), *cells)
     console.print("Each graph by itself, and what it has to read:")
     console.print(stages)
-    memory = report.memory_bytes
-    kinds = {"weights": memory.weights, "caches": memory.caches, "workspace": memory.workspace, "other": memory.other}
-    console.print("MB: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in kinds.items() if v is not None) + "\n")
+    console.print(_memory(report.memory_bytes) + "\n")
     for d in report.differences:
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(

@@ -20,7 +20,7 @@ from edgeskip.runtime.manifest import MANIFEST
 from edgeskip.runtime.statistics import Statistics
 from tests.conftest import edit_json
 
-VERBS = ("bench", "demo", "export", "generate", "inspect", "pack", "synth", "train")
+VERBS = ("bench", "build", "demo", "export", "generate", "inspect", "pack", "synth", "train")
 MODES = ("self-speculative", "autoregressive", "early-exit")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -95,7 +95,8 @@ def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle)
         wanted = model.complete("def f(x):", max_new_tokens=20)
     result = succeed("generate", bundle, "--prompt", "def f(x):", "--max-new-tokens", 20)
     assert result.stdout == wanted.text + "\n"
-    assert re.match(r"20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
+    assert re.match(r"ONNX Runtime \S+, CPU, ort dialect, fp32; MB: weights 0.7, caches 0.1", result.stderr)
+    assert re.search(r"\n20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
     assert re.search(r"tokens a round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
 
 
