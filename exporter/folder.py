@@ -28,13 +28,18 @@ def check_destination(destination: Path, error: type[EdgeskipError] = BundleErro
 
 
 @contextmanager
-def whole_or_absent(destination: Path, weights_bytes: int, error: type[EdgeskipError] = BundleError) -> Iterator[Path]:
+def whole_or_absent(
+    destination: Path, weights_bytes: int, error: type[EdgeskipError] = BundleError, *, replace: bool = False
+) -> Iterator[Path]:
     """A temporary sibling that becomes `destination` at the end, or goes away with whatever went wrong.
+
+    With `replace` it takes the place of a folder of that name, which stays as it is until then.
 
     Raises:
         error: the destination exists or cannot be written, or the disk has not `weights_bytes` free.
     """
-    check_destination(destination, error)
+    if not replace:
+        check_destination(destination, error)
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +52,15 @@ def whole_or_absent(destination: Path, weights_bytes: int, error: type[EdgeskipE
     try:
         yield folder
         folder.chmod(0o755)
-        os.rename(folder, destination)  # noqa: PTH104  (a folder appearing meanwhile must not be replaced)
+        if replace and destination.is_dir():
+            _replace(destination, folder)
+        else:
+            os.rename(folder, destination)  # noqa: PTH104  (a folder appearing meanwhile must not be replaced)
         _sync_folder(parent)
     except OSError as caught:
         if caught.errno is not None and caught.strerror in ("No space left on device", "Disk quota exceeded"):
             raise _disk_full(error, destination, shutil.disk_usage(parent).free, weights_bytes) from None
-        if isinstance(caught, FileExistsError) or destination.exists():
+        if not replace and (isinstance(caught, FileExistsError) or destination.exists()):
             raise error(destination, "appeared meanwhile", fix="give another folder") from None
         raise error(destination, f"cannot be written ({reason(caught)})", fix="give another folder") from None
     finally:
@@ -63,6 +71,19 @@ def sync(file: IO[bytes]) -> None:
     """Hands a file's bytes to the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _replace(destination: Path, folder: Path) -> None:
+    """Puts a folder in another's place; if it cannot be put there, the old one comes back."""
+    old = folder.with_name(f"{folder.name}.old")
+    destination.rename(old)
+    try:
+        folder.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _disk_full(error: type[EdgeskipError], destination: Path, free: int, wanted: int) -> EdgeskipError:

@@ -53,8 +53,8 @@ def open_session(
             except EdgeskipError as error:
                 why.append(f"not {found}: {error}")
     if bundle.manifest.packed and backend == "auto":
-        found = "; ".join(why) or "it has no engines"
-        raise BundleError(bundle.folder, f"packed for TensorRT: {found}", fix="pack engines that fit this machine")
+        reasons = "; ".join(why) or "it has no engines"
+        raise BundleError(bundle.folder, f"packed for TensorRT: {reasons}", fix="pack engines that fit this machine")
     session = _open_onnxruntime(bundle, device, threads, dialect, why)
     session.description = "; ".join([session.description, *why])
     return session

@@ -142,7 +142,7 @@ class StandInTensorRT:
 class _Engine:
     def __init__(self, library, made):
         self.library, self.made = library, made
-        options = ort_session._cpu_options(onnxruntime, 0)
+        options = ort_session.cpu_options(onnxruntime, 0)
         session = onnxruntime.InferenceSession(made["onnx"], options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in session.get_inputs()]
         nodes = [*session.get_inputs(), *session.get_outputs()]
@@ -179,7 +179,7 @@ class _Engine:
     def session(self, stream):
         """ONNX Runtime for this graph on a stream: ours of host memory, or a real one."""
         if stream not in self.loaded:
-            options = ort_session._cpu_options(onnxruntime, 0)
+            options = ort_session.cpu_options(onnxruntime, 0)
             provider = "CPUExecutionProvider" if stream in STREAMS else "CUDAExecutionProvider"
             settings = {} if stream in STREAMS else {"user_compute_stream": str(stream), "use_tf32": "0"}
             loaded = onnxruntime.InferenceSession(self.made["onnx"], options, providers=[(provider, settings)])

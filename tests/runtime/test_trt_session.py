@@ -15,9 +15,12 @@ import pytest
 from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, standin_model, with_engines
 
 import edgeskip
+from edgeskip.exporter.engine import BuildSettings, build_engines
 from edgeskip.runtime import backends, trt_session
 from edgeskip.runtime.backends import open_session
-from edgeskip.runtime.engines import BUILD, read_engines
+from edgeskip.runtime.bench import tie_gap
+from edgeskip.runtime.cuda import CudaDevice
+from edgeskip.runtime.engines import BUILD, ENGINE_BACKENDS, read_engines
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.manifest import read_bundle
 from edgeskip.runtime.trt_session import TrtSession
@@ -191,6 +194,48 @@ def test_of_several_engines_the_fitting_one_is_taken(bundle, tmp_path, monkeypat
 
 
 def test_the_choices_of_backends_are_those_of_the_engines():
-    from edgeskip.runtime.engines import ENGINE_BACKENDS
-
     assert set(backends.BACKENDS) == {"auto", "onnxruntime", *ENGINE_BACKENDS}
+
+
+def served_backends():
+    """Backends whose TensorRT is installed and serves the GPU of this machine."""
+    found = []
+    try:
+        with CudaDevice() as device:
+            sm = device.compute_capability
+    except BackendError:
+        return found
+    for backend in ENGINE_BACKENDS:
+        try:
+            library = trt_session.import_tensorrt(backend)
+        except BackendError:
+            continue
+        if backend == "tensorrt" or f"SM{sm}" in library.ComputeCapability.__members__:
+            found.append(backend)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", served_backends())
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "llama-attention-bias", "llama-llama3-rope"])
+def test_real_engines_give_the_tokens_of_onnxruntime(backend, variant, bundles, tmp_path):
+    """fp16 against fp32, up to the first place where rounding may decide."""
+    source = bundles(variant, dtype="fp16", exit_layer=3, prefill_chunk=32)
+    shutil.copytree(source.folder, tmp_path / "b")
+    build_engines(read_bundle(tmp_path / "b"), BuildSettings(backend))
+    compared = 0
+    with (
+        edgeskip.load(tmp_path / "b", backend=backend) as model,
+        edgeskip.load(bundles(variant, exit_layer=3).folder, device="cpu") as judge,
+    ):
+        for prompt in (PROMPT, PROMPT * 2, PROMPT[:1]):
+            wanted = judge.complete(prompt, mode="autoregressive", max_new_tokens=30).token_ids
+            for k in (0, 1, 4, 8):
+                mode = {"num_speculations": k} if k else {"mode": "autoregressive"}
+                ours = model.complete(prompt, max_new_tokens=30, **mode)
+                parted = next((i for i, (a, b) in enumerate(zip(ours.token_ids, wanted)) if a != b), len(wanted))  # noqa: B905
+                if parted < len(wanted):
+                    gap = tie_gap(judge, [*prompt, *wanted[:parted]], ours.token_ids[parted], wanted[parted])
+                    assert gap < 0.1
+                compared += parted
+    assert compared > 100
