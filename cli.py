@@ -19,6 +19,7 @@ from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.backends import BACKENDS, DEVICES
 from edgeskip.runtime.engines import ENGINE_BACKENDS
 from edgeskip.runtime.errors import BackendError, BundleError, CheckpointError, EdgeskipError, RequestError
+from edgeskip.runtime.graphs import DIALECTS
 from edgeskip.runtime.rounds import MODES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 EXPORT_MODULES = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 self-speculative tokens differ from plain ones, 2 wrong command line, 3 checkpoint, "
+    "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
     "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted."
 )
 
@@ -321,6 +322,59 @@ def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
         write(opened, chosen, folder, progress)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     click.echo(f"{folder}: {size / 1e6:.1f} MB, engines {', '.join(one.folder.name for one in chosen)}.", err=True)
+
+
+@main.command()
+@bundle_argument
+@click.option(
+    "--reference", help="The CHECKPOINT to compare with, a folder or hub id.  [default: the bundle's weights]"
+)
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them.  [default: built in]",
+)
+@click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True, help="Use only the first so many.")
+@click.option("--layers", is_flag=True, help="Narrow a failure down to the first layer that departs.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
+@click.option(
+    "--dialect", type=click.Choice(tuple(DIALECTS)), help="Of ONNX Runtime's graphs.  [default: the device's]"
+)
+@backend_option
+@device_option
+@threads_option
+def check(
+    bundle: Path,
+    reference: str | None,
+    prompts: Path | None,
+    num_prompts: int,
+    layers: bool,
+    json_path: Path | None,
+    dialect: str | None,
+    backend: Any,
+    device: Any,
+    threads: int,
+) -> None:
+    """Compare what a BUNDLE's graphs compute here with transformers in fp32, call by call and text by text."""
+    _require("check", "polygraphy", "torch", "transformers", *EXPORT_MODULES)
+    from edgeskip.exporter.check import run_check
+    from edgeskip.exporter.check_report import print_check
+    from edgeskip.exporter.golden import Golden
+    from edgeskip.runtime.bench import load_prompts
+    from edgeskip.runtime.generate import load
+
+    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
+        raise RequestError(json_path, "cannot be written (no such folder)")
+    texts = load_prompts(prompts)[:num_prompts]
+    settings: Any = {"backend": backend, "device": device, "threads": threads, "dialect": dialect}
+    with _progress() as progress, load(bundle, **settings, progress=progress) as model:
+        golden = Golden(model.bundle, reference, model.session.device, threads)
+        report = run_check(model, golden, texts, layers=layers, progress=progress)
+    print_check(report, _console(stderr=str(json_path) == "-"))
+    if json_path is not None:
+        _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    if not report.passed:
+        raise SystemExit(1)
 
 
 @main.command()

@@ -159,14 +159,14 @@ class CudaSession(Session):
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer: ids as they are, all else in fp32."""
         size = self._buffers[view.buffer].row_bytes * view.rows
-        raw = self._staged(self._address(view), size)
+        raw = self._fetched(self._address(view), size)
         return raw.view(np.int64).copy() if view.buffer in _IDS else self._widened(raw).reshape(view.rows, -1)
 
     def read_cache(self, name: str) -> npt.NDArray[Any]:
         """A whole cache, [N,C,D] in fp32."""
         cache, step = self._caches[name], self._staging.nbytes
         parts = [
-            self._widened(self._staged(cache.address + start, min(step, cache.bytes - start)))
+            self._widened(self._fetched(cache.address + start, min(step, cache.bytes - start)))
             for start in range(0, cache.bytes, step)
         ]
         return np.concatenate(parts).reshape([self._dims[dim] for dim in "NCD"])
@@ -217,7 +217,7 @@ class CudaSession(Session):
         (block,) = self._device.zeros([(8, 2 * rows)])
         return DeviceArray(block.address, 8, rows), DeviceArray(block.address + 8 * rows, 8, rows)
 
-    def _staged(self, address: int, size: int) -> npt.NDArray[Any]:
+    def _fetched(self, address: int, size: int) -> npt.NDArray[Any]:
         """Bytes of device memory, when all that was started is done; good until the next copy."""
         part = self._staging[:size]
         self._device.copier(part.ctypes.data, address, size)()

@@ -65,7 +65,7 @@ class OrtCpuSession(Session):
                 fix="export with --dtype fp32",
             )
         ort = onnxruntime()
-        options = _cpu_options(ort, threads)
+        options = cpu_options(ort, threads)
         self._graphs = _Graphs(ort, bundle, dialect, options, [("CPUExecutionProvider", {})])
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
@@ -81,6 +81,7 @@ class OrtCpuSession(Session):
         }
         self._weights_bytes = manifest.weights_bytes
         self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
+        self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
         self._threads = threads or _usable_cores()
@@ -132,12 +133,13 @@ class OrtCpuSession(Session):
 
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer: ids as they are, all else in fp32."""
-        rows = self._buffers[view.buffer][view.start : view.start + view.rows]
-        return rows.astype(np.int64 if rows.dtype == np.int64 else np.float32)
+        rows: npt.NDArray[Any] = self._buffers[view.buffer][view.start : view.start + view.rows]
+        return rows.copy() if rows.dtype == np.int64 else rows.astype(np.float32)
 
     def read_cache(self, name: str) -> npt.NDArray[Any]:
         """A whole cache, [N,C,D] in fp32."""
-        return self._caches[name][0].astype(np.float32)
+        cache: npt.NDArray[Any] = self._caches[name][0].astype(np.float32)
+        return cache
 
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
@@ -222,6 +224,7 @@ class OrtCudaSession(CudaSession):
                     bundle.folder, self.planned_bytes + _LIBRARIES_BYTES, device.free_at_start
                 ) from None
             raise
+        self.dialect = dialect
         self.description = f"ONNX Runtime {ort.__version__}, {device.name}, {dialect} dialect, {manifest.dtype}"
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
@@ -338,7 +341,7 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
 
 def _cuda_options(ort: Any) -> Any:
     ort.set_default_logger_severity(4)  # it warns of providers that nobody asked for
-    options = _cpu_options(ort, 0)  # a process that has one pool of threads must share it
+    options = cpu_options(ort, 0)  # a process that has one pool of threads must share it
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
     return options
 
@@ -366,7 +369,7 @@ def _check_cuda_provider(ort: Any, device: CudaDevice) -> None:
 _pool_threads: int | None = None
 
 
-def _cpu_options(ort: Any, threads: int) -> Any:
+def cpu_options(ort: Any, threads: int) -> Any:
     """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
     global _pool_threads
     if _pool_threads is None:

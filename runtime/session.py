@@ -51,6 +51,9 @@ class Session(ABC):
     hardware: str
     """The chip's own name."""
 
+    dialect = "standard"
+    """Of the graph files that it runs, or that its engines were built from."""
+
     confidence_threshold = 0.0
     """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
     as a device wants that the host must not wait for."""
@@ -71,7 +74,7 @@ class Session(ABC):
 
     @abstractmethod
     def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
-        """Puts rows in the bundle's dtype (bf16 as 16-bit words), [T,H], into the first T rows of a buffer of states."""
+        """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
 
     @abstractmethod
     def read(self, view: View) -> npt.NDArray[Any]:

@@ -149,9 +149,13 @@ class _Engine:
         self.tensors = {node.name: (ELEMENTS[node.type], tuple(node.shape)) for node in nodes}
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(made["profiles"])
-        self.loaded = {}
+        self.loaded, self.last = {}, {}
         if library.rtx:
             self.create_runtime_config = lambda: _RuntimeConfig(library)
+
+    def __del__(self):
+        for session, binding in self.last.values():  # what unsynchronized runs hold goes back with one that is; see
+            session.run_with_iobinding(binding)  # OrtCudaSession._release
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
@@ -247,6 +251,7 @@ class _Context:
             options = onnxruntime.RunOptions()
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             session.run_with_iobinding(binding, options)
+            self.engine.last[stream] = session, binding
         return True
 
 

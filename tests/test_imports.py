@@ -105,7 +105,7 @@ def test_importing_the_runtime_loads_no_backend_and_no_export_or_training_librar
     assert "tokenizers" in loaded
 
 
-@pytest.mark.parametrize("verb", ["", "generate", "export", "synth"])
+@pytest.mark.parametrize("verb", ["", "generate", "export", "synth", "check"])
 def test_help_loads_no_library(verb):
     code = "from edgeskip.cli import main; import sys; main(sys.argv[1:], standalone_mode=False)"
     everything = RUNTIME_LIBRARIES | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
