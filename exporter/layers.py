@@ -52,8 +52,7 @@ class TappedGraph:
         self.taps = tuple(taps)
         ort = onnxruntime()
         on_gpu = device == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers()
-        options = ort.SessionOptions() if on_gpu else cpu_options(ort, 0)
-        options.log_severity_level = 4
+        options = cpu_options(ort, 0)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
         providers = ["CUDAExecutionProvider"] if on_gpu else []
         data = ir.to_proto(model).SerializeToString()
