@@ -196,7 +196,7 @@ def generate(
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
     text = prompt if prompt is not None else _read_text(prompt_file)
     from edgeskip.runtime.generate import load
-    from edgeskip.runtime.report import print_session, print_statistics, stream
+    from edgeskip.runtime.report import print_model, print_statistics, stream
 
     with _progress() as progress:
         model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
@@ -213,7 +213,7 @@ def generate(
             click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
         else:
             generation = stream(model.generate(asked, **settings), _console())
-            print_session(model.session, _console(stderr=True))
+            print_model(model, _console(stderr=True))
             print_statistics(generation, _console(stderr=True))
 
 

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgeskip.runtime.bench import BenchReport, BenchRow
-from edgeskip.runtime.generate import Generation, Piece
+from edgeskip.runtime.generate import Generation, Model, Piece
 from edgeskip.runtime.graphs import DIALECTS
 from edgeskip.runtime.manifest import Bundle
-from edgeskip.runtime.session import Memory, Session
+from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics
 
 DRAFTED = "green"
@@ -33,9 +33,10 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     return generation
 
 
-def print_session(session: Session, console: Console) -> None:
+def print_model(model: Model, console: Console) -> None:
     """What was chosen to run the bundle, and the memory it holds."""
-    console.print(f"[dim]{escape(session.description)}; {_memory(session.memory())}[/dim]")
+    weights = "[bold]synthetic weights[/bold]; " if model.bundle.manifest.synthetic else ""
+    console.print(f"[dim]{weights}{escape(model.session.description)}; {_memory(model.session.memory())}[/dim]")
 
 
 def _memory(memory: Memory) -> str:
