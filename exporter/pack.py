@@ -21,7 +21,7 @@ from edgeskip.exporter.folder import check_destination, sync, whole_or_absent
 from edgeskip.runtime.engines import BUILD, FOLDER, Engines, verify_engines
 from edgeskip.runtime.errors import BundleError
 from edgeskip.runtime.graphs import DIALECTS, GRAPHS
-from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, Bundle, FileRecord, Packed, Progress
+from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, Bundle, FileRecord, Packed, Progress, verify_hashes
 from edgeskip.runtime.weights import EMBEDDINGS, read_bytes, stored_tensors
 
 _BLOCK_BYTES = 1 << 22
@@ -31,7 +31,7 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
     """Writes the packed bundle with these engines.
 
     Raises:
-        BundleError: no engines, damaged ones, or a destination that exists or cannot be written.
+        BundleError: no engines, damaged ones or weights, or a destination that exists or cannot be written.
     """
     manifest = bundle.manifest
     if not engines:
@@ -39,6 +39,7 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
             bundle.folder, "no engines to pack", fix=f"build them: edgeskip build {bundle.folder} --backend ..."
         )
     check_destination(destination)
+    verify_hashes(bundle, progress)
     for one in engines:
         verify_engines(one, progress)
     graphs = {pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS}

@@ -45,13 +45,15 @@ def open_session(
         return _open_engines(bundle, backend, progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
-        from edgeskip.runtime.engines import read_engines
+        from edgeskip.runtime.engines import find_engines
 
-        for found in dict.fromkeys(engines.build.backend for engines in read_engines(bundle)):
+        found, problems = find_engines(bundle)
+        for name in dict.fromkeys(engines.build.backend for engines in found):
             try:
-                return _open_engines(bundle, found, progress)
+                return _open_engines(bundle, name, progress)
             except EdgeskipError as error:
-                why.append(f"not {found}: {error}")
+                why.append(f"not {name}: {error}")
+        why += map(str, problems)
     if bundle.manifest.packed and backend == "auto":
         reasons = "; ".join(why) or "it has no engines"
         raise BundleError(bundle.folder, f"packed for TensorRT: {reasons}", fix="pack engines that fit this machine")
@@ -62,21 +64,27 @@ def open_session(
 
 def _open_engines(bundle: Bundle, backend: EngineBackend, progress: Progress) -> Session:
     from edgeskip.runtime.cuda import CudaDevice
-    from edgeskip.runtime.engines import build_command, read_engines
+    from edgeskip.runtime.engines import build_command, find_engines
     from edgeskip.runtime.trt_session import TrtSession, import_tensorrt, why_not
 
-    built = [engines for engines in read_engines(bundle) if engines.build.backend == backend]
+    found, problems = find_engines(bundle)
+    built = [engines for engines in found if engines.build.backend == backend]
     if not built:
-        raise BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
+        raise next(
+            iter(problems), BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
+        )
     library, device = import_tensorrt(backend), CudaDevice()
-    sm = device.compute_capability
-    reasons = {engines.folder: why_not(engines, sm, library.__version__) for engines in built}
-    for engines in built:
-        if not reasons[engines.folder]:
-            return TrtSession(bundle, engines, device, library, progress)
-    device.close()
-    folder, reason = next(iter(reasons.items()))
-    raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
+    try:
+        sm = device.compute_capability
+        reasons = {engines.folder: why_not(engines, sm, library.__version__) for engines in built}
+        fitting = next((engines for engines in built if not reasons[engines.folder]), None)
+        if fitting is None:
+            folder, reason = next(iter(reasons.items()))
+            raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
+        return TrtSession(bundle, fitting, device, library, progress)
+    except BaseException:
+        device.close()
+        raise
 
 
 def _open_onnxruntime(

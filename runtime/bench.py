@@ -35,7 +35,10 @@ within this of the top one."""
 
 
 _STAGE_REPEATS = 30
-_PACKAGES = ("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-core", "torch", "transformers")
+_PACKAGES = (
+    *("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-core"),
+    *("torch", "transformers"),
+)
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,10 @@ def _time_stages(
     for k in (0, *grid):
         for call in speculative_round(k).calls:
             calls[GRAPHS.index(call.graph), call.inputs[0][1].rows] = call
+    position = max(min(position, model.bundle.manifest.max_length - 1 - max(grid, default=0)), 0)
     for (_, rows), call in sorted(calls.items(), key=lambda item: item[0]):
+        if rows > model.bundle.manifest.max_length:
+            continue  # such a round is never run
         ms = model.session.time_call_ms(call, position, _STAGE_REPEATS)
         size = weights[call.graph] + _cache_bytes(model.bundle, call.graph, position + rows)
         rate = size / ms * 1e3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,9 +156,11 @@ class CudaDevice:
 
     def close(self) -> None:
         """Frees all memory and graphs; the device is of no use afterwards."""
-        self.stream.sync()
+        with suppress(Exception):  # after an error that sticks, nothing can be waited for or freed in order
+            self.stream.sync()
         while self._owned:
-            self._owned.pop()()
+            with suppress(Exception):
+                self._owned.pop()()
 
     def _allocate(self, size: int) -> int:
         """Takes device memory for itself, not from a pool that would keep it."""

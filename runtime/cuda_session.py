@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -124,16 +125,16 @@ class CudaSession(Session):
             nonlocal runs, launch
             if runs and replayed and launch is None and self._is_capturable(round_):
                 launch = device.captured(enqueue)
-            runs += 1
             np.add(rows, position, out=positions)
             watch.start()
             (launch or enqueue)()
             watch.stop()
+            runs += 1
             return wait
 
         def wait() -> RoundResult:
             self._device_ns += watch.elapsed_ns()
-            self._captured_rounds += launch is not None
+            self._captured_rounds += launch is not None and round_.num_targets > 0
             return RoundResult(drafts.tolist(), targets.tolist())
 
         return start
@@ -188,7 +189,8 @@ class CudaSession(Session):
         self._device.copier(target.address, self._positions.ctypes.data, target.bytes)()
         enqueue, watch, times = self._enqueued(call), self._device.stopwatch(), []
         enqueue()
-        launch = self._device.captured(enqueue)
+        alone = Round((call,), rows=0, num_drafts=0, num_targets=0)
+        launch = self._device.captured(enqueue) if self._is_capturable(alone) else enqueue
         for _ in range(repeats + 2):
             watch.start()
             launch()
@@ -207,11 +209,14 @@ class CudaSession(Session):
 
     def close(self) -> None:
         """Frees everything; the session is of no use afterwards."""
-        self._device.stream.sync()
+        with suppress(Exception):  # a device that failed cannot be waited for
+            self._device.stream.sync()
         self._bound.clear()
         self._carry.clear()
-        self._release()
-        self._device.close()
+        try:
+            self._release()
+        finally:
+            self._device.close()
 
     def _adjacent(self, rows: int) -> tuple[DeviceArray, DeviceArray]:
         (block,) = self._device.zeros([(8, 2 * rows)])

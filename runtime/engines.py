@@ -101,16 +101,34 @@ def build_command(bundle: Bundle, backend: EngineBackend, compute_capability: in
     return f"edgeskip build {bundle.folder} --backend {backend}{target}"
 
 
-def read_engines(bundle: Bundle) -> list[Engines]:
-    """Every set of engines in a bundle, without looking into the engines themselves.
-
-    Raises:
-        BundleError: a malformed build.json, one that is not of this bundle's graphs and weights, or an engine that is
-            missing or of another size.
+def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
+    """Every set of engines in a bundle, without looking into the engines themselves, and what is wrong with the others:
+    a malformed build.json, one that is not of this bundle's graphs and weights, an engine missing or of another size.
     """
     root = bundle.folder / FOLDER
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return [_read(bundle, folder) for folder in folders if (folder / BUILD).is_file()]
+    found: list[Engines] = []
+    problems: list[BundleError] = []
+    for folder in folders:
+        if folder.name.startswith(".") or not (folder / BUILD).is_file():
+            continue  # left by a build that was killed
+        try:
+            found.append(_read(bundle, folder))
+        except BundleError as error:
+            problems.append(error)
+    return found, problems
+
+
+def read_engines(bundle: Bundle) -> list[Engines]:
+    """Every set of engines in a bundle.
+
+    Raises:
+        BundleError: something is wrong with one of them.
+    """
+    found, problems = find_engines(bundle)
+    if problems:
+        raise problems[0]
+    return found
 
 
 def verify_engines(engines: Engines, progress: Progress = lambda *_: None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -58,6 +58,7 @@ class Model:
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self._busy = self._closed = False
+        self._steps_under_way: Generator[Step, None, None] | None = None
 
     def __enter__(self) -> Model:
         return self
@@ -68,6 +69,8 @@ class Model:
     def close(self) -> None:
         """Frees the device's memory."""
         self._closed = True
+        if self._steps_under_way is not None:  # it holds what the session must free
+            self._steps_under_way.close()
         self.session.close()
 
     def generate(
@@ -149,11 +152,11 @@ class Model:
         spans: list[Span] = []
         records: list[RoundRecord] = []
         reason: StopReason | None = None
-        steps = self._steps(request)
+        steps = self._steps_under_way = self._steps(request)
         while reason is None:
             if self._closed:
                 raise _closed_error()
-            start = perf_counter()
+            start, device_start = perf_counter(), self._session_seconds()
             step = next(steps, None)
             if step is None:
                 reason, released = "capacity", stream.finish()
@@ -165,7 +168,9 @@ class Model:
                     kept += 1
                     reason = self._stop_reason(request, token_ids, stream)
                 released += stream.finish() if reason else []
-                records.append(_record(step, kept, perf_counter() - start))
+                # a device works on while the caller holds a piece: that time counts too
+                seconds = max(perf_counter() - start, self._session_seconds() - device_start)
+                records.append(_record(step, kept, seconds))
                 if len(records) == 1:
                     clock, captured = self.session.stage_ns, self.session.captured_rounds
             spans += released
@@ -186,6 +191,10 @@ class Model:
         generation = Generation(tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics)
         yield Piece("", generation=generation)
 
+    def _session_seconds(self) -> float:
+        """Time spent in rounds so far, as far as the session tells."""
+        return sum((self.session.stage_ns or {}).values()) / 1e9
+
     def _stop_reason(self, request: _Request, token_ids: Sequence[int], stream: TextStream) -> StopReason | None:
         """Why the text ends with its last token, if it does."""
         if token_ids[-1] in self.bundle.manifest.eos_token_ids:
@@ -194,7 +203,7 @@ class Model:
             return "stop_string"
         return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
 
-    def _steps(self, request: _Request) -> Iterator[Step]:
+    def _steps(self, request: _Request) -> Generator[Step, None, None]:
         manifest, early_exit = self.bundle.manifest, request.mode == "early-exit"
         embeddings = self.embeddings[request.prompt_ids]
         yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)

@@ -201,17 +201,20 @@ class OrtCudaSession(CudaSession):
     """
 
     def __init__(self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None) -> None:
-        ort = onnxruntime()
         manifest = bundle.manifest
         dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
-        if dialect == "ort" and manifest.dtype == "fp32":
-            raise BackendError(
-                bundle.folder, "in fp32, which the ort dialect's attention lacks on CUDA", wanted="the standard dialect"
-            )
         self._graphs: _Graphs | None = None
         try:
-            super().__init__(bundle, device, manifest.weights_bytes)
+            ort = onnxruntime()
+            if dialect == "ort" and manifest.dtype == "fp32":
+                found = "in fp32, which the ort dialect's attention lacks on CUDA"
+                raise BackendError(bundle.folder, found, wanted="the standard dialect")
             _check_cuda_provider(ort, device)
+            super().__init__(bundle, device, manifest.weights_bytes)
+        except BaseException:
+            device.close()
+            raise
+        try:
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self._graphs = _Graphs(ort, bundle, dialect, _cuda_options(ort), [_cuda_provider(device)])
@@ -322,8 +325,8 @@ def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
     """Whether it was memory: what the libraries say then is anything from an allocation to an internal error."""
     words = ("out of memory", "failed to allocate memory", "available memory of", "resource allocation failed")
     text = str(error).lower()
-    if not isinstance(error, Exception) or "out of device memory" in text:  # said already
-        return False
+    if not isinstance(error, Exception) or isinstance(error, BundleError) or "out of device memory" in text:
+        return False  # no error of memory, or said already
     return any(word in text for word in words) or device.free_bytes() < _LIBRARIES_BYTES
 
 

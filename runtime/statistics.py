@@ -12,7 +12,8 @@ import numpy as np
 class RoundRecord:
     """One round as it was emitted: tokens after a stop are not in it, nor are the drafts that they were.
 
-    `drafted` and `accepted` count drafts, `seconds` is from the start of the round to its text.
+    `drafted` and `accepted` count drafts, `seconds` is from the start of the round to its text, or what
+    the device took where it worked on while nobody waited.
     """
 
     tokens: int

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import mmap
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,9 @@ class TrtSession(CudaSession):
                 self._check_tensors(engines.path(graph), graph, again)
             self._scratch = self._shared_scratch(bundle)
             self._warm_up(bundle.manifest.prefill_chunk)
+            k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
             for _ in range(2):  # enqueued, then captured
-                self.bind(speculative_round(bundle.manifest.num_speculations))(0)()
+                self.bind(speculative_round(k))(0)()
         except BaseException:
             self.close()
             raise
@@ -154,11 +156,9 @@ class TrtSession(CudaSession):
         def enqueue() -> None:
             for copy in before:
                 copy()
-            for name, shape in shapes.items():
-                context.set_input_shape(name, shape)
-            for name, address in addresses.items():
-                context.set_tensor_address(name, address)
-            if not context.execute_async_v3(stream):
+            taken = all(context.set_input_shape(name, shape) for name, shape in shapes.items())
+            taken = taken and all(context.set_tensor_address(name, at) for name, at in addresses.items())
+            if not (taken and context.execute_async_v3(stream)):
                 raise BackendError(f"the {call.graph} engine", f"does not run ({self._logger.last})")
             for copy in after:
                 copy()
@@ -199,7 +199,7 @@ class TrtSession(CudaSession):
         if path not in self._runtime_caches:
             cache = config.create_runtime_cache()
             with contextlib.suppress(OSError):
-                cache.deserialize(path.read_bytes())
+                cache.deserialize(path.read_bytes())  # what does not fit this machine it leaves alone
             self._runtime_caches[path] = cache
         config.set_runtime_cache(self._runtime_caches[path])
         return config
@@ -239,21 +239,32 @@ class TrtSession(CudaSession):
 
     def _release(self) -> None:
         for path, cache in self._runtime_caches.items():
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_suffix(f".{os.getpid()}")
-                part.write_bytes(bytes(cache.serialize()))
-                part.replace(path)
+            with contextlib.suppress(Exception):  # it only saves time
+                _keep(bytes(cache.serialize()), path)
         self._contexts.clear()
         self._runtime_caches.clear()
         self._engines.clear()
 
 
 def _cache_path(engine_sha256: str) -> Path:
-    """Where kernels compiled for an engine are kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where kernels compiled for an engine are kept: the user's cache, or a temporary folder where there is no home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        cache = Path(tempfile.gettempdir())
     key = hashlib.sha256(engine_sha256.encode()).hexdigest()[:32]
     return cache / "edgeskip" / "kernels" / f"{key}.bin"
+
+
+def _keep(data: bytes, path: Path) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _logger(library: Any) -> Any:

@@ -41,18 +41,20 @@ ELEMENTS = {"tensor(float)": ("FLOAT", 1), "tensor(float16)": ("HALF", 10), "ten
 
 
 class HostStream:
-    """Runs what is submitted at once, or records it."""
+    """Runs what is submitted when somebody waits, or records it."""
 
     def __init__(self):
-        self.recorded = None
+        self.queued, self.recorded = [], None
         self.handle = id(self)
         STREAMS[self.handle] = self
 
     def submit(self, operation):
-        (operation if self.recorded is None else self.recorded.append)(*([] if self.recorded is None else [operation]))
+        (self.queued if self.recorded is None else self.recorded).append(operation)
 
     def sync(self):
         assert self.recorded is None, "a stream that is captured cannot be waited for"
+        while self.queued:
+            self.queued.pop(0)()
 
 
 STREAMS: dict[int, HostStream] = {}
@@ -99,16 +101,22 @@ class HostDevice:
         self.stream.recorded = []
         enqueue()
         operations, self.stream.recorded = self.stream.recorded, None
-        return lambda: [operation() for operation in operations]
+        return lambda: [self.stream.submit(operation) for operation in operations]
 
     def stopwatch(self):
         watch = types.SimpleNamespace(begin=0, end=0)
-        watch.start = lambda: setattr(watch, "begin", time.perf_counter_ns())
-        watch.stop = lambda: setattr(watch, "end", time.perf_counter_ns())
-        watch.elapsed_ns = lambda: watch.end - watch.begin
+        watch.start = lambda: self.stream.submit(lambda: setattr(watch, "begin", time.perf_counter_ns()))
+        watch.stop = lambda: self.stream.submit(lambda: setattr(watch, "end", time.perf_counter_ns()))
+
+        def elapsed_ns():
+            self.stream.sync()
+            return watch.end - watch.begin
+
+        watch.elapsed_ns = elapsed_ns
         return watch
 
     def close(self):
+        self.stream.sync()
         self._kept.clear()
         self.taken = 0
 
@@ -228,16 +236,20 @@ class _Context:
         low, high = self.engine.made["profiles"][self.profile]
         assert low <= shape[1] <= high, f"{shape[1]} rows are not in profile {self.profile}"
         self.shapes[name] = tuple(shape)
+        return "shapes" not in self.engine.library.faults
 
     def set_tensor_address(self, name, address):
         assert address % ALIGNMENT == 0, f"{name} is bound off the grid"
         self.addresses[name] = address
+        return True
 
     def execute_async_v3(self, stream):
         assert self.scratch, "no scratch memory was given"
         if "fails" in self.engine.library.faults:
             return False
         assert set(self.addresses) == set(self.engine.tensors), "a tensor has no address"
+        if stream in STREAMS and STREAMS[stream].recorded is not None:
+            assert self.engine.library.capturable or not self.engine.library.rtx, "captured what cannot be"
         session = self.engine.session(stream)
         binding = session.io_binding()
         rows = next(shape[1] for shape in self.shapes.values())

@@ -93,6 +93,16 @@ def test_damaged_engines_are_not_packed(bundle, tmp_path):
     assert not (tmp_path / "p").exists()
 
 
+def test_damaged_weights_are_not_packed(bundle, tmp_path):
+    path = bundle.path(WEIGHTS)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="weights.safetensors: sha256 is".replace(".", r"\.")):
+        pack(bundle, read_engines(bundle), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_manifest_that_misses_a_graph_is_refused(bundle, tmp_path):
     made = packed(bundle, tmp_path / "p")
     edit_json(made.path(MANIFEST), lambda m: m["packed"]["read_bytes"].pop("head"))

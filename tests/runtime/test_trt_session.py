@@ -7,11 +7,14 @@ and there these tests fail rather than skip.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
+import weakref
 
 import pytest
+from tests.conftest import edit_json
 from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, standin_model, with_engines
 
 import edgeskip
@@ -21,7 +24,7 @@ from edgeskip.runtime.backends import open_session
 from edgeskip.runtime.bench import tie_gap
 from edgeskip.runtime.cuda import CudaDevice
 from edgeskip.runtime.engines import BUILD, ENGINE_BACKENDS, read_engines
-from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.errors import BackendError, BundleError, RequestError
 from edgeskip.runtime.manifest import read_bundle
 from edgeskip.runtime.trt_session import TrtSession
 
@@ -65,6 +68,44 @@ def test_what_cannot_be_captured_is_enqueued_with_the_same_tokens(rtx, bundle, t
         ours = model.complete(PROMPT, max_new_tokens=40)
         assert ours.token_ids == wanted.token_ids
         assert ours.statistics.captured_rounds == (0 if rtx else ours.statistics.rounds)
+
+
+def test_prompts_in_chunks_of_their_own_profile_decode_as_on_a_cpu(bundles, tmp_path):
+    bundle = bundles("llama-gqa", exit_layer=3, prefill_chunk=32)
+    with edgeskip.load(bundle.folder, device="cpu") as plain, model_of(bundle, tmp_path) as model:
+        for length in (5, 17, 18, 32, 40, 64, 95):
+            prompt = [40 + i % 50 for i in range(length)]
+            wanted = plain.complete(prompt, confidence_threshold=0, max_new_tokens=20)
+            assert model.complete(prompt, max_new_tokens=20).token_ids == wanted.token_ids
+
+
+def test_a_closed_model_lets_go_of_its_engines_while_a_generator_is_held(bundle, tmp_path):
+    model = model_of(bundle, tmp_path)
+    engines = [weakref.ref(engine) for engine in model.session._engines.values()]
+    pieces = model.generate(PROMPT)
+    next(pieces)
+    model.close()
+    gc.collect()
+    assert [engine() for engine in engines] == [None] * 3
+    with pytest.raises(RequestError, match="closed"):
+        next(pieces)
+
+
+def test_drafts_that_are_looked_at_one_by_one_are_no_rounds_of_their_own(bundle, tmp_path):
+    with model_of(bundle, tmp_path) as model:
+        s = model.complete(PROMPT, confidence_threshold=0.2, max_new_tokens=40).statistics
+    assert 0 < s.captured_rounds <= s.rounds
+
+
+def test_stale_engines_do_not_keep_a_bundle_from_onnxruntime(bundle, tmp_path):
+    copied = with_engines(bundle, tmp_path / "b")
+    (engines,) = read_engines(copied)
+    edit_json(engines.folder / BUILD, lambda build: build.update(weights_sha256="0" * 64))
+    with open_session(copied) as session:
+        assert session.device == "cpu"
+        assert "built from another draft graph or other weights" in session.description
+    with pytest.raises(BundleError, match="built from another draft graph"):
+        open_session(copied, backend="tensorrt")
 
 
 def test_a_context_serves_one_graph_and_number_of_rows(bundle, tmp_path):
@@ -116,6 +157,7 @@ def test_memory_that_does_not_suffice_leaves_nothing_behind(size, bundle, tmp_pa
         ("refuses", "TensorRT refuses it (no kernel image is available); edgeskip build"),
         ("alias", "present.0.key is not past_key_values.0.key updated in place but None"),
         ("fails", "does not run"),
+        ("shapes", "does not run"),
     ],
 )
 def test_what_tensorrt_says_is_one_line_and_leaves_nothing_behind(fault, message, bundle, tmp_path):
