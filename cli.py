@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shlex
 import signal
 import sys
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 EXPORT_MODULES = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
-    "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted."
+    "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted, 143 ended by the system."
 )
 
 
@@ -41,12 +43,20 @@ class _Group(click.Group):
     """Prints what the user can mend as one line, with its exit code; a bug keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` cleans up
+        for name in ("SIGTERM", "SIGHUP"):
+            if number := getattr(signal, name, None):
+                signal.signal(number, lambda caught, _: sys.exit(128 + caught))  # so that `finally` cleans up
         try:
             return super().invoke(ctx)
         except EdgeskipError as error:
             click.echo(f"edgeskip: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left has nowhere to go
+            click.echo("edgeskip: stdout: cannot be written (no space left)", err=True)
+            ctx.exit(RequestError.exit_code)
         except KeyboardInterrupt:
             click.echo("edgeskip: interrupted", err=True)
             ctx.exit(130)
@@ -143,7 +153,9 @@ def export(
     type=int,
     help="Build for GPUs of this compute capability, 86 for 8.6; can be given more than once.  [default: the GPU here]",
 )
-@click.option("--workspace-mb", type=click.IntRange(1), help="Device memory for a kernel's own use.  [default: all]")
+@click.option(
+    "--workspace-mb", type=click.IntRange(1, 1 << 20), help="Device memory for a kernel's own use.  [default: all]"
+)
 def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
     """Build a BUNDLE's TensorRT engines, into the bundle."""
     _require("build", "polygraphy")
@@ -170,7 +182,7 @@ def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], wor
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
 @click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True)
+@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="Tokens at most.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @backend_option
@@ -228,7 +240,7 @@ def generate(
     help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
 )
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True)
+@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2.")
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
@@ -265,9 +277,7 @@ def bench(
     from edgeskip.runtime.page import bench_page
     from edgeskip.runtime.report import print_bench
 
-    for path in (json_path, html_path):
-        if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
-            raise RequestError(path, "cannot be written (no such folder)")
+    _check_writable(json_path, html_path)
     if html_path is not None:
         _require("plots", "matplotlib")
     if compare:
@@ -363,8 +373,7 @@ def check(
     from edgeskip.runtime.bench import load_prompts
     from edgeskip.runtime.generate import load
 
-    if json_path is not None and str(json_path) != "-" and not json_path.absolute().parent.is_dir():
-        raise RequestError(json_path, "cannot be written (no such folder)")
+    _check_writable(json_path)
     texts = load_prompts(prompts)[:num_prompts]
     settings: Any = {"backend": backend, "device": device, "threads": threads, "dialect": dialect}
     with _progress() as progress, load(bundle, **settings, progress=progress) as model:
@@ -504,10 +513,33 @@ def _write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except OSError as error:
-        raise RequestError(path, f"cannot be written ({error.strerror})") from None
+        raise RequestError(path, f"cannot be written ({error.strerror})", fix="give another file") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Refuses what `_write_text` could not write, before the work whose result it is."""
+    for path in paths:
+        if path is None or str(path) == "-":
+            continue
+        try:
+            folder = path.absolute().parent
+            found = "it is a folder" if path.is_dir() else "" if folder.is_dir() else "no such folder"
+            if not found and not os.access(folder, os.W_OK):
+                found = "its folder is read-only"
+        except OSError as error:
+            found = str(error.strerror)
+        if found:
+            raise RequestError(path, f"cannot be written ({found})", fix="give another file")
+    files = [path for path in paths if path is not None]
+    if len(set(files)) < len(files):
+        raise RequestError(files[0], "given twice", fix="give each report a file of its own")
 
 
 if __name__ == "__main__":

@@ -48,15 +48,16 @@ def open_session(
         from edgeskip.runtime.engines import find_engines
 
         found, problems = find_engines(bundle)
+        refusals: list[EdgeskipError] = []
         for name in dict.fromkeys(engines.build.backend for engines in found):
             try:
                 return _open_engines(bundle, name, progress)
             except EdgeskipError as error:
+                refusals.append(error)
                 why.append(f"not {name}: {error}")
         why += map(str, problems)
-    if bundle.manifest.packed and backend == "auto":
-        reasons = "; ".join(why) or "it has no engines"
-        raise BundleError(bundle.folder, f"packed for TensorRT: {reasons}", fix="pack engines that fit this machine")
+        if bundle.manifest.packed:  # it has nothing else
+            raise next(iter([*refusals, *problems]), BundleError(bundle.folder, "packed, without engines"))
     session = _open_onnxruntime(bundle, device, threads, dialect, why)
     session.description = "; ".join([session.description, *why])
     return session

@@ -106,16 +106,22 @@ def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
     a malformed build.json, one that is not of this bundle's graphs and weights, an engine missing or of another size.
     """
     root = bundle.folder / FOLDER
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     found: list[Engines] = []
     problems: list[BundleError] = []
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    except OSError as error:
+        return [], [BundleError(root, f"cannot be read ({reason(error)})")]
     for folder in folders:
-        if folder.name.startswith(".") or not (folder / BUILD).is_file():
+        if folder.name.startswith("."):
             continue  # left by a build that was killed
         try:
-            found.append(_read(bundle, folder))
+            if (folder / BUILD).is_file():
+                found.append(_read(bundle, folder))
         except BundleError as error:
             problems.append(error)
+        except OSError as error:
+            problems.append(BundleError(folder, f"cannot be read ({reason(error)})"))
     return found, problems
 
 

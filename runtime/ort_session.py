@@ -164,15 +164,15 @@ class OrtCpuSession(Session):
 
     def copy_bytes_per_second(self) -> float:
         """Rate of copies within the memory that holds the weights, bytes read plus bytes written, by all threads."""
-        size = 1 << 26
-        pairs = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(self._threads)]
+        size, threads = 1 << 26, min(self._threads, _usable_cores())
+        pairs = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(threads)]
         times = []
-        with ThreadPoolExecutor(self._threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             for _ in range(9):
                 start = perf_counter()
                 list(pool.map(lambda pair: np.copyto(*pair), pairs))
                 times.append(perf_counter() - start)
-        return 2 * size * self._threads / float(np.median(times[2:]))
+        return 2 * size * threads / float(np.median(times[2:]))
 
     def memory(self) -> Memory:
         """Host memory by kind; what the backend takes beyond the weights is not told apart from the process's."""

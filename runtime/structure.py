@@ -111,7 +111,10 @@ class _Reader:
         if hint is Path:
             return self.folder / Path(self.typed(str, value, "a path", place)).expanduser()
         if hint is float:
-            return float(self.typed((int, float), value, "a number", place))
+            try:
+                return float(self.typed((int, float), value, "a number", place))
+            except OverflowError:
+                raise self.error(place, f"found {value!r:.60}", wanted="a number") from None
         names = {bool: "true or false", int: "a whole number", str: "a text"}
         return self.typed(hint, value, names[hint], place)
 

@@ -438,3 +438,23 @@ def test_a_bundle_whose_default_is_one_draft(spoiled):
     edit_json(spoiled / MANIFEST, lambda m: m.update(num_speculations=1))
     made = json.loads(succeed("generate", spoiled, "-p", "a", "-n", 9, "--json").stdout)
     assert np.size(made["statistics"]["acceptance_histogram"]) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_full_stdout_is_one_line(bundle):
+    command = [sys.executable, "-m", "edgeskip.cli", "inspect", str(bundle)]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (5, "edgeskip: stdout: cannot be written (no space left)\n")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(bundle, texts, tmp_path):
+    (tmp_path / "old.json").write_text("kept")
+    for option, place in (("--html", tmp_path), ("--json", tmp_path / "none" / "x.json")):
+        result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, option, place)
+        assert result.exit_code == 5
+        assert "cannot be written (" in result.stderr
+        assert result.stdout == ""
+    same = tmp_path / "old.json"
+    result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, "--html", same, "--json", same)
+    assert (result.exit_code, same.read_text()) == (5, "kept")
