@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from edgeskip.runtime.graphs import GRAPHS, Graph, GraphName, dimensions
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.rounds import HEAD_ROWS
 from edgeskip.runtime.trt_session import MODULES, import_tensorrt
+from edgeskip.runtime.user_cache import cache_folder, keep
 
 VERSIONS: dict[EngineBackend, str] = {
     "tensorrt": "TensorRT 10.15 or later (JetPack 7.2 has 10.16, JetPack 6 has 10.3)",
@@ -205,7 +205,8 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                     built.peak_memory_bytes,
                 )
                 if timings and new_timings.is_file():
-                    _keep(new_timings, timings)
+                    with suppress(OSError):  # it only saves time; the cache can be on another disk
+                        keep(timings, new_timings.read_bytes())
             for left in folder.glob("timings*"):
                 left.unlink()
             build = Build(
@@ -246,19 +247,11 @@ def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[st
 def _timing_cache(name: str) -> Path | None:
     """Where TensorRT keeps what it measured on this device, or None where nothing can be kept."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeskip" / "timings"
+        folder = cache_folder("timings")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # read-only, or no home folder
         return None
     return folder / f"{name}.cache"
-
-
-def _keep(new: Path, cache: Path) -> None:
-    """Puts a file in the cache whole, or lets it be: it only saves time. The cache can be on another disk."""
-    with suppress(OSError):
-        part = cache.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(new, part)
-        part.replace(cache)
 
 
 def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Built:

@@ -21,7 +21,7 @@ from edgeskip.exporter.folder import check_destination, sync, whole_or_absent
 from edgeskip.runtime.engines import BUILD, FOLDER, Engines, verify_engines
 from edgeskip.runtime.errors import BundleError
 from edgeskip.runtime.graphs import DIALECTS, GRAPHS
-from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, Bundle, FileRecord, Packed, Progress, verify_hashes
+from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, Bundle, FileRecord, Packed, Progress, counted, verify_hashes
 from edgeskip.runtime.weights import EMBEDDINGS, read_bytes, stored_tensors
 
 _BLOCK_BYTES = 1 << 22
@@ -46,13 +46,7 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
     kept = [name for name in manifest.files if name not in graphs | {WEIGHTS}]
     table = stored_tensors(bundle)[EMBEDDINGS]
     total = table.bytes + sum(record.bytes for one in engines for record in one.build.engines.values())
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("packing", min(done, total), total)
-
+    count = counted("packing", total, progress)
     with whole_or_absent(destination, total) as folder:
         files = {WEIGHTS: _write_table(bundle, folder / WEIGHTS, count)}
         for name in kept:
@@ -61,8 +55,9 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
         for one in engines:
             target = folder / FOLDER / one.folder.name
             target.mkdir(parents=True)
-            for path in (*(one.path(graph) for graph in GRAPHS), one.folder / BUILD):
-                _copy(path, target / path.name, count)
+            for graph in GRAPHS:
+                _copy(one.path(graph), target / one.path(graph).name, count)
+            _copy(one.folder / BUILD, target / BUILD, lambda _: None)
         weights_sha256, onnx_sha256 = manifest.engine_sources
         packed = Packed(weights_sha256, onnx_sha256, read_bytes(bundle))
         made = dataclasses.replace(manifest, files=files, packed=packed)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
 
 if TYPE_CHECKING:
-    from edgeskip.runtime.engines import EngineBackend
+    from collections.abc import Sequence
+
+    from edgeskip.runtime.engines import EngineBackend, Engines
     from edgeskip.runtime.manifest import Bundle, Progress
     from edgeskip.runtime.session import Session
 
@@ -41,17 +43,17 @@ def open_session(
         BundleError: there are no engines for the backend, or they do not fit this machine.
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
+    from edgeskip.runtime.engines import find_engines
+
     if backend in ("tensorrt", "tensorrt-rtx"):
-        return _open_engines(bundle, backend, progress)
+        return _open_engines(bundle, backend, *find_engines(bundle), progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
-        from edgeskip.runtime.engines import find_engines
-
         found, problems = find_engines(bundle)
         refusals: list[EdgeskipError] = []
         for name in dict.fromkeys(engines.build.backend for engines in found):
             try:
-                return _open_engines(bundle, name, progress)
+                return _open_engines(bundle, name, found, problems, progress)
             except EdgeskipError as error:
                 refusals.append(error)
                 why.append(f"not {name}: {error}")
@@ -63,12 +65,17 @@ def open_session(
     return session
 
 
-def _open_engines(bundle: Bundle, backend: EngineBackend, progress: Progress) -> Session:
+def _open_engines(
+    bundle: Bundle,
+    backend: EngineBackend,
+    found: Sequence[Engines],
+    problems: Sequence[BundleError],
+    progress: Progress,
+) -> Session:
     from edgeskip.runtime.cuda import CudaDevice
-    from edgeskip.runtime.engines import build_command, find_engines
+    from edgeskip.runtime.engines import build_command
     from edgeskip.runtime.trt_session import TrtSession, import_tensorrt, why_not
 
-    found, problems = find_engines(bundle)
     built = [engines for engines in found if engines.build.backend == backend]
     if not built:
         raise next(

@@ -98,12 +98,6 @@ class CudaSession(Session):
         """Runs the largest calls once, so that memory that does not suffice is found now."""
         self.bind(prefill_round(chunk, last=True, early_exit=False))(0)()
 
-    def bind(self, round_: Round) -> BoundRound:
-        """Fixes shapes and memory of a round's calls; the same round is bound once."""
-        if round_ not in self._bound:
-            self._bound[round_] = self._bind(round_)
-        return self._bound[round_]
-
     def _bind(self, round_: Round) -> BoundRound:
         device, watch = self._device, self._device.stopwatch()
         calls = [self._enqueued(call) for call in round_.calls]

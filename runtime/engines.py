@@ -11,7 +11,6 @@ bundle's, so an engine is stale as soon as the bundle's graphs or weights are ot
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Annotated, Literal, get_args
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.graphs import GRAPHS, GraphName
-from edgeskip.runtime.manifest import Bundle, Progress
+from edgeskip.runtime.manifest import Bundle, Progress, counted, verify_hash
 from edgeskip.runtime.structure import Range, structure
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -143,25 +142,12 @@ def verify_engines(engines: Engines, progress: Progress = lambda *_: None) -> No
     Raises:
         BundleError: an engine was cut short or changed.
     """
-    total, done = sum(record.bytes for record in engines.build.engines.values()), 0
+    records = engines.build.engines
+    count = counted("checking the engines", sum(record.bytes for record in records.values()), progress)
     for graph in GRAPHS:
-        path, digest = engines.path(graph), hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                    done += len(block)
-                    progress("checking the engines", done, total)
-        except OSError as error:
-            raise BundleError(path, f"cannot be read ({reason(error)})") from None
-        wanted = engines.build.engines[graph].sha256
-        if digest.hexdigest() != wanted:
-            raise BundleError(
-                path,
-                f"sha256 is {digest.hexdigest()[:12]}...",
-                wanted=f"{wanted[:12]}..., as built",
-                fix="copy it again or build it again",
-            )
+        sha256 = records[graph].sha256
+        wanted, fix = f"{sha256[:12]}..., as built", "copy it again or build it again"
+        verify_hash(engines.path(graph), sha256, count, wanted, fix)
 
 
 def _read(bundle: Bundle, folder: Path) -> Engines:

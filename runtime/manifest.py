@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from edgeskip.runtime.architecture import Architecture, DType, Size
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
 from edgeskip.runtime.structure import Range, structure
+from edgeskip.runtime.user_cache import cache_folder, keep
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -170,32 +171,44 @@ def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
             return
     except (OSError, ValueError, RuntimeError):  # no stamp, a damaged one, or no home folder
         pass
-    total = sum(record.bytes for record in bundle.manifest.files.values())
-    done = 0
+    count = counted("checking the bundle", sum(record.bytes for record in bundle.manifest.files.values()), progress)
     for name, record in bundle.manifest.files.items():
-        digest = hashlib.sha256()
-        try:
-            with bundle.path(name).open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-                    done += len(block)
-                    progress("checking the bundle", done, total)
-        except OSError as error:
-            raise BundleError(bundle.path(name), f"cannot be read ({reason(error)})") from None
-        if digest.hexdigest() != record.sha256:
-            raise BundleError(
-                bundle.path(name),
-                f"sha256 is {digest.hexdigest()[:12]}...",
-                wanted=f"{record.sha256[:12]}..., as exported",
-                fix="copy the bundle again or export it again",
-            )
+        wanted, fix = f"{record.sha256[:12]}..., as exported", "copy the bundle again or export it again"
+        verify_hash(bundle.path(name), record.sha256, count, wanted, fix)
     if stamp_path is None:
         return
+    with suppress(OSError):  # a read-only home costs time at the next load, nothing else
+        keep(stamp_path, json.dumps(stamp).encode())
+
+
+def verify_hash(path: Path, sha256: str, count: Callable[[int], None], wanted: str, fix: str) -> None:
+    """Compares one file with its sha256; `count` is told of the bytes as they are read.
+
+    Raises:
+        BundleError: it differs, with these `wanted` and `fix`, or cannot be read.
+    """
+    digest = hashlib.sha256()
     try:
-        stamp_path.parent.mkdir(parents=True, exist_ok=True)
-        stamp_path.write_text(json.dumps(stamp), encoding="utf-8")
-    except OSError:
-        pass  # a read-only home costs time at the next load, nothing else
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                count(len(block))
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({reason(error)})") from None
+    if digest.hexdigest() != sha256:
+        raise BundleError(path, f"sha256 is {digest.hexdigest()[:12]}...", wanted=wanted, fix=fix)
+
+
+def counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
+    """Adds up bytes as they come, and tells `progress`."""
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(what, done, total)
+
+    return count
 
 
 def _check_version(path: Path, data: Any) -> None:
@@ -249,6 +262,5 @@ def _stamp(bundle: Bundle) -> dict[str, Any]:
 
 
 def _stamp_path(bundle: Bundle) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]
-    return cache / "edgeskip" / "checked" / f"{key}.json"
+    return cache_folder("checked") / f"{key}.json"

@@ -93,12 +93,6 @@ class OrtCpuSession(Session):
         """Time spent in each graph so far."""
         return dict(self._stage_ns)
 
-    def bind(self, round_: Round) -> BoundRound:
-        """Fixes shapes and memory of a round's calls; the same round is bound once."""
-        if round_ not in self._bound:
-            self._bound[round_] = self._bind(round_)
-        return self._bound[round_]
-
     def _bind(self, round_: Round) -> BoundRound:
         calls = [(call.graph, self._bound_call(call)) for call in round_.calls]
         stage_ns = self._stage_ns

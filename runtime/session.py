@@ -68,9 +68,17 @@ class Session(ABC):
         """Rounds so far that the device replayed as one captured graph; None where there is no such thing."""
         return None
 
-    @abstractmethod
+    _bound: dict[Round, BoundRound]
+
     def bind(self, round_: Round) -> BoundRound:
         """Fixes shapes and memory of a round's calls; the same round is bound once."""
+        if round_ not in self._bound:
+            self._bound[round_] = self._bind(round_)
+        return self._bound[round_]
+
+    @abstractmethod
+    def _bind(self, round_: Round) -> BoundRound:
+        """Binds a round that has not been bound before."""
 
     @abstractmethod
     def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:

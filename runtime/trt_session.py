@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib
 import mmap
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, present_name
 from edgeskip.runtime.manifest import Bundle, Progress
 from edgeskip.runtime.rounds import HEAD_ROWS, Call, Round, View, speculative_round
+from edgeskip.runtime.user_cache import cache_folder, keep
 
 DECODE, PREFILL = 0, 1
 """Optimization profiles of draft and verify: up to HEAD_ROWS rows, and up to a prompt's chunk. Head has the first."""
@@ -240,7 +240,7 @@ class TrtSession(CudaSession):
     def _release(self) -> None:
         for path, cache in self._runtime_caches.items():
             with contextlib.suppress(Exception):  # it only saves time
-                _keep(bytes(cache.serialize()), path)
+                keep(path, bytes(cache.serialize()))
         self._contexts.clear()
         self._runtime_caches.clear()
         self._engines.clear()
@@ -249,22 +249,11 @@ class TrtSession(CudaSession):
 def _cache_path(engine_sha256: str) -> Path:
     """Where kernels compiled for an engine are kept: the user's cache, or a temporary folder where there is no home."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache_folder("kernels")
     except RuntimeError:
-        cache = Path(tempfile.gettempdir())
+        folder = Path(tempfile.gettempdir()) / "edgeskip" / "kernels"
     key = hashlib.sha256(engine_sha256.encode()).hexdigest()[:32]
-    return cache / "edgeskip" / "kernels" / f"{key}.bin"
-
-
-def _keep(data: bytes, path: Path) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    return folder / f"{key}.bin"
 
 
 def _logger(library: Any) -> Any:
