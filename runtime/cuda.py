@@ -57,6 +57,8 @@ class CudaDevice:
             self._device.set_current()
             self.stream = self._device.create_stream()
         except Exception as error:  # what is missing decides the type: no driver, no device, a driver too old
+            if "OUT_OF_MEMORY" in str(error):  # a context takes some 400 MB
+                raise BackendError("CUDA", "no memory free for a context", fix="free the device's memory") from None
             raise BackendError(
                 "CUDA", f"no usable GPU ({reason(error)})", wanted="an NVIDIA GPU and its driver"
             ) from None
