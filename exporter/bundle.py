@@ -11,8 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 import edgeskip
-from edgeskip.exporter.checkpoint import Checkpoint, read_json
-from edgeskip.exporter.config import SYNTHETIC
+from edgeskip.exporter.checkpoint import Checkpoint
+from edgeskip.exporter.config import SYNTHETIC, read_json
 from edgeskip.exporter.folder import sync, whole_or_absent
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, write_weights

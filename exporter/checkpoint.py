@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from edgeskip.exporter.config import architecture_from_config, sliding_window
+from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
 from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError, reason
 
@@ -180,25 +179,6 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
             f"download failed ({type(error).__name__})",
             fix="check the network, or give a local folder",
         ) from None
-
-
-def read_json(path: Path, otherwise: str = "download the checkpoint again") -> dict[str, Any]:
-    """Reads a JSON object; `otherwise` says what to do where there is no such file.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path, "no such file", fix=otherwise) from None
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(path, "not a JSON object", fix="download the checkpoint again")
-    return data
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

@@ -6,13 +6,15 @@ because of a field that nobody looked at.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from edgeskip.runtime.architecture import MODEL_TYPES, Architecture, Rope
-from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.errors import CheckpointError, reason
 
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -50,6 +52,25 @@ _REQUIRED_VALUE: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
 }
 """Keys that are harmless only at these values."""
+
+
+def read_json(path: Path, otherwise: str = "download the checkpoint again") -> dict[str, Any]:
+    """Reads a JSON object; `otherwise` says what to do where there is no such file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(path, "no such file", fix=otherwise) from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(path, "not a JSON object", fix="download the checkpoint again")
+    return data
 
 
 def architecture_from_config(config: Mapping[str, Any], place: object) -> Architecture:

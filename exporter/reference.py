@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any, Literal
 
-from edgeskip.exporter.weights import bundle_tensors
+from edgeskip.exporter.tensors import bundle_tensors
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.bench import Contestant, Run
 from edgeskip.runtime.errors import BackendError

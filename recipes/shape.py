@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeskip.exporter.checkpoint import read_json
-from edgeskip.exporter.config import architecture_from_config
+from edgeskip.exporter.config import architecture_from_config, read_json
 from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.errors import RequestError, reason
 

@@ -20,13 +20,14 @@ import numpy as np
 
 from edgeskip.runtime.architecture import ITEMSIZE
 from edgeskip.runtime.decode import prefill
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
 from edgeskip.runtime.manifest import Bundle, Progress
 from edgeskip.runtime.rounds import Call, speculative_round
 from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
+from edgeskip.runtime.structure import structure
 from edgeskip.runtime.weights import read_bytes
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
@@ -159,6 +160,19 @@ class BenchReport:
     rows: tuple[BenchRow, ...]
     differences: tuple[Difference, ...]
     faults: int
+
+
+def read_report(path: Path) -> BenchReport:
+    """Reads what `edgeskip bench --json` wrote.
+
+    Raises:
+        RequestError: no such file, or no such report.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(path, f"not readable ({reason(error)})", wanted="a report of `edgeskip bench`") from None
+    return structure(BenchReport, table, path, RequestError)
 
 
 def load_prompts(path: Path | None = None) -> list[str]:

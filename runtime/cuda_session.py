@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.architecture import ITEMSIZE
 from edgeskip.runtime.cuda import CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.graphs import Tensor, dimensions
 from edgeskip.runtime.manifest import Bundle
-from edgeskip.runtime.rounds import HEAD_ROWS, Call, Round, View, prefill_round, workspace
+from edgeskip.runtime.memory import buffer_sizes, cache_sizes
+from edgeskip.runtime.rounds import HEAD_ROWS, Call, Round, View, prefill_round
 from edgeskip.runtime.session import BoundRound, Memory, RoundResult, Session
 
 _NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
@@ -53,24 +53,15 @@ class CudaSession(Session):
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._table = manifest.table
         self._weights_bytes = weights_bytes
-        itemsize = {"float": ITEMSIZE[manifest.dtype], "int64": 8}
-        buffers = {
-            name: (itemsize[dtype] * (1 if dim is None else self._dims[dim]), rows)
-            for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
-        }
-        caches = {
-            tensor.name: (itemsize["float"] * int(np.prod([self._dims[dim] for dim in tensor.shape])), 1)
-            for graph in self._table.values()
-            for tensor in graph.inputs
-            if tensor.is_cache
-        }
-        self._caches_bytes = sum(row_bytes for row_bytes, _ in caches.values())
+        buffers = buffer_sizes(manifest.architecture, manifest.dtype, manifest.prefill_chunk)
+        caches = cache_sizes(manifest.architecture, self._table, manifest.dtype, manifest.max_length)
+        self._caches_bytes = sum(caches.values())
         self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
         self.planned_bytes = self._weights_bytes + self._caches_bytes + self._workspace_bytes
         free = device.free_bytes()
         if self.planned_bytes > free:
             raise out_of_memory(bundle.folder, self.planned_bytes, free)
-        self._caches = dict(zip(caches, device.zeros(caches.values()), strict=True))
+        self._caches = dict(zip(caches, device.zeros([(size, 1) for size in caches.values()]), strict=True))
         self._buffers = dict(zip(buffers, device.zeros(buffers.values()), strict=True))
         # the two arrays of ids lie side by side on the device, so that one copy reads both
         self._buffers |= dict(zip(_IDS, self._adjacent(HEAD_ROWS), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,11 +56,15 @@ def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
     manifest = bundle.manifest
     if manifest.packed:
         return {graph: manifest.packed.read_bytes[graph] for graph in GRAPHS}
-    tensors = stored_tensors(bundle)
-    sizes: dict[GraphName, int] = {"draft": 0, "verify": 0, "head": 0}
-    for name, tensor in tensors.items():
+    sizes = {name: tensor.bytes for name, tensor in stored_tensors(bundle).items()}
+    return bytes_by_graph(sizes, manifest.exit_layer, tied=manifest.architecture.tie_word_embeddings)
+
+
+def bytes_by_graph(sizes: Mapping[str, int], exit_layer: int, *, tied: bool) -> dict[GraphName, int]:
+    """What one call of each graph reads of tensors of these sizes: of the embedding table, a tied head alone."""
+    read: dict[GraphName, int] = {"draft": 0, "verify": 0, "head": 0}
+    for name, size in sizes.items():
         if layer := _LAYER.match(name):
-            sizes["draft" if int(layer[1]) < manifest.exit_layer else "verify"] += tensor.bytes
-    table = EMBEDDINGS if manifest.architecture.tie_word_embeddings else LM_HEAD
-    sizes["head"] = tensors[table].bytes + tensors[NORM].bytes
-    return sizes
+            read["draft" if int(layer[1]) < exit_layer else "verify"] += size
+    read["head"] = sizes[EMBEDDINGS if tied else LM_HEAD] + sizes[NORM]
+    return read
