@@ -24,7 +24,6 @@ from typing import Any
 import edgeskip
 from edgeskip.exporter.engine_process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
 from edgeskip.exporter.folder import sync, whole_or_absent
-from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.cuda import CudaDevice
 from edgeskip.runtime.engines import (
     BUILD,
@@ -40,21 +39,9 @@ from edgeskip.runtime.errors import BackendError, BundleError, RequestError
 from edgeskip.runtime.graphs import GRAPHS, Graph, GraphName, dimensions
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.rounds import HEAD_ROWS
+from edgeskip.runtime.targets import RTX_REFUSED, VERSIONS, dtype_problem
 from edgeskip.runtime.trt_session import MODULES, import_tensorrt
 from edgeskip.runtime.user_cache import cache_folder, keep
-
-VERSIONS: dict[EngineBackend, str] = {
-    "tensorrt": "TensorRT 10.15 or later (JetPack 7.2 has 10.16, JetPack 6 has 10.3)",
-    "tensorrt-rtx": "TensorRT-RTX 1.4 or later",
-}
-"""The first with `LAYER_TYPES`: TensorRT's release notes of 10.15.1; RTX 1.4 to 1.7 build the shipped bundle."""
-
-LEAST_SM: dict[DType, int] = {"fp16": 75, "bf16": 80}
-"""The least compute capability for a dtype. fp32 is served by none: fused attention has no such kernel.
-
-Table 1 of TensorRT-RTX's support matrix; for fp32, RTX 1.7.1 says "Attention operation was not supported by a dedicated
-kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
-"""
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
 """What an engine holds beside its weights, at most, a decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
@@ -145,7 +132,7 @@ def _targets(library: Any, settings: BuildSettings) -> list[Target]:
                 f"SM {target.compute_capability}",
                 f"not served by TensorRT-RTX {library.__version__}",
                 wanted=listed,
-                fix="Jetsons (87, 110) and data center GPUs (90, 100) are served by --backend tensorrt, run on them",
+                fix=RTX_REFUSED,
             )
     return targets
 
@@ -162,14 +149,9 @@ def _present(fix: str = "") -> Target:
 def _check_dtype(bundle: Bundle, compute_capability: int) -> None:
     """Refuses a bundle in a dtype that TensorRT or the GPU does not compute."""
     dtype = bundle.manifest.dtype
-    if dtype not in LEAST_SM:
-        wanted = "fp16 or bf16: TensorRT has no attention in fp32"
-    elif compute_capability < LEAST_SM[dtype]:
-        wanted = f"SM {LEAST_SM[dtype]} or later for {dtype}"
-    else:
-        return
-    found = f"in {dtype}, for SM {compute_capability}"
-    raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
+    if wanted := dtype_problem(dtype, compute_capability):
+        found = f"in {dtype}, for SM {compute_capability}"
+        raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
 
 
 def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str, progress: Progress) -> Engines:

@@ -1,50 +1,15 @@
-"""Recipes: strict TOML, read into frozen dataclasses.
-
-A recipe is a dataclass whose fields carry their own bounds (`Annotated[float, Range(0, 1)]`); a table in the
-file is a dataclass in a field. `read_recipe` checks names, types and bounds, and `__post_init__` what concerns
-several fields. Whoever holds a recipe need not check it again.
-"""
+"""The training recipe: what `edgeskip train` reads."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
+from edgeskip.recipes.reader import Positive, PositiveInt, Share, read_recipe
 from edgeskip.runtime.errors import RecipeError
-from edgeskip.runtime.structure import Range, structure
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PositiveInt = Annotated[int, Range(1)]
-Positive = Annotated[float, Range(sys.float_info.min)]  # and finite
-Share = Annotated[float, Range(0, 1)]
-
-RecipeT = TypeVar("RecipeT")
-
-
-def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
-    """Read the recipe file at `path` as a dataclass of this `kind`; paths in it are relative to its folder.
-
-    Raises:
-        RecipeError: no such file, not TOML, or an entry that is unknown, missing, mistyped or out of bounds.
-    """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(path, f"cannot be read ({error.strerror})", wanted="a recipe in TOML") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(path, f"is not TOML: {error}") from error
-    return structure(kind, table, path, RecipeError)
-
-
-# The training recipe
+from edgeskip.runtime.structure import Range
 
 
 @dataclass(frozen=True)

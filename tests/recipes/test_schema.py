@@ -8,7 +8,7 @@ import pytest
 from edgeskip.recipes.schema import LayerSkipRecipe, load_recipe
 from edgeskip.runtime.errors import RecipeError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes/train"
 SCRATCH = """
 [data]
 folder = "text"

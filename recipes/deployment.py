@@ -1,0 +1,149 @@
+"""What is exported, and for which device: export recipes (recipes/*.toml) and devices (recipes/devices/*.toml).
+
+They are apart, so that any model combines with any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from edgeskip.recipes.reader import Positive, Share, find_file, read_recipe
+from edgeskip.runtime.architecture import DType, Size
+from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.graphs import MAX_SPECULATIONS
+from edgeskip.runtime.structure import Range
+
+Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+Capacity = Annotated[int, Range(2)]
+
+MODELS = Path(__file__).parent
+DEVICES = MODELS / "devices"
+CHECKPOINTS = MODELS / "checkpoints"
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """A checkpoint and how to split it.
+
+    Attributes:
+        checkpoint: a hub id, a folder (relative to the recipe), or a checkpoint that ships with edgeskip.
+        exit_layer: E; layers[:E] draft.
+        source: where exit layer and speculation length come from.
+        num_speculations: K, drafts a round.
+        shape: the published shape that stands for its config.json where the checkpoint is not at hand.
+        dtype: of weights, activations and caches; else the device's.
+        max_length: cache capacity in tokens; else the device's.
+        match_rates: exit layer -> share of the greedy tokens that this exit predicts.
+    """
+
+    checkpoint: str
+    exit_layer: Size
+    source: str
+    num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)] = 4
+    shape: str | None = None
+    dtype: DType | None = None
+    max_length: Capacity | None = None
+    match_rates: Mapping[int, Share] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(exit_layer < 1 for exit_layer in self.match_rates):
+            raise RecipeError("match_rates", f"found exit layer {min(self.match_rates)}", wanted="at least 1")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How near calls come to the device's limits; `cost` has the formula.
+
+    The defaults are an H100's, fitted to docs/benchmarks (docs/planning.md). On slower devices reading weights takes longer
+    and the rest matters less.
+
+    Attributes:
+        call_us: a call of a graph, whatever is in it.
+        layer_us: a decoder layer beside its products.
+        several_us: more of that, with more than one row.
+        row_us: each row after the first, a layer.
+        copy_share: rate at which products read weights, over that of a copy.
+        flops_share: of `fp16_tflops`, in products of many rows.
+    """
+
+    call_us: Annotated[float, Range(0)] = 13.1
+    layer_us: Annotated[float, Range(0)] = 35.5
+    several_us: Annotated[float, Range(0)] = 5.2
+    row_us: Annotated[float, Range(0)] = 0.32
+    copy_share: Share = 0.92
+    flops_share: Share = 0.5
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine to run on. Sizes are in GB of 10^9 bytes.
+
+    Attributes:
+        name: as its maker calls it.
+        compute_capability: SM, 87 for 8.7.
+        memory_gb: what the system or the driver shows.
+        reserved_gb: of it, what system and driver keep before edgeskip starts.
+        shared_memory: CPU and GPU share it, as on a Jetson.
+        bandwidth_gb_per_s: by its data sheet.
+        copy_share: what a copy reaches of it, bytes read plus bytes written.
+        fp16_tflops: dense, on tensor cores.
+        dtype: what to export in.
+        max_length: cache capacity in tokens, where the recipe says none.
+        backends: that serve it, the preferred one first.
+        tensorrt: version of the system's TensorRT.
+        jetpacks: JetPack version -> its TensorRT.
+        sources: where each figure comes from.
+        kernels: how near calls come to these limits.
+    """
+
+    name: str
+    compute_capability: Annotated[int, Range(50, 200)]
+    memory_gb: Positive
+    reserved_gb: Annotated[float, Range(0)]
+    bandwidth_gb_per_s: Positive
+    fp16_tflops: Positive
+    backends: tuple[Backend, ...]
+    copy_share: Share = 0.85
+    shared_memory: bool = False
+    dtype: DType = "fp16"
+    max_length: Capacity = 2048
+    tensorrt: str | None = None
+    jetpacks: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
+
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise RecipeError("backends", "found none", wanted="at least one")
+        if self.reserved_gb >= self.memory_gb:
+            raise RecipeError("reserved_gb", f"found {self.reserved_gb}", wanted=f"less than memory_gb {self.memory_gb}")
+
+
+def load_export_recipe(name: str) -> tuple[ExportRecipe, Path]:
+    """An export recipe by name or path, and its file.
+
+    Raises:
+        RecipeError: there is none, or it is malformed.
+    """
+    path = find_file(name, (MODELS,), "recipe")
+    return read_recipe(path, ExportRecipe), path
+
+
+def load_device(name: str) -> Device:
+    """A device by name or path.
+
+    Raises:
+        RecipeError: there is none, or it is malformed.
+    """
+    return read_recipe(find_file(name, (DEVICES,), "device"), Device)
+
+
+def checkpoint_source(recipe: ExportRecipe, path: Path) -> str:
+    """What to open: the recipe's checkpoint as a folder where there is one, else as the hub id that it is."""
+    for folder in (path.parent / recipe.checkpoint, CHECKPOINTS / recipe.checkpoint):
+        if folder.is_dir():
+            return str(folder)
+    return recipe.checkpoint

@@ -1,0 +1,95 @@
+"""Recipes: strict TOML, read into frozen dataclasses.
+
+A recipe is a dataclass whose fields carry their own bounds (`Annotated[float, Range(0, 1)]`); a table in the
+file is a dataclass in a field. `read_recipe` checks names, types and bounds, and `__post_init__` what concerns
+several fields. Whoever holds a recipe need not check it again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from edgeskip.runtime.errors import RecipeError, reason
+from edgeskip.runtime.structure import Range, structure
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PositiveInt = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(sys.float_info.min)]  # and finite
+Share = Annotated[float, Range(0, 1)]
+
+RecipeT = TypeVar("RecipeT")
+
+
+def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
+    """Read the recipe file at `path` as a dataclass of this `kind`; paths in it are relative to its folder.
+
+    Raises:
+        RecipeError: no such file, not TOML, a base that is missing or extends itself, or an entry that is unknown,
+            missing, mistyped or out of bounds.
+    """
+    path = Path(path)
+    return structure(kind, read_table(path), path, RecipeError)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The recipe file's entries over those of the base that it extends: tables merged, all else replaced.
+
+    A base is named without its suffix, and lies beside the file or among the recipes that ship with edgeskip.
+
+    Raises:
+        RecipeError: as `read_recipe`, before any entry is looked at.
+    """
+    return _extended(path, ())
+
+
+def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path = Path()) -> Path:
+    """The file of a recipe given by name, in the first of the folders that has one, or by its path.
+
+    Raises:
+        RecipeError: there is none; the nearest name is said.
+    """
+    folders = list(folders)
+    if name.endswith(".toml") or "/" in name:
+        return relative_to / name
+    for folder in folders:
+        if (path := folder / f"{name}.toml").is_file():
+            return path
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+    nearest = difflib.get_close_matches(name.lower(), names, n=1)
+    fix = f"did you mean {nearest[0]!r}?" if nearest else ""
+    raise RecipeError(what, f"no {name!r}", wanted=f"a file, or one of {', '.join(names)}", fix=fix)
+
+
+def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(path, f"cannot be read ({reason(error)})", wanted="a recipe in TOML") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(path, f"is not TOML: {error}") from error
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends", f"found {base!r:.60}", wanted="the name of a recipe")
+    ships = Path(__file__).parent
+    folders = (path.parent, ships, ships / "devices", ships / "train")
+    found = find_file(base, folders, f"{path}: extends", path.parent)
+    above = (*above, path.resolve())
+    if found.resolve() in above:
+        raise RecipeError(f"{path}: extends", f"{base!r} leads back to itself", fix="remove it from one of the files")
+    return _merged(_extended(found, above), table)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = base.keys() & over.keys()
+    tables = {key for key in both if isinstance(base[key], Mapping) and isinstance(over[key], Mapping)}
+    return {**base, **over, **{key: _merged(base[key], over[key]) for key in tables}}
