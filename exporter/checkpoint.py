@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,22 @@ def _is_dir(folder: Path) -> bool:
         raise CheckpointError(f"{str(folder)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
 
 
-def _download(source: str, revision: str | None, token: str | None, offline: bool) -> Path:
+def download_config(source: str) -> Path:
+    """A hub model's config.json, downloaded by itself or found in the hub's cache.
+
+    Raises:
+        CheckpointError: no hub id, not found, gated, or the hub was not reached.
+    """
+    return _download(source, None, None, offline=False, patterns=["config.json"]) / "config.json"
+
+
+def _download(
+    source: str,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+    patterns: Sequence[str] = _HUB_PATTERNS,
+) -> Path:
     if Path(source).is_file():
         raise CheckpointError(source, "a file", wanted="the folder that it is in")
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
@@ -152,7 +167,7 @@ def _download(source: str, revision: str | None, token: str | None, offline: boo
                 revision=revision,
                 token=token,
                 local_files_only=offline,
-                allow_patterns=_HUB_PATTERNS,
+                allow_patterns=list(patterns),
                 ignore_patterns=_HUB_DUPLICATES,
             )
         )

@@ -60,8 +60,13 @@ class GraphSize:
     """What one call of a graph reads: weights, and of the caches a row of its layers for each token."""
 
     layers: int
+    parameters: int
     weight_bytes: int
     cache_row_bytes: int
+
+    def read_bytes(self, tokens: int) -> int:
+        """Of a call whose last row stands behind so many tokens."""
+        return self.weight_bytes + self.cache_row_bytes * tokens
 
 
 def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, GraphSize]:
@@ -71,7 +76,10 @@ def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> di
     weights = bytes_by_graph(sizes, exit_layer, tied=a.tie_word_embeddings)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
     layers = {graph: len(one.layers) for graph, one in graph_table(a.num_layers, exit_layer).items()}
-    return {graph: GraphSize(layers[graph], weights[graph], layers[graph] * row) for graph in GRAPHS}
+    return {
+        graph: GraphSize(layers[graph], weights[graph] // itemsize, weights[graph], layers[graph] * row)
+        for graph in GRAPHS
+    }
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:
@@ -80,40 +88,39 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
     With six unknowns, every choice of those that are not zero is tried.
 
     Raises:
-        ValueError: samples that do not tell times apart, such as those of one graph with one row.
+        ValueError: no samples, or one without a time.
     """
-    columns = np.array(
-        [
-            [1, s.layers, s.layers * (s.rows > 1), (s.rows - 1) * s.layers, (s.rows - 1) * s.bytes, s.bytes]
-            for s in samples
-        ],
-        dtype=float,
-    )
-    relative = columns / np.array([s.ms for s in samples])[:, None]
-    scale = np.maximum(np.abs(relative).max(axis=0), np.finfo(float).tiny)
-    best, least = None, inf
-    for count in range(1, columns.shape[1] + 1):
-        for chosen in combinations(range(columns.shape[1]), count):
-            if columns.shape[1] - 1 not in chosen:  # reading takes time, always
-                continue
-            found = np.linalg.lstsq(relative[:, chosen] / scale[list(chosen)], np.ones(len(samples)), rcond=None)[0]
-            error = float(np.square(relative[:, chosen] / scale[list(chosen)] @ found - 1).sum())
-            if (found >= 0).all() and found[-1] > 0 and error < least * (1 - 1e-9):
-                best, least = dict(zip(chosen, found / scale[list(chosen)], strict=True)), error
-    if best is None:
-        raise ValueError("no cost fits these samples")
-    call, layer, several, row, row_byte, byte = (float(best.get(i, 0.0)) for i in range(columns.shape[1]))
-    return Cost(call, layer, several, row, row_byte, 1 / byte)
+    if not samples or min(sample.ms for sample in samples) <= 0:
+        raise ValueError("no times of its graphs")
+    rows = [
+        [1, s.layers, s.layers * (s.rows > 1), (s.rows - 1) * s.layers, (s.rows - 1) * s.bytes, s.bytes]
+        for s in samples
+    ]
+    relative = np.array(rows, dtype=float) / np.array([s.ms for s in samples])[:, None]
+    scale = np.maximum(relative.max(axis=0), np.finfo(float).tiny)
+    *others, reading = range(len(scale))
+    best, least = np.zeros(len(scale)), inf
+    for choice in (c for count in range(len(scale)) for c in combinations(others, count)):
+        chosen = [*choice, reading]  # which takes time, always
+        found = np.linalg.lstsq(relative[:, chosen] / scale[chosen], np.ones(len(samples)), rcond=None)[0]
+        error = float(np.square(relative[:, chosen] / scale[chosen] @ found - 1).sum())
+        if (found >= 0).all() and found[-1] > 0 and error < least * (1 - 1e-9):
+            best, least = np.zeros(len(scale)), error
+            best[chosen] = found / scale[chosen]
+    call, layer, several, row, row_byte, byte = best.tolist()
+    return Cost(call, layer, several, row, row_byte, bytes_per_ms=1 / byte)
 
 
 def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
     """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
-    total = 0.0
-    for call in speculative_round(num_speculations).calls:
-        size, view = sizes[call.graph], call.inputs[0][1]
-        read = size.weight_bytes + size.cache_row_bytes * (position + view.start + view.rows)
-        total += cost.time_ms(size.layers, view.rows, read)
-    return total
+    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(num_speculations).calls]
+    return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
+
+
+def call_ms(cost: Cost, size: GraphSize, rows: int, tokens: int) -> float:
+    """Device time of one call whose last row stands behind so many tokens."""
+    flops = 2.0 * size.parameters * rows
+    return cost.time_ms(size.layers, rows, size.read_bytes(tokens), flops)
 
 
 def tokens_per_round(match_rate: float, num_speculations: int) -> float:

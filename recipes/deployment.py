@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from edgeskip.recipes.reader import Positive, Share, find_file, read_recipe
+from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import DType, Size
+from edgeskip.runtime.backends import Backend
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.structure import Range
 
-Backend = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
 Capacity = Annotated[int, Range(2)]
 
 MODELS = Path(__file__).parent
@@ -57,8 +58,8 @@ class ExportRecipe:
 class Kernels:
     """How near calls come to the device's limits; `cost` has the formula.
 
-    The defaults are an H100's, fitted to docs/benchmarks (docs/planning.md). On slower devices reading weights takes longer
-    and the rest matters less.
+    The defaults are an H100's, fitted to docs/benchmarks (docs/planning.md). On slower devices reading weights takes
+    longer and the rest matters less.
 
     Attributes:
         call_us: a call of a graph, whatever is in it.
@@ -119,7 +120,9 @@ class Device:
         if not self.backends:
             raise RecipeError("backends", "found none", wanted="at least one")
         if self.reserved_gb >= self.memory_gb:
-            raise RecipeError("reserved_gb", f"found {self.reserved_gb}", wanted=f"less than memory_gb {self.memory_gb}")
+            raise RecipeError(
+                "reserved_gb", f"found {self.reserved_gb}", wanted=f"less than memory_gb {self.memory_gb}"
+            )
 
 
 def load_export_recipe(name: str) -> tuple[ExportRecipe, Path]:
@@ -147,3 +150,12 @@ def checkpoint_source(recipe: ExportRecipe, path: Path) -> str:
         if folder.is_dir():
             return str(folder)
     return recipe.checkpoint
+
+
+def recipe_shape(recipe: ExportRecipe, path: Path) -> Shape:
+    """The recipe's model less its weights: its published shape, else the config.json of its checkpoint.
+
+    Raises:
+        RequestError, CheckpointError: as `load_shape`.
+    """
+    return load_shape(recipe.shape or checkpoint_source(recipe, path))

@@ -39,15 +39,15 @@ def read_recipe(path: str | Path, kind: type[RecipeT]) -> RecipeT:
     return structure(kind, read_table(path), path, RecipeError)
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The recipe file's entries over those of the base that it extends: tables merged, all else replaced.
+def read_table(path: Path, *, extend: bool = True) -> dict[str, Any]:
+    """The recipe file's entries over those of the base that it extends, if asked: tables merged, all else replaced.
 
     A base is named without its suffix, and lies beside the file or among the recipes that ship with edgeskip.
 
     Raises:
         RecipeError: as `read_recipe`, before any entry is looked at.
     """
-    return _extended(path, ())
+    return _extended(path, ()) if extend else _parsed(path)
 
 
 def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path = Path()) -> Path:
@@ -68,13 +68,17 @@ def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path =
     raise RecipeError(what, f"no {name!r}", wanted=f"a file, or one of {', '.join(names)}", fix=fix)
 
 
-def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _parsed(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(path, f"cannot be read ({reason(error)})", wanted="a recipe in TOML") from error
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(path, f"is not TOML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(path, f"cannot be read ({reason(error)})", wanted="a recipe in TOML") from error
+
+
+def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    table = _parsed(path)
     base = table.pop("extends", None)
     if base is None:
         return table

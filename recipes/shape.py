@@ -1,4 +1,6 @@
-"""The shapes of the published LayerSkip checkpoints (facebook/layerskip-*), one config.json each in shapes/."""
+"""The shapes of models: those of the published LayerSkip checkpoints (facebook/layerskip-*), one config.json each in
+shapes/, and any config.json.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 from edgeskip.exporter.config import architecture_from_config, read_json
 from edgeskip.runtime.architecture import Architecture
-from edgeskip.runtime.errors import RequestError, reason
+from edgeskip.runtime.errors import BackendError, RequestError, reason
 
 FOLDER = Path(__file__).parent / "shapes"
 
@@ -29,25 +31,37 @@ def shape_names() -> tuple[str, ...]:
 
 
 def load_shape(name: str) -> Shape:
-    """Reads a published shape by its name, or any config.json by its path.
+    """Reads a published shape by its name, or the config.json of a path, a checkpoint folder or a hub id.
 
     Raises:
-        RequestError: neither such a name nor a file.
-        CheckpointError: the file is no config.json of a model that is supported.
+        RequestError: no such name, file, folder or hub id.
+        CheckpointError: the config.json is not that of a model that is supported, or the hub does not give it.
     """
     names = shape_names()
     path = FOLDER / f"{name}.json" if name in names else Path(name)
     try:
-        found = path.is_file()
+        if path.is_dir():
+            path /= "config.json"
+        elif not path.is_file():
+            path = _from_hub(name, names)
     except (OSError, ValueError) as error:
         raise RequestError(f"shape {name[:60]!r}", f"cannot be looked up ({reason(error)})") from None
-    if not found:
-        nearest = difflib.get_close_matches(name.lower(), names, n=1)
-        raise RequestError(
-            "shape",
-            f"{name!r} is neither a published shape nor a config.json",
-            wanted=f"one of {', '.join(names)}, or a file",
-            fix=f"did you mean {nearest[0]!r}?" if nearest else "",
-        )
-    config = read_json(path)
-    return Shape(name if name in names else path.name, config, architecture_from_config(config, path))
+    config = read_json(path, "give a checkpoint in transformers' format")
+    whose = path.parent if path.name == "config.json" else path
+    return Shape(name if name in names else whose.name, config, architecture_from_config(config, path))
+
+
+def _from_hub(name: str, names: tuple[str, ...]) -> Path:
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        try:
+            from edgeskip.exporter.checkpoint import download_config
+        except ImportError as error:
+            raise BackendError(name, f"cannot be fetched ({error})", fix='pip install "edgeskip[export]"') from None
+        return download_config(name)
+    nearest = difflib.get_close_matches(name.lower(), names, n=1)
+    raise RequestError(
+        "shape",
+        f"{name!r} is neither a published shape nor a config.json",
+        wanted=f"one of {', '.join(names)}, or a file",
+        fix=f"did you mean {nearest[0]!r}?" if nearest else "",
+    )

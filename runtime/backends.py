@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgeskip.runtime.manifest import Bundle, Progress
     from edgeskip.runtime.session import Session
 
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[BackendChoice, ...] = get_args(BackendChoice)
 DeviceChoice = Literal["auto", "cpu", "cuda"]

@@ -1,0 +1,69 @@
+"""The recipes that ship with edgeskip, of every kind, and what holds for each beyond its form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeskip.recipes.deployment import DEVICES, MODELS, Device, ExportRecipe, recipe_shape
+from edgeskip.recipes.reader import find_file, read_recipe, read_table
+from edgeskip.recipes.schema import TrainingRecipe
+from edgeskip.runtime.errors import EdgeskipError, RecipeError
+
+Kind = Literal["model", "device", "training"]
+FOLDERS: dict[Kind, Path] = {"model": MODELS, "device": DEVICES, "training": MODELS / "train"}
+_CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe that ships with edgeskip; `title` is the first line of its comment."""
+
+    kind: Kind
+    name: str
+    path: Path
+    title: str
+
+
+def shipped_recipes() -> Iterator[Shipped]:
+    """All of them, by kind and name."""
+    for kind, folder in FOLDERS.items():
+        for path in sorted(folder.glob("*.toml")):
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            yield Shipped(kind, path.stem, path, first.lstrip("# ") if first.startswith("#") else "")
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe of any kind: a path, a name, or `kind/name` where two kinds have it.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    kind, _, rest = name.partition("/")
+    for known, folder in FOLDERS.items():
+        if kind == known and rest:
+            return find_file(rest, (folder,), "recipe")
+    return find_file(name, FOLDERS.values(), "recipe")
+
+
+def validate(path: Path) -> Kind:
+    """Reads a recipe of any kind and checks what one file alone can say; gives its kind, told by its keys.
+
+    Raises:
+        RecipeError: it is malformed, names a shape that is not there, or an exit layer that its model lacks.
+    """
+    table = read_table(path)
+    kind: Kind = "training" if "run" in table else "device" if "bandwidth_gb_per_s" in table else "model"
+    recipe = read_recipe(path, _CLASSES[kind])
+    if isinstance(recipe, ExportRecipe) and (recipe.shape or (path.parent / recipe.checkpoint).is_dir()):
+        try:
+            layers = recipe_shape(recipe, path).architecture.num_layers
+        except EdgeskipError as error:
+            raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
+        for key, exit_layer in (("exit_layer", recipe.exit_layer), *(("match_rates", e) for e in recipe.match_rates)):
+            if not 1 <= exit_layer < layers:
+                wanted = f"1 to {layers - 1}: the model has {layers} layers"
+                raise RecipeError(f"{path}: {key}", f"found exit layer {exit_layer}", wanted=wanted)
+    return kind
