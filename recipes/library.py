@@ -19,7 +19,7 @@ _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "tra
 
 @dataclass(frozen=True)
 class Shipped:
-    """A recipe that ships with edgeskip; `title` is the first line of its comment."""
+    """A recipe that ships with edgeskip; `title` is the first sentence of its comment."""
 
     kind: Kind
     name: str
@@ -32,7 +32,7 @@ def shipped_recipes() -> Iterator[Shipped]:
     for kind, folder in FOLDERS.items():
         for path in sorted(folder.glob("*.toml")):
             first = path.read_text(encoding="utf-8").partition("\n")[0]
-            yield Shipped(kind, path.stem, path, first.lstrip("# ") if first.startswith("#") else "")
+            yield Shipped(kind, path.stem, path, first.lstrip("# ").partition(". ")[0] if first.startswith("#") else "")
 
 
 def recipe_file(name: str) -> Path:

@@ -95,14 +95,14 @@ def test_memory_is_counted_as_a_session_takes_it(variant, bundles):
 
 def test_the_foretold_times_and_memory_are_near_the_measured_ones():
     """The bars of docs/planning.md, from the reports in docs/benchmarks: 15% and 5%."""
-    compare = runpy.run_path(str(DOCS / "planning" / "compare.py"))
-    rows = compare["compare"]()
+    tables = runpy.run_path(str(DOCS / "planning" / "tables.py"))
+    rows = tables["compare"]()
     assert {row.report.rpartition("-")[0] for row in rows} == {"llama2-7b", "llama3-8b"}
     assert len(rows) == 8 * 6
     for row in rows:
         assert abs(row.error) < (0.05 if row.what == "memory" else 0.15), row
     page = (DOCS / "planning.md").read_text()
-    assert compare["page"](page, rows) == page
+    assert tables["page"](page) == page
 
 
 def test_the_kernels_of_the_table_are_the_measured_ones():

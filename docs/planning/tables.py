@@ -1,25 +1,28 @@
-"""Compares what `edgeskip plan` foretells of a 7B and an 8B, calibrated on a 1B alone, with what was measured.
+"""Writes the tables of docs/planning.md: every recipe on every device, and what was foretold against what was measured.
 
-    python docs/planning/compare.py
+    python docs/planning/tables.py
 
-Reads the reports in docs/benchmarks/ and writes the table into docs/planning.md.
+For the second, `edgeskip plan` is calibrated on the reports of a 1B in docs/benchmarks/ alone, and judged by those of a
+7B and an 8B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeskip.recipes.deployment import load_device
+from edgeskip.recipes.deployment import DEVICES, MODELS, Device, load_device, load_export_recipe, recipe_shape
 from edgeskip.recipes.planning import Plan, PlanSettings, make_plan
 from edgeskip.recipes.shape import load_shape
+from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.bench import BenchReport, read_report
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "planning.md"
-START, END = "<!-- compare.py writes from here -->\n", "<!-- to here -->\n"
+START, END = "<!-- tables.py writes {} from here -->\n", "<!-- to here -->\n"
 CALIBRATED_ON = "llama3.2-1b"
+MATCH_RATE = 0.8
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def _rows(name: str, report: BenchReport, plan: Plan) -> Iterator[Row]:
     yield Row(name, "memory", planned, held)
 
 
-def table(rows: list[Row]) -> str:
-    """The page's table: a line a report."""
+def comparison_table(rows: list[Row]) -> str:
+    """A line a report: planned over measured."""
     columns = list(dict.fromkeys(row.what for row in rows))
     lines = [f"| report | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     for report in dict.fromkeys(row.report for row in rows):
@@ -77,12 +80,40 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(text: str, rows: list[Row]) -> str:
-    """The page with the table in its place."""
-    before, rest = text.split(START)
-    return before + START + "\n" + table(rows) + END + rest.split(END)[1]
+def pairs_table() -> str:
+    """A line a recipe, a column a device: ms a token, plain and at the best K, or why not."""
+    devices = sorted((load_device(path.stem) for path in DEVICES.glob("*.toml")), key=lambda d: (d.memory_gb, d.name))
+    lines = [f"| | {' | '.join(device.name for device in devices)} |", f"|---|{'---:|' * len(devices)}"]
+    for path in sorted(MODELS.glob("*.toml")):
+        recipe, _ = load_export_recipe(path.stem)
+        architecture = recipe_shape(recipe, path).architecture
+        settings = PlanSettings(recipe.exit_layer, match_rates={recipe.exit_layer: MATCH_RATE}, position=512)
+        cells = (_cell(architecture, device, settings) for device in devices)
+        lines.append(f"| {path.stem}, E = {recipe.exit_layer} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(architecture: Architecture, device: Device, settings: PlanSettings) -> str:
+    plan = make_plan("", architecture, device, settings)
+    if not plan.largest_max_length:
+        return "no room"
+    notes = []
+    if plan.largest_max_length < plan.max_length:
+        notes.append(f"{plan.largest_max_length} tokens")
+        plan = make_plan("", architecture, device, replace(settings, max_length=plan.largest_max_length))
+    notes += ["swap"] * (not plan.works)
+    best = min(speed.ms_per_token for speed in plan.speeds if speed.ms_per_token is not None)
+    return f"{plan.plain_ms_per_token:.3g} / {best:.3g}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def page(text: str) -> str:
+    """The page with the tables in their places."""
+    for name, table in (("pairs", pairs_table()), ("errors", comparison_table(compare()))):
+        before, rest = text.split(START.format(name))
+        text = before + START.format(name) + "\n" + table + END + rest.split(END, 1)[1]
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), compare()), encoding="utf-8")
-    print(table(compare()), end="")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(comparison_table(compare()), end="")
