@@ -18,10 +18,18 @@ import click
 
 import edgeskip
 from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.backends import BACKENDS, DEVICES
+from edgeskip.runtime.backends import BACKENDS, DEVICES, Backend
 from edgeskip.runtime.engines import ENGINE_BACKENDS
-from edgeskip.runtime.errors import BackendError, BundleError, CheckpointError, EdgeskipError, RequestError
-from edgeskip.runtime.graphs import DIALECTS
+from edgeskip.runtime.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    EdgeskipError,
+    RecipeError,
+    RequestError,
+)
+from edgeskip.runtime.graphs import DIALECTS, MAX_SPECULATIONS
+from edgeskip.runtime.packages import NEEDS, missing_modules
 from edgeskip.runtime.rounds import MODES
 
 if TYPE_CHECKING:
@@ -32,7 +40,6 @@ if TYPE_CHECKING:
     from edgeskip.runtime.bench import Contestant
     from edgeskip.runtime.manifest import Progress
 
-EXPORT_MODULES = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
     "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted, 143 ended by the system."
@@ -92,50 +99,152 @@ threads_option = click.option("--threads", type=click.IntRange(0, 1024), default
 
 
 @main.command()
-@click.argument("checkpoint")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--exit-layer", "-e", type=int, required=True, help="E: layers[:E] draft, the rest verify.")
+@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [BUNDLE]")
+@click.option("--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them.")
+@click.option("--device", "-d", "device_name", help="Plan for this device, by name or file, and fit its memory.")
+@click.option("--exit-layer", "-e", type=int, help="E: layers[:E] draft, the rest verify.  [default: the recipe's]")
 @click.option(
     "--dtype",
     type=click.Choice(get_args(DType)),
-    default="fp32",
-    show_default=True,
-    help="fp32 for a CPU, fp16 or bf16 for a GPU.",
+    help="fp32 for a CPU, fp16 or bf16 for a GPU.  [default: the recipe's, the device's, or fp32]",
 )
 @click.option(
     "--max-length",
     type=int,
-    help="Capacity in tokens, prompt included.  [default: the model's, at most 2048]",
+    help="Capacity in tokens, prompt included.  [default: the recipe's, the device's, or the model's, at most 2048]",
 )
-@click.option("--num-speculations", "-k", type=int, default=4, show_default=True, help="Default drafts a round.")
+@click.option("--num-speculations", "-k", type=int, help="Default drafts a round.  [default: the recipe's, or 4]")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
 @click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
 def export(
-    checkpoint: str,
-    bundle: Path,
-    exit_layer: int,
+    paths: tuple[str, ...],
+    recipe: str | None,
+    device_name: str | None,
+    exit_layer: int | None,
     dtype: Any,
     max_length: int | None,
-    num_speculations: int,
+    num_speculations: int | None,
     revision: str | None,
     token: str | None,
     offline: bool,
 ) -> None:
-    """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs."""
-    _require("export", *EXPORT_MODULES)
+    """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs.
+
+    A --recipe names the checkpoint and how to split it. BUNDLE is then called after recipe and device unless it is
+    given; a CHECKPOINT before it takes the place of the recipe's.
+    """
+    if len(paths) > 2 or (recipe is None and len(paths) < 2):
+        raise click.UsageError("give CHECKPOINT and BUNDLE, or --recipe")
+    _require("export")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
     from edgeskip.exporter.folder import check_destination
+    from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
+    from edgeskip.recipes.planning import PlanSettings, fit
 
-    settings = ExportSettings(exit_layer, dtype, max_length, num_speculations)
+    device = None if device_name is None else load_device(device_name)
+    source = paths[0] if paths else ""
+    if recipe is not None:
+        chosen, path = load_export_recipe(recipe)
+        source = paths[0] if len(paths) == 2 else checkpoint_source(chosen, path)
+        exit_layer, dtype = exit_layer or chosen.exit_layer, dtype or chosen.dtype
+        max_length, num_speculations = max_length or chosen.max_length, num_speculations or chosen.num_speculations
+    if exit_layer is None:
+        raise click.UsageError("give --exit-layer or --recipe")
+    bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
     check_destination(bundle)
-    opened = open_checkpoint(checkpoint, revision=revision, token=token, offline=offline)
+    opened = open_checkpoint(source, revision=revision, token=token, offline=offline)
+    if device is not None:
+        wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
+        fitted, problems = fit(opened.architecture, device, wanted)
+        dtype, max_length = fitted.dtype, fitted.max_length
+        for problem in problems:
+            click.echo(f"{device.name}: {problem.found}; {problem.fix}", err=True)
+    settings = ExportSettings(exit_layer, dtype or "fp32", max_length, num_speculations or 4)
     with _progress() as progress:
         exported = export_bundle(opened, bundle, settings, progress)
     weights = exported.manifest.weights_bytes / 1e6
     click.echo(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.", err=True)
     click.echo(f'Try it: edgeskip generate {bundle} --prompt "..."', err=True)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them.")
+@click.option("--device", "-d", "device_name", required=True, help="A device, by name or file.")
+@click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
+@click.option("--num-speculations", "-k", type=click.IntRange(1, MAX_SPECULATIONS), help="K.  [default: the best]")
+@click.option(
+    "--match-rate",
+    "match_rates",
+    multiple=True,
+    metavar="[E=]A",
+    help="Share of greedy tokens that the exit predicts; with E=, that of exit layer E; more than once for more.",
+)
+@click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
+@click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
+@click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
+@click.option("--jetpack", help="The Jetson's JetPack.  [default: the newest]")
+@click.option("--position", type=click.IntRange(0), help="Tokens in the caches when a round is timed.")
+@click.option(
+    "--calibrate",
+    "reports",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="What `edgeskip bench --json` wrote on this device, of any model; more than once for more.",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan here; - is stdout.")
+def plan(
+    model: str | None,
+    recipe: str | None,
+    device_name: str,
+    exit_layer: int | None,
+    num_speculations: int | None,
+    match_rates: tuple[str, ...],
+    backend: Any,
+    dtype: Any,
+    max_length: int | None,
+    jetpack: str | None,
+    position: int | None,
+    reports: tuple[Path, ...],
+    json_path: Path | None,
+) -> None:
+    """Foretell whether a model fits a device and how fast it is there, without its weights.
+
+    MODEL is a checkpoint folder, a hub id, a config.json or a published shape; or give --recipe. The exit code is 1
+    where it will not work.
+    """
+    if (model is None) == (recipe is None):
+        raise click.UsageError("give a MODEL or --recipe")
+    from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
+    from edgeskip.recipes.planning import PlanSettings, make_plan, parse_match_rates
+    from edgeskip.recipes.planning_report import print_plan
+    from edgeskip.recipes.shape import load_shape
+    from edgeskip.runtime.bench import read_report
+
+    _check_writable(json_path)
+    device = load_device(device_name)
+    known: dict[int, float] = {}
+    if recipe is not None:
+        chosen, path = load_export_recipe(recipe)
+        shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
+        exit_layer, dtype, max_length = (
+            exit_layer or chosen.exit_layer,
+            dtype or chosen.dtype,
+            max_length or chosen.max_length,
+        )
+    else:
+        shape = load_shape(str(model))
+        exit_layer = exit_layer or max(shape.architecture.num_layers // 4, 1)
+    known |= parse_match_rates(match_rates, exit_layer)
+    settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
+    made = make_plan(recipe or shape.name, shape.architecture, device, settings, [read_report(p) for p in reports])
+    print_plan(made, _console(stderr=str(json_path) == "-"))
+    if json_path is not None:
+        _write_text(json_path, json.dumps(dataclasses.asdict(made), indent=2) + "\n")
+    if not made.works:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -158,7 +267,7 @@ def export(
 )
 def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
     """Build a BUNDLE's TensorRT engines, into the bundle."""
-    _require("build", "polygraphy")
+    _require("build")
     from edgeskip.exporter.engine import BuildSettings, build_engines
     from edgeskip.runtime.manifest import read_bundle
 
@@ -279,9 +388,9 @@ def bench(
 
     _check_writable(json_path, html_path)
     if html_path is not None:
-        _require("plots", "matplotlib")
+        _require("bench --html")
     if compare:
-        _require("train,export", "torch", "transformers", *EXPORT_MODULES)
+        _require("bench --compare")
     settings = BenchSettings(
         tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold, prompt_tokens
     )
@@ -307,6 +416,74 @@ def bench(
         _write_text(html_path, bench_page(dataclasses.asdict(report)))
     if report.faults:
         raise SystemExit(1)
+
+
+@main.command()
+@bundle_argument
+@click.option(
+    "--num-speculations",
+    "-k",
+    "grid",
+    multiple=True,
+    type=int,
+    help="Speculation lengths to choose from; can be given more than once.  [default: 1 to 8]",
+)
+@threshold_option
+@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them: texts like those you will run.  [default: built in]",
+)
+@click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice here, a new export recipe.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout.")
+@backend_option
+@device_option
+@threads_option
+def tune(
+    bundle: Path,
+    grid: tuple[int, ...],
+    confidence_threshold: float | None,
+    max_new_tokens: int,
+    prompts: Path | None,
+    num_prompts: int | None,
+    prompt_tokens: int | None,
+    recipe: Path | None,
+    json_path: Path | None,
+    html_path: Path | None,
+    backend: Any,
+    device: Any,
+    threads: int,
+) -> None:
+    """Find the best exit layer and speculation length for your text and this device, from one BUNDLE of any."""
+    _require("tune")
+    if html_path is not None:
+        _require("tune --html")
+    _check_writable(recipe, json_path, html_path)
+    if recipe is not None and recipe.exists():
+        raise RecipeError(recipe, "is there already", fix="give another file, or remove it")
+    from edgeskip.recipes.tuning import TuneSettings
+    from edgeskip.recipes.tuning import tune as run
+    from edgeskip.recipes.tuning_report import print_tuning, tuned_recipe, tuning_page
+    from edgeskip.runtime.bench import load_prompts
+    from edgeskip.runtime.generate import load
+
+    settings = TuneSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, confidence_threshold, prompt_tokens)
+    texts = load_prompts(prompts)[:num_prompts]
+    command = shlex.join(["edgeskip", *sys.argv[1:]])
+    choice: Any = {"backend": backend, "device": device, "threads": threads}
+    with _progress() as progress:
+        report = run(lambda: load(bundle, **choice, progress=progress), texts, settings, command, progress)
+    print_tuning(report, _console(stderr="-" in map(str, (recipe, json_path, html_path))))
+    if json_path is not None:
+        _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    if html_path is not None:
+        _write_text(html_path, tuning_page(report))
+    if recipe is not None:
+        _write_text(recipe, tuned_recipe(report, str(recipe)))
 
 
 @main.command()
@@ -366,7 +543,7 @@ def check(
     threads: int,
 ) -> None:
     """Compare what a BUNDLE's graphs compute here with transformers in fp32, call by call and text by text."""
-    _require("check", "polygraphy", "torch", "transformers", *EXPORT_MODULES)
+    _require("check")
     from edgeskip.exporter.check import run_check
     from edgeskip.exporter.check_report import print_check
     from edgeskip.exporter.golden import Golden
@@ -402,6 +579,94 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Show what this machine has, what will work here, and the command that mends what will not."""
+    from edgeskip.runtime.doctor import examine
+
+    report = examine()
+    try:
+        from edgeskip.runtime.doctor_report import print_doctor
+    except ImportError:  # without rich the JSON says as much
+        as_json = True
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+    else:
+        print_doctor(report, _console())
+
+
+@main.group()
+def recipes() -> None:
+    """Models, devices and trainings that edgeskip knows: list, show, copy, validate."""
+
+
+@recipes.command(name="list")
+def list_recipes() -> None:
+    """List the recipes that ship with edgeskip."""
+    from edgeskip.recipes.library import shipped_recipes
+
+    found = list(shipped_recipes())
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        click.echo(f"{recipe.kind:9} {recipe.name:{width}}  {recipe.title}")
+
+
+@recipes.command()
+@click.argument("recipe")
+def show(recipe: str) -> None:
+    """Print a RECIPE, by name or file: its text, and what it takes from the one it extends."""
+    from edgeskip.recipes.library import recipe_file
+    from edgeskip.recipes.reader import read_table
+
+    path = recipe_file(recipe)
+    resolved = read_table(path)
+    text = path.read_text(encoding="utf-8")
+    click.echo(text, nl=False)
+    own = read_table(path, extend=False)
+    if inherited := {key: value for key, value in resolved.items() if own.get(key) != value}:
+        click.echo("\n# From what it extends:")
+        for key, value in inherited.items():
+            click.echo(f"#   {key} = {json.dumps(value, ensure_ascii=False)}")
+
+
+@recipes.command()
+@click.argument("recipe")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def copy(recipe: str, file: Path | None) -> None:
+    """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
+    from edgeskip.recipes.library import recipe_file
+
+    path = recipe_file(recipe)
+    target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
+    try:
+        with target.open("x", encoding="utf-8") as new:
+            new.write(path.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(target, "is there already", fix="give another file, or remove it") from None
+    except OSError as error:
+        raise RecipeError(target, f"cannot be written ({error.strerror})", fix="give another file") from None
+    click.echo(f"{target}", err=True)
+
+
+@recipes.command()
+@click.argument("names", nargs=-1, metavar="[RECIPE]...")
+def validate(names: tuple[str, ...]) -> None:
+    """Check RECIPES, by name or file, of any kind.  [default: all that ship with edgeskip]"""
+    from edgeskip.recipes.library import recipe_file, shipped_recipes
+    from edgeskip.recipes.library import validate as check_recipe
+
+    failed = False
+    for path in [recipe_file(name) for name in names] or [recipe.path for recipe in shipped_recipes()]:
+        try:
+            click.echo(f"{path}: a {check_recipe(path)} recipe")
+        except RecipeError as error:
+            click.echo(f"edgeskip: {error}", err=True)
+            failed = True
+    if failed:
+        raise SystemExit(RecipeError.exit_code)
+
+
+@main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the model goes.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
@@ -409,7 +674,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
 def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
     """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
-    _require("train", "torch", "transformers", "accelerate")
+    _require("train")
     from edgeskip.recipes.training import train as run
 
     result = run(recipe, output, resume, stop_after_minutes, data)
@@ -427,7 +692,7 @@ def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: f
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
     """Make a CHECKPOINT with random weights, of a published SHAPE or a config.json, to measure speed with."""
-    _require("train,export", "torch", "transformers", "safetensors", "huggingface_hub")
+    _require("synth")
     from edgeskip.exporter.folder import check_destination
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
 
@@ -454,7 +719,7 @@ def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed
 @threads_option
 def demo(keep: Path | None, threads: int) -> None:
     """See it work: export the model that ships with edgeskip, decode it both ways, compare."""
-    _require("demo", *EXPORT_MODULES, "onnxruntime")
+    _require("demo")
     from edgeskip.recipes.demo import run_demo
 
     with _progress() as progress:
@@ -489,17 +754,12 @@ def _progress() -> Iterator[Progress]:
         yield update
 
 
-def _require(extra: str, *modules: str) -> None:
-    """Refuses a verb whose extra is not installed."""
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise BackendError(
-            f"edgeskip {click.get_current_context().info_name}",
-            f"{', '.join(missing)} not installed",
-            fix=f'pip install "edgeskip[{extra}]"',
-        )
+def _require(verb: str) -> None:
+    """Refuses a verb, or an option of one, whose extra is not installed."""
+    need = NEEDS[verb]
+    if missing := missing_modules(need.modules):
+        place = f"edgeskip {click.get_current_context().info_name}"
+        raise BackendError(place, f"{', '.join(missing)} not installed", fix=need.fix)
 
 
 def _read_text(file: Any) -> str:

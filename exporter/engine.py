@@ -40,7 +40,7 @@ from edgeskip.runtime.graphs import GRAPHS, Graph, GraphName, dimensions
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.rounds import HEAD_ROWS
 from edgeskip.runtime.targets import RTX_REFUSED, VERSIONS, dtype_problem
-from edgeskip.runtime.trt_session import MODULES, import_tensorrt
+from edgeskip.runtime.trt_session import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.user_cache import cache_folder, keep
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
@@ -122,7 +122,7 @@ def _targets(library: Any, settings: BuildSettings) -> list[Target]:
                 fix="run it there without --sm, or give --backend tensorrt-rtx",
             )
         return [_present()]
-    served = sorted(int(name[2:]) for name in library.ComputeCapability.__members__ if name.startswith("SM"))
+    served = served_by(library)
     listed = ", ".join(map(str, served))
     targets = [Target(sm, None) for sm in dict.fromkeys(settings.compute_capabilities)]
     targets = targets or [_present(f"give --sm, of {listed}, to build for another machine")]

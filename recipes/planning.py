@@ -31,8 +31,9 @@ from edgeskip.runtime.bench import BenchReport
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.graphs import GraphName, graph_table
 from edgeskip.runtime.memory import buffer_sizes, cache_sizes
+from edgeskip.runtime.packages import LEAST_VERSIONS
 from edgeskip.runtime.rounds import prefill_round, speculative_round
-from edgeskip.runtime.targets import LEAST_TENSORRT, RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
+from edgeskip.runtime.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
 
 GRID = tuple(range(1, 9))
 """Speculation lengths that are looked at."""
@@ -367,8 +368,8 @@ def _software_problems(device: Device, settings: PlanSettings) -> Iterator[Probl
     backend, sm = settings.backend, device.compute_capability
     if backend == "tensorrt":
         version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
-        if version is not None and _numbers(version) < LEAST_TENSORRT:
-            newer = [jetpack for jetpack, its in device.jetpacks.items() if _numbers(its) >= LEAST_TENSORRT]
+        if version is not None and _numbers(version) < LEAST_VERSIONS["tensorrt"]:
+            newer = _jetpacks(device)
             place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
             fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
             yield Problem("build", f"{place} has TensorRT {version}; wanted {VERSIONS['tensorrt']}", fix)
@@ -411,10 +412,15 @@ def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> 
     if not reports:
         yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
     if backend == "tensorrt" and device.jetpacks:
-        served = [jetpack for jetpack, version in device.jetpacks.items() if _numbers(version) >= LEAST_TENSORRT]
+        served = _jetpacks(device)
         yield f"Needs JetPack {' or '.join(served)}." if served else "No JetPack has a TensorRT that is new enough yet."
     if backend != "onnxruntime":
         yield "Engines have been built for RTX GPUs and have not run on any GPU yet."
+
+
+def _jetpacks(device: Device) -> list[str]:
+    """Those whose TensorRT is new enough."""
+    return [jetpack for jetpack, its in device.jetpacks.items() if _numbers(its) >= LEAST_VERSIONS["tensorrt"]]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
+from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
 from edgeskip.runtime.manifest import Bundle, Progress
+from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 from edgeskip.runtime.rounds import Call, speculative_round
 from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
@@ -36,10 +37,6 @@ within this of the top one."""
 
 
 _STAGE_REPEATS = 30
-_PACKAGES = (
-    *("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-core"),
-    *("torch", "transformers"),
-)
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,7 @@ def run_bench(
         synthetic=manifest.synthetic,
         backend=session.description,
         hardware={"device": session.hardware, "host": f"{platform.system()} {platform.machine()}"},
-        versions=_versions(),
+        versions=versions(RUNTIME_PACKAGES),
         command=command,
         dtype=manifest.dtype,
         exit_layer=manifest.exit_layer,
@@ -320,17 +317,6 @@ def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
     manifest = bundle.manifest
     a = manifest.architecture
     return len(manifest.table[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
-
-
-def _versions() -> dict[str, str]:
-    """What of the packages that matter is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:

@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.errors import BackendError, reason
+from edgeskip.runtime.packages import install
 
 ALIGNMENT = 256
 """Bytes; TensorRT refuses addresses that are not multiples of it."""
 
-INSTALL = 'pip install "edgeskip[cuda]"'
+INSTALL = install("cuda")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,21 @@ class CudaDevice:
         """The newest CUDA that the driver serves, as (13, 0)."""
         version = int(self._checked(self._driver.cuDriverGetVersion()))
         return version // 1000, version % 1000 // 10
+
+    @property
+    def is_integrated(self) -> bool:
+        """Whether its memory is the host's, as on a Jetson."""
+        return bool(self._device.properties.integrated)
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory in all."""
+        return int(self._checked(self._driver.cuMemGetInfo())[1])
+
+    @property
+    def count(self) -> int:
+        """CUDA devices in this machine; this one is the first."""
+        return int(self._checked(self._driver.cuDeviceGetCount()))
 
     def free_bytes(self) -> int:
         """Device memory that nobody holds."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
-import platform
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +20,9 @@ from edgeskip.runtime.cuda import INSTALL, CudaDevice, out_of_memory
 from edgeskip.runtime.cuda_session import CudaSession
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
+from edgeskip.runtime.host import cpu_name, usable_cores
 from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.packages import install
 from edgeskip.runtime.rounds import Call, Round, View, speculative_round, workspace
 from edgeskip.runtime.session import BoundRound, Memory, RoundResult, Session
 
@@ -84,8 +84,8 @@ class OrtCpuSession(Session):
         self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
-        self._threads = threads or _usable_cores()
-        self.hardware = f"{_cpu_name()}, {self._threads} threads"
+        self._threads = threads or usable_cores()
+        self.hardware = f"{cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
 
     @property
@@ -158,7 +158,7 @@ class OrtCpuSession(Session):
 
     def copy_bytes_per_second(self) -> float:
         """Rate of copies within the memory that holds the weights, bytes read plus bytes written, by all threads."""
-        size, threads = 1 << 26, min(self._threads, _usable_cores())
+        size, threads = 1 << 26, min(self._threads, usable_cores())
         pairs = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(threads)]
         times = []
         with ThreadPoolExecutor(threads) as pool:
@@ -203,7 +203,7 @@ class OrtCudaSession(CudaSession):
             if dialect == "ort" and manifest.dtype == "fp32":
                 found = "in fp32, which the ort dialect's attention lacks on CUDA"
                 raise BackendError(bundle.folder, found, wanted="the standard dialect")
-            _check_cuda_provider(ort, device)
+            check_cuda_provider(ort, device.driver_cuda_version)
             super().__init__(bundle, device, manifest.weights_bytes)
         except BaseException:
             device.close()
@@ -343,14 +343,23 @@ def _cuda_options(ort: Any) -> Any:
     return options
 
 
-def _check_cuda_provider(ort: Any, device: CudaDevice) -> None:
-    """Says in one line what would keep the CUDA provider from loading."""
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+def has_cuda_provider(ort: Any) -> bool:
+    """Whether this ONNX Runtime was built for CUDA; one for the CPU was not."""
+    return "CUDAExecutionProvider" in ort.get_available_providers()
+
+
+def check_cuda_provider(ort: Any, driver_cuda_version: tuple[int, int]) -> None:
+    """Says in one line what would keep the CUDA provider from loading with a driver for this CUDA.
+
+    Raises:
+        BackendError: no such provider, the driver is too old, or libraries are missing.
+    """
+    if not has_cuda_provider(ort):
         fix = f"pip uninstall onnxruntime && {INSTALL}"
         raise BackendError("onnxruntime", f"{ort.__version__} has no CUDA provider", fix=fix)
     wanted = tuple(int(part) for part in (getattr(ort, "cuda_version", "") or "0.0").split(".")[:2])
-    if device.driver_cuda_version[0] < wanted[0]:
-        found, needed = (".".join(map(str, version)) for version in (device.driver_cuda_version, wanted))
+    if driver_cuda_version[0] < wanted[0]:
+        found, needed = (".".join(map(str, version)) for version in (driver_cuda_version, wanted))
         fix = "upgrade the NVIDIA driver"
         raise BackendError("CUDA", f"a driver for CUDA {found}", wanted=f"one for CUDA {needed}", fix=fix)
     ort.preload_dlls()
@@ -370,7 +379,7 @@ def cpu_options(ort: Any, threads: int) -> Any:
     """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
     global _pool_threads
     if _pool_threads is None:
-        _pool_threads = threads or _usable_cores()
+        _pool_threads = threads or usable_cores()
         ort.set_global_thread_pool_sizes(_pool_threads, 1)
     elif threads not in (0, _pool_threads):
         raise BackendError(
@@ -385,19 +394,6 @@ def cpu_options(ort: Any, threads: int) -> Any:
     return options
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def onnxruntime() -> Any:
     """The library, imported late.
 
@@ -407,7 +403,7 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError("onnxruntime", f"not usable ({error})", fix='pip install "edgeskip[cpu]"') from None
+        raise BackendError("onnxruntime", f"not usable ({error})", fix=install("cpu")) from None
     return onnxruntime
 
 

@@ -12,8 +12,6 @@ VERSIONS: dict[EngineBackend, str] = {
 """The first with the layers that a graph becomes: TensorRT's release notes of 10.15.1; RTX 1.4 to 1.7 build the
 shipped bundle."""
 
-LEAST_TENSORRT = (10, 15)
-
 RTX_SERVES = (75, 80, 86, 89, 120, 121)
 """SMs of TensorRT-RTX 1.7, as its `ComputeCapability` lists them."""
 

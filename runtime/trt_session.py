@@ -17,6 +17,7 @@ from edgeskip.runtime.engines import EngineBackend, Engines, build_command, veri
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.graphs import GRAPHS, GraphName, Tensor, present_name
 from edgeskip.runtime.manifest import Bundle, Progress
+from edgeskip.runtime.packages import install
 from edgeskip.runtime.rounds import HEAD_ROWS, Call, Round, View, speculative_round
 from edgeskip.runtime.user_cache import cache_folder, keep
 
@@ -24,10 +25,7 @@ DECODE, PREFILL = 0, 1
 """Optimization profiles of draft and verify: up to HEAD_ROWS rows, and up to a prompt's chunk. Head has the first."""
 
 MODULES: dict[EngineBackend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-INSTALL: dict[EngineBackend, str] = {
-    "tensorrt": 'pip install "edgeskip[tensorrt]", or JetPack 7.2 on a Jetson',
-    "tensorrt-rtx": 'pip install "edgeskip[rtx]"',
-}
+INSTALL: dict[EngineBackend, str] = {"tensorrt": install("tensorrt"), "tensorrt-rtx": install("rtx")}
 
 
 def import_tensorrt(backend: EngineBackend) -> Any:
@@ -39,7 +37,13 @@ def import_tensorrt(backend: EngineBackend) -> Any:
     try:
         return importlib.import_module(MODULES[backend])
     except ImportError as error:
-        raise BackendError(MODULES[backend], f"not usable ({error})", fix=INSTALL[backend]) from None
+        fix = INSTALL[backend] + (", or JetPack 7.2 on a Jetson" if backend == "tensorrt" else "")
+        raise BackendError(MODULES[backend], f"not usable ({error})", fix=fix) from None
+
+
+def served_by(library: Any) -> list[int]:
+    """SMs that this TensorRT-RTX serves, 86 for 8.6."""
+    return sorted(int(name[2:]) for name in library.ComputeCapability.__members__ if name.startswith("SM"))
 
 
 def why_not(engines: Engines, compute_capability: int, version: str) -> str:

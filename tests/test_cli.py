@@ -20,7 +20,10 @@ from edgeskip.runtime.manifest import MANIFEST
 from edgeskip.runtime.statistics import Statistics
 from tests.conftest import edit_json
 
-VERBS = ("bench", "build", "check", "demo", "export", "generate", "inspect", "pack", "synth", "train")
+VERBS = (
+    *("bench", "build", "check", "demo", "doctor", "export", "generate", "inspect", "pack", "plan", "recipes", "synth"),
+    *("train", "tune"),
+)
 MODES = ("self-speculative", "autoregressive", "early-exit")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

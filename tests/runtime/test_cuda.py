@@ -199,14 +199,14 @@ def library(tmp_path, **changes):
 def test_an_onnxruntime_for_the_cpu_is_named(tmp_path):
     ort = library(tmp_path, get_available_providers=lambda: ["CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"1.31.1 has no CUDA provider; pip uninstall onnxruntime && pip install"):
-        ort_session._check_cuda_provider(ort, types.SimpleNamespace(driver_cuda_version=(13, 0)))
+        ort_session.check_cuda_provider(ort, (13, 0))
 
 
 def test_a_driver_too_old_is_named(tmp_path):
     with pytest.raises(
         BackendError, match=r"a driver for CUDA 12.4; wanted one for CUDA 13.0; upgrade the NVIDIA driver"
     ):
-        ort_session._check_cuda_provider(library(tmp_path), types.SimpleNamespace(driver_cuda_version=(12, 4)))
+        ort_session.check_cuda_provider(library(tmp_path), (12, 4))
 
 
 def test_missing_cuda_libraries_are_named(tmp_path):
@@ -216,7 +216,7 @@ def test_missing_cuda_libraries_are_named(tmp_path):
     with pytest.raises(
         BackendError, match=r'libraries missing \(.*libonnxruntime_providers.*pip install "edgeskip\[cuda'
     ):
-        ort_session._check_cuda_provider(ort, types.SimpleNamespace(driver_cuda_version=(13, 0)))
+        ort_session.check_cuda_provider(ort, (13, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The machine around the GPU: processor, memory, disks, and what a command of the system says."""
+
+from __future__ import annotations
+
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAX_OUTPUT = 1 << 16
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes; `available` is what a process can still take. Null is what the system does not tell."""
+
+    total: int
+    available: int | None
+    swap_total: int | None
+    swap_free: int | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of the file system that holds a folder; `free` is what this user may take."""
+
+    folder: str
+    total: int
+    free: int
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's name, or its kind where the system has no name for it."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Memory by /proc/meminfo; where there is none, as on macOS, its size alone.
+
+    Raises:
+        OSError, ValueError, LookupError: the system does not tell.
+    """
+    path = root / "proc/meminfo"
+    if not path.exists():
+        return HostMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None, None, None)
+    lines = (line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
+    sizes = {name: 1024 * int(value.split()[0]) for name, value in lines if value.strip().endswith("kB")}
+    return HostMemory(sizes["MemTotal"], *map(sizes.get, ("MemAvailable", "SwapTotal", "SwapFree")))
+
+
+def disk(folder: Path) -> Disk:
+    """The file system that holds a folder, or that would if the folder were made.
+
+    Raises:
+        OSError: it cannot be asked.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    return Disk(str(folder), usage.total, usage.free)
+
+
+def command_output(name: str, *arguments: str, root: Path = Path("/"), timeout_s: float = 5.0) -> str:
+    """What a command prints on stdout and stderr.
+
+    It is looked for on the PATH, then in the system's own folders, which a user's PATH may lack.
+
+    Raises:
+        FileNotFoundError: there is no such command.
+        TimeoutError: it does not end in time; it is killed with all that it started.
+        OSError: it cannot be run, fails, or prints more than 64 KB.
+    """
+    folders = (root / folder for folder in ("usr/bin", "usr/sbin", "bin", "sbin", "usr/lib/wsl/lib"))
+    command = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    if command is None:
+        raise FileNotFoundError(f"no command {name}")
+    process = subprocess.Popen(
+        [command, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that what it starts can be ended with it
+        env=os.environ | {"LC_ALL": "C"},
+    )
+    assert process.stdout is not None
+    deadline, output = time.monotonic() + timeout_s, b""
+    try:
+        while select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))[0]:
+            piece = os.read(process.stdout.fileno(), _MAX_OUTPUT)
+            output += piece
+            if not piece or len(output) > _MAX_OUTPUT:
+                break
+        else:
+            raise TimeoutError(f"{name} gave no answer in {timeout_s:g} s")
+        if len(output) > _MAX_OUTPUT:
+            raise OSError(f"{name} prints without end")
+        try:
+            code = process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{name} did not end in {timeout_s:g} s") from None
+    except BaseException:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # what hangs in a driver cannot be killed
+            process.wait(1)
+        raise
+    finally:
+        process.stdout.close()
+    text = output.decode(errors="replace")
+    if code:
+        raise OSError(f"{name} ended with exit code {code} ({text.strip().rpartition(chr(10))[2]:.200})")
+    return text

@@ -1,0 +1,87 @@
+"""Packages: the versions that are installed, and what each verb needs beyond the base install. Imports none of them."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+RUNTIME_PACKAGES = (
+    *("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-core"),
+    *("torch", "transformers"),
+)
+"""What a measured speed depends on."""
+
+PACKAGES = (
+    *RUNTIME_PACKAGES,
+    *("tokenizers", "jinja2", "rich", "click"),
+    *("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
+    *("polygraphy", "accelerate", "matplotlib"),
+)
+
+LEAST_VERSIONS: dict[str, tuple[int, ...]] = {
+    "onnxruntime": (1, 23),
+    "onnxruntime-gpu": (1, 31),
+    "tensorrt": (10, 15),
+    "tensorrt-rtx": (1, 4),
+}
+"""Of what runs a bundle, as in pyproject.toml."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """The modules that a verb looks for, and the extras that bring them."""
+
+    extras: str
+    modules: tuple[str, ...]
+
+    @property
+    def fix(self) -> str:
+        """The command that brings them."""
+        return install(self.extras)
+
+
+_EXPORT = ("onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "ml_dtypes")
+
+BASE = ("numpy", "tokenizers", "jinja2", "rich")
+"""Modules of the base install, which every verb may use."""
+
+NEEDS = {
+    "export": Need("export", _EXPORT),
+    "build": Need("build", ("polygraphy",)),
+    "check": Need("check", ("polygraphy", "torch", "transformers", *_EXPORT)),
+    "train": Need("train", ("torch", "transformers", "accelerate")),
+    "synth": Need("train,export", ("torch", "transformers", "safetensors", "huggingface_hub")),
+    "demo": Need("demo", (*_EXPORT, "onnxruntime")),
+    "bench --html": Need("plots", ("matplotlib",)),
+    "bench --compare": Need("train,export", ("torch", "transformers", *_EXPORT)),
+    "tune": Need("export", _EXPORT),
+    "tune --html": Need("plots", ("matplotlib",)),
+}
+"""By verb, or by the option of one."""
+
+
+def install(extras: str) -> str:
+    """The command that installs extras, given as `cpu` or `train,export`."""
+    return f'pip install "edgeskip[{extras}]"'
+
+
+def missing_modules(modules: Iterable[str]) -> list[str]:
+    """Those that are not installed."""
+    return [module for module in modules if find_spec(module) is None]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version, and that of each of these packages that is installed."""
+    from importlib import metadata  # late, for a command line that only helps
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            version: str | None = metadata.version(package)
+        except Exception:  # not there, or its metadata is damaged
+            continue
+        if version:  # so that what has lost its metadata counts as not installed, in every Python
+            found[package] = version
+    return found
