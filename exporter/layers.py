@@ -21,7 +21,7 @@ from edgeskip.exporter.golden import Golden, Trace
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.graphs import GraphName, dimensions, present_name
 from edgeskip.runtime.manifest import Bundle
-from edgeskip.runtime.ort_session import cpu_options, onnxruntime
+from edgeskip.runtime.ort_session import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
 
 Array = npt.NDArray[Any]
 
@@ -51,10 +51,10 @@ class TappedGraph:
         _set_outputs(model.graph, taps | {present_name(name): presents[present_name(name)] for name in self._pasts})
         self.taps = tuple(taps)
         ort = onnxruntime()
-        on_gpu = device == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers()
+        on_gpu = device == "cuda" and has_cuda_provider(ort)
         options = cpu_options(ort, 0)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
-        providers = ["CUDAExecutionProvider"] if on_gpu else []
+        providers = [CUDA_PROVIDER] if on_gpu else []
         data = ir.to_proto(model).SerializeToString()
         try:
             self._session = ort.InferenceSession(data, options, providers=[*providers, "CPUExecutionProvider"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from edgeskip.exporter import decoder
-from edgeskip.exporter.weights import WeightsLayout
+from edgeskip.exporter.weights import PlacedTensor, WeightsLayout
 from edgeskip.runtime.architecture import Architecture
 from edgeskip.runtime.graphs import Graph, GraphName, Tensor, dimensions
 from edgeskip.runtime.manifest import WEIGHTS
+from edgeskip.runtime.weights import StoredTensor
 
 OPSETS = {"standard": 24, "ort": 23}
 """The lowest that has each dialect's operators; ONNX Runtime reads 24 from its release 1.24 on."""
-_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def split_graph(
@@ -29,7 +32,7 @@ def split_graph(
         dialect: `standard` or `ort`.
     """
     fused = dialect == "ort"
-    dtype = _DTYPES[layout.dtype]
+    dtype = DTYPES[layout.dtype]
     capacity = layout.tensors["rope.cos"].shape[0]
     sizes = dimensions(architecture, capacity)
     opsets = {"": OPSETS[dialect]} | ({"com.microsoft": 1} if fused else {})
@@ -44,7 +47,8 @@ def split_graph(
     if name == "head":
         outputs = list(decoder.Head(architecture, dtype, fused=fused)(op, inputs["hidden_states"]))
     else:
-        cos, sin = (builder.initializer(_external(layout, table), table) for table in ("rope.cos", "rope.sin"))
+        tables = ("rope.cos", "rope.sin")
+        cos, sin = (builder.initializer(external(layout.tensors[name], name, dtype), name) for name in tables)
         places = decoder.places(op, inputs["position_ids"], cos, sin, capacity, fused=fused)
         pasts = {i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers}
         layers = decoder.Layers(architecture, graph.layers, dtype, fused=fused)
@@ -54,16 +58,19 @@ def split_graph(
         element, shape = declared(tensor)
         value.type, value.shape = ir.TensorType(element), ir.Shape(shape)
         builder.add_output(value, tensor.name)
-    for key, value in builder.graph.initializers.items():
+    return finished(builder, layout.tensors, dtype)
+
+
+def finished(builder: GraphBuilder, tensors: Mapping[str, PlacedTensor | StoredTensor], dtype: ir.DataType) -> ir.Model:
+    """The model of a built graph, its weights pointed at their places in the weights file."""
+    for name, value in builder.graph.initializers.items():
         if value.const_value is None:
-            value.const_value = _external(layout, key)
+            value.const_value = external(tensors[name], name, dtype)
     for node in builder.graph:
         node.metadata_props.clear()
     return ir.Model(builder.graph, ir_version=11, producer_name="edgeskip")
 
 
-def _external(layout: WeightsLayout, name: str) -> ir.ExternalTensor:
-    placed = layout.tensors[name]
-    return ir.ExternalTensor(
-        WEIGHTS, placed.offset, placed.bytes, _DTYPES[layout.dtype], shape=ir.Shape(placed.shape), name=name
-    )
+def external(placed: PlacedTensor | StoredTensor, name: str, dtype: ir.DataType) -> ir.ExternalTensor:
+    """A tensor in the weights file."""
+    return ir.ExternalTensor(WEIGHTS, placed.offset, placed.bytes, dtype, shape=ir.Shape(placed.shape), name=name)

@@ -39,6 +39,10 @@ _LIBRARIES_BYTES = 256 << 20
 """About what cuBLAS, cuDNN and the kernels take beside the weights."""
 
 
+CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
+"""With fp32 as it is: by default products round it to the 10 bits of TF32."""
+
+
 class OrtCpuSession(Session):
     """The `ort` dialect on ONNX Runtime's CPU provider, updating caches in place.
 
@@ -325,15 +329,10 @@ def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
 
 
 def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
-    return (
-        "CUDAExecutionProvider",
-        {
-            "device_id": "0",
-            "user_compute_stream": str(int(device.stream.handle)),
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",
-        },
-    )
+    name, options = CUDA_PROVIDER
+    stream = str(int(device.stream.handle))
+    more = {"device_id": "0", "user_compute_stream": stream, "arena_extend_strategy": "kSameAsRequested"}
+    return name, options | more
 
 
 def _cuda_options(ort: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A bench report as one HTML page that needs nothing else: no network, no other file."""
+"""A report as one HTML page that needs nothing else: no network, no other file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from jinja2 import ChainableUndefined, Environment
+from jinja2 import ChainableUndefined, Environment, FunctionLoader
 
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.plots import PLAIN, bench_plots, best_row, figure, rows_of, size, undrawn_rows
@@ -21,17 +21,33 @@ def bench_page(report: Mapping[str, Any]) -> str:
     try:
         plots = bench_plots(report)
     except ImportError as error:
-        raise BackendError("bench page", f"no plots ({error})", fix='pip install "edgeskip[plots]"') from None
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined)
-    environment.filters |= {"figure": _figure, "share": _share, "size": size}
-    source = (resources.files("edgeskip.runtime") / "bench.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+        raise no_plots("bench page", error) from None
+    return render(
+        "bench.html.jinja",
         report=report,
         plots=plots,
         plain=next((row for row in rows_of(report) if row["mode"] == PLAIN), None),
         best=best_row(report),
         undrawn=undrawn_rows(report),
     )
+
+
+def render(template: str, **values: object) -> str:
+    """A page from one of this folder's templates; what a report lacks is left out."""
+    environment = Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=ChainableUndefined,
+        loader=FunctionLoader(lambda name: (resources.files("edgeskip.runtime") / name).read_text(encoding="utf-8")),
+    )
+    environment.filters |= {"figure": _figure, "share": _share, "size": size}
+    return environment.get_template(template).render(values)
+
+
+def no_plots(page: str, error: ImportError) -> BackendError:
+    """What to say where matplotlib is missing."""
+    return BackendError(page, f"no plots ({error})", fix='pip install "edgeskip[plots]"')
 
 
 def _figure(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Plots of a bench report as SVG: text stays text, in the page's font and ink."""
+"""Plots of reports as SVG: text stays text, in the page's font and ink."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bench_plots(report: Report) -> dict[str, str]:
         ImportError: matplotlib is missing.
     """
     plots = {"speed": _speed, "stages": _stages, "rounds": _rounds, "acceptance": _acceptance, "memory": _memory}
-    return {name: _svg(name, *plot) for name, make in plots.items() if (plot := make(report))}
+    return {name: svg(name, *plot) for name, make in plots.items() if (plot := make(report))}
 
 
 def rows_of(report: Report, *, ours: bool = True) -> list[Mapping[str, Any]]:
@@ -86,7 +86,12 @@ def size(num_bytes: float) -> str:
     return f"{figure(num_bytes / 1e9)} GB" if num_bytes >= 1e9 else f"{figure(num_bytes / 1e6)} MB"
 
 
-def _svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
+def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
+    """A plot as an element of a page, with ids of its own, described by the heading of this name.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -96,11 +101,11 @@ def _svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
         draw(canvas.add_subplot())
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         canvas.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}" ', 1)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would hold for the whole page
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-labelledby="{name}" ', 1)
 
 
 def _speed(report: Report) -> Plot | None:

@@ -1,4 +1,4 @@
-"""The published benchmarks: the page shows what the kept reports say."""
+"""The published figures: the pages show what the kept reports say."""
 
 from __future__ import annotations
 
@@ -9,13 +9,25 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER = DOCS / "benchmarks"
 REPORTS = sorted(FOLDER.glob("*.json"))
 
 
-def test_the_tables_are_those_of_the_reports():
-    result = subprocess.run([sys.executable, FOLDER / "tables.py", "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["benchmarks/tables.py", "tuning/run.py"])
+def test_the_tables_are_those_of_the_reports(script):
+    result = subprocess.run([sys.executable, DOCS / script, "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "tuning").glob("*.json")), ids=lambda path: path.stem)
+def test_what_tune_picked_is_within_its_bar_of_the_best_pair_measured(path):
+    report = json.loads(path.read_text())
+    measured = {(e, k): ms for e, row in report["measured_ms_per_token"].items() for k, ms in enumerate(row)}
+    assert len(measured) == 11 * 8
+    for one in report["tuned"]:
+        foretold = {(e, k): ms for e, row in one["foretold_ms_per_token"].items() for k, ms in enumerate(row)}
+        assert measured[min(foretold, key=foretold.get)] <= 1.05 * min(measured.values())
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)

@@ -1,0 +1,161 @@
+"""The probe: every layer of a model as an exit, in one graph over the bundle's own weights.
+
+    embeddings of a text --> layer 1 --> layer 2 --> ... --> layer L
+                                |           |                   |
+                              head        head                head      of the rows that predict new tokens
+
+It is fed a text whole. Attention is causal, so what a layer gives for a row is what it would have drafted there with
+every draft before it right, and only then is a draft tested: one run tells the match rate of every exit layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnxscript import GraphBuilder, OpBuilder
+
+from edgeskip.exporter import decoder
+from edgeskip.exporter.split import DTYPES, OPSETS, external, finished
+from edgeskip.exporter.weights import NUMPY_DTYPES
+from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.ort_session import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
+from edgeskip.runtime.weights import embedding_table, stored_tensors
+
+Value = ir.Value
+
+
+@dataclass(frozen=True)
+class Exits:
+    """What the exits of layers 1 .. L draft for the n new tokens of a text; row L-1 is the model itself.
+
+    `token_ids` [L,n] int64, and the probability that each was given, `confidences` [L,n] fp32.
+    """
+
+    token_ids: npt.NDArray[Any]
+    confidences: npt.NDArray[Any]
+
+
+class Probe:
+    """The probe of a bundle in ONNX Runtime; a context manager.
+
+    On a CPU it maps weights in fp32, and holds those in fp16 widened. A text of T tokens takes memory for T x T numbers
+    in each attention head of one layer, or for the logits of one layer's new tokens.
+
+    Args:
+        bundle: whose weights.
+        device: `cuda` where ONNX Runtime should use its CUDA provider; where it has none, the CPU does it.
+        dialect: `ort`, or `standard` for fp32 on CUDA, by default: the fused attention has no fp32 there.
+
+    Raises:
+        BundleError: the bundle is packed: it has no weights.
+        BackendError: ONNX Runtime is missing or refuses the graph, or has to compute bf16 on a CPU.
+    """
+
+    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"] = "cpu", *, dialect: str | None = None) -> None:
+        check_probed(bundle, device)
+        ort, dtype, on_gpu = onnxruntime(), bundle.manifest.dtype, _on_gpu(device)
+        options = cpu_options(ort, 0)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
+        options.add_session_config_entry("session.disable_prepacking", "1")  # else the vocabulary is copied L times
+        dialect = dialect or ("standard" if on_gpu and dtype == "fp32" else "ort")
+        data = ir.to_proto(probe_graph(bundle, dialect)).SerializeToString()
+        providers = [*([CUDA_PROVIDER] if on_gpu else []), "CPUExecutionProvider"]
+        try:
+            self._session = ort.InferenceSession(data, options, providers=providers)
+        except Exception as error:  # its errors share no base but Exception
+            found = f"ONNX Runtime {ort.__version__} refuses the probe ({error})"
+            raise BackendError(bundle.folder, found, fix="upgrade onnxruntime") from None
+        self._embeddings, self._dtype = embedding_table(bundle), NUMPY_DTYPES[dtype]
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        del self._session
+
+    def exits(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Exits:
+        """Runs a prompt and the tokens [n] that followed it; both are at least one."""
+        rows = self._embeddings[[*prompt_ids, *token_ids[:-1]]]
+        feeds = {
+            "inputs_embeds": rows.view(self._dtype).astype(np.float32)[None],
+            "first": np.array([len(prompt_ids) - 1]),
+        }
+        return Exits(*self._session.run(["token_ids", "confidences"], feeds))
+
+
+def check_probed(bundle: Bundle, device: Literal["cpu", "cuda"]) -> None:
+    """Refuses a bundle that cannot be probed.
+
+    Raises:
+        BundleError: it is packed.
+        BackendError: ONNX Runtime is missing, or would have to compute bf16 on a CPU.
+    """
+    if bundle.manifest.packed:
+        fix = "give the bundle that it was packed from"
+        raise BundleError(bundle.folder, "packed, without the weights to probe", fix=fix)
+    if not _on_gpu(device) and bundle.manifest.dtype == "bf16":
+        found = "in bf16, which ONNX Runtime does not compute on a CPU"
+        raise BackendError(bundle.folder, found, fix="export with --dtype fp16")
+
+
+def _on_gpu(device: Literal["cpu", "cuda"]) -> bool:
+    return device == "cuda" and has_cuda_provider(onnxruntime())
+
+
+def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
+    """Authors the probe: `inputs_embeds` [1,T,H] fp32 and `first` [1], the first row that predicts, -> `Exits`.
+
+    Args:
+        bundle: whose layers, and whose weights file the graph points into.
+        dialect: `standard` or `ort`.
+    """
+    a, tensors, fused = bundle.manifest.architecture, stored_tensors(bundle), dialect == "ort"
+    dtype = DTYPES[bundle.manifest.dtype]
+    opsets = {"": OPSETS[dialect]} | ({"com.microsoft": 1} if fused else {})
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=opsets, name="probe"))
+    op = builder.op
+    hidden = op.Cast(builder.input("inputs_embeds", ir.DataType.FLOAT, [1, "T", a.hidden_size]), to=dtype)
+    first = builder.input("first", ir.DataType.INT64, [1])
+    length = op.Shape(hidden, start=1, end=2)
+    tables = (builder.initializer(external(tensors[name], name, dtype), name) for name in ("rope.cos", "rope.sin"))
+    places = _places(op, length, *tables, fused=fused)
+    # caches as long as the text, which the call itself fills
+    past = op.Cast(op.ConstantOfShape(op.Concat([1], [a.num_kv_heads], length, [a.head_dim], axis=0)), to=dtype)
+    head = decoder.Head(a, dtype, fused=fused)
+    exits = []
+    for i in range(a.num_layers):
+        layer = decoder.Layers(a, range(i, i + 1), dtype, fused=fused)
+        hidden, _ = layer(op, hidden, {i: (past, past)}, places)
+        logits, token_ids, _ = head(op, op.Slice(hidden, first, length, [1]))
+        exits.append((token_ids, _top_probability(op, logits)))
+    names = {"token_ids": ir.DataType.INT64, "confidences": ir.DataType.FLOAT}
+    for (name, element), parts in zip(names.items(), zip(*exits, strict=True), strict=True):
+        output = op.Concat(*parts, axis=0)
+        output.type, output.shape = ir.TensorType(element), ir.Shape([a.num_layers, "n"])
+        builder.add_output(output, name)
+    return finished(builder, tensors, dtype)
+
+
+def _places(op: OpBuilder, length: Value, cos: Value, sin: Value, *, fused: bool) -> decoder.Places:
+    """Rows 0 .. T-1 over caches of capacity T, from `length` [1] = T."""
+    rows = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
+    position_ids = op.Unsqueeze(rows, [0])
+    if fused:
+        last, capacity = (op.Cast(x, to=ir.DataType.INT32) for x in (op.Sub(length, [1]), op.Squeeze(length)))
+        return decoder.Places(position_ids, cos, sin, last_position=last, capacity=capacity)
+    mask = op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
+    return decoder.Places(position_ids, cos, sin, write_index=op.Constant(value_ints=[0]), mask=mask)
+
+
+def _top_probability(op: OpBuilder, logits: Value) -> Value:
+    """The softmax's largest value, [1,n] of logits [1,n,V], in fp32."""
+    wide = op.Cast(logits, to=ir.DataType.FLOAT)
+    rest = op.Exp(op.Sub(wide, op.ReduceMax(wide, [-1], keepdims=1)))
+    out: Value = op.Reciprocal(op.ReduceSum(rest, [-1], keepdims=0))
+    return out
