@@ -458,7 +458,7 @@ def tune(
     device: Any,
     threads: int,
 ) -> None:
-    """Find the best exit layer and speculation length for your text and this device, from one BUNDLE of any."""
+    """Find the best exit layer and speculation length for your text and this device, from one BUNDLE."""
     _require("tune")
     if html_path is not None:
         _require("tune --html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import util
 
 RUNTIME_PACKAGES = (
     *("edgeskip", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-core"),
@@ -69,7 +69,7 @@ def install(extras: str) -> str:
 
 def missing_modules(modules: Iterable[str]) -> list[str]:
     """Those that are not installed."""
-    return [module for module in modules if find_spec(module) is None]
+    return [module for module in modules if util.find_spec(module) is None]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
