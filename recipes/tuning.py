@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from edgeskip.exporter.probe import Exits, Probe, check_probed
 from edgeskip.recipes.cost import Sample, call_ms, fit_cost, graph_sizes
+from edgeskip.runtime.bench import encoded_prompts
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
@@ -191,7 +192,7 @@ def tune(
         check_probed(bundle, device)
         if settings.confidence_threshold is None:
             settings = replace(settings, confidence_threshold=session.confidence_threshold)
-        prompt_ids = _checked_prompts(model, prompts, settings)
+        prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
         texts, measured = _measure(model, prompt_ids, settings, progress)
     probed = _probe(bundle, device, texts, progress)
     drafts = {
@@ -322,19 +323,6 @@ def rounds_ms(measured: Measured, rounds: Rounds) -> float:
         return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
 
     return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
-
-
-def _checked_prompts(model: Model, prompts: Sequence[str], settings: TuneSettings) -> list[list[int]]:
-    """The prompts' ids, which leave room for the new tokens."""
-    prompt_ids = [model.tokenizer.encode(prompt).ids[: settings.prompt_tokens] for prompt in prompts]
-    capacity = model.bundle.manifest.max_length
-    longest = max(map(len, prompt_ids))
-    if longest > capacity - 2:
-        raise RequestError("prompts", f"one of {longest} tokens", wanted=f"at most {capacity - 2}")
-    if not 2 <= settings.max_new_tokens <= capacity - longest:
-        wanted = f"2 to {capacity - longest}, behind the longest prompt"
-        raise RequestError("max new tokens", f"{settings.max_new_tokens}", wanted=wanted)
-    return prompt_ids
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,26 @@ def load_prompts(path: Path | None = None) -> list[str]:
     return [text for text in texts if text]
 
 
+def encoded_prompts(
+    model: Model, prompts: Sequence[str], prompt_tokens: int | None, max_new_tokens: int
+) -> list[list[int]]:
+    """The prompts' ids, cut to `prompt_tokens` each where it is given; they leave room for the new tokens.
+
+    Raises:
+        RequestError: a prompt or a number of new tokens that is too long for the bundle, or fewer than two of these.
+    """
+    capacity = model.bundle.manifest.max_length
+    prompt_ids = [model.tokenizer.encode(prompt).ids[:prompt_tokens] for prompt in prompts]
+    longest = max(map(len, prompt_ids))
+    room = capacity - longest
+    if room < 2:
+        raise RequestError("prompts", f"one of {longest} tokens", wanted=f"at most {capacity - 2}")
+    if not 2 <= max_new_tokens <= room:
+        wanted = f"2 to {room}, behind the longest prompt"
+        raise RequestError("max new tokens", f"{max_new_tokens}", wanted=wanted)
+    return prompt_ids
+
+
 def run_bench(
     model: Model,
     prompts: Sequence[str],
@@ -211,15 +231,8 @@ def run_bench(
         if not 1 <= k <= MAX_SPECULATIONS:
             raise RequestError("num speculations", f"{k}", wanted=f"1 to {MAX_SPECULATIONS}")
     manifest, session = model.bundle.manifest, model.session
-    prompt_ids = [model.tokenizer.encode(prompt).ids[: settings.prompt_tokens] for prompt in prompts]
+    prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
-    room = manifest.max_length - longest
-    if room < 2:
-        raise RequestError("prompts", f"one of {longest} tokens", wanted=f"at most {manifest.max_length - 2}")
-    if not 2 <= settings.max_new_tokens <= room:
-        raise RequestError(
-            "max new tokens", f"{settings.max_new_tokens}", wanted=f"2 to {room}, behind the longest prompt"
-        )
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
     copy_rate = session.copy_bytes_per_second()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -449,6 +450,17 @@ def test_a_full_stdout_is_one_line(bundle):
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (5, "edgeskip: stdout: cannot be written (no space left)\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "edgeskip.cli", "plan", "llama3.2-1b", "-d", "h100", "--json", str(pipe)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        assert json.loads(pipe.read_text())["num_layers"] == 16
+        assert process.wait() == 0
+    assert pipe.is_fifo()
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(bundle, texts, tmp_path):
