@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shlex
@@ -148,8 +149,9 @@ def export(
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         source = paths[0] if len(paths) == 2 else checkpoint_source(chosen, path)
-        exit_layer, dtype = exit_layer or chosen.exit_layer, dtype or chosen.dtype
-        max_length, num_speculations = max_length or chosen.max_length, num_speculations or chosen.num_speculations
+        exit_layer, dtype = _first(exit_layer, chosen.exit_layer), _first(dtype, chosen.dtype)
+        max_length = _first(max_length, chosen.max_length)
+        num_speculations = _first(num_speculations, chosen.num_speculations)
     if exit_layer is None:
         raise click.UsageError("give --exit-layer or --recipe")
     bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
@@ -161,7 +163,7 @@ def export(
         dtype, max_length = fitted.dtype, fitted.max_length
         for problem in problems:
             click.echo(f"{device.name}: {problem.found}; {problem.fix}", err=True)
-    settings = ExportSettings(exit_layer, dtype or "fp32", max_length, num_speculations or 4)
+    settings = ExportSettings(exit_layer, _first(dtype, "fp32"), max_length, _first(num_speculations, 4))
     with _progress() as progress:
         exported = export_bundle(opened, bundle, settings, progress)
     weights = exported.manifest.weights_bytes / 1e6
@@ -174,7 +176,12 @@ def export(
 @click.option("--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them.")
 @click.option("--device", "-d", "device_name", required=True, help="A device, by name or file.")
 @click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
-@click.option("--num-speculations", "-k", type=click.IntRange(1, MAX_SPECULATIONS), help="K.  [default: the best]")
+@click.option(
+    "--num-speculations",
+    "-k",
+    type=click.IntRange(1, MAX_SPECULATIONS),
+    help="K.  [default: the best at a match rate that is known, else the recipe's]",
+)
 @click.option(
     "--match-rate",
     "match_rates",
@@ -229,15 +236,14 @@ def plan(
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
-        exit_layer, dtype, max_length = (
-            exit_layer or chosen.exit_layer,
-            dtype or chosen.dtype,
-            max_length or chosen.max_length,
-        )
+        exit_layer, dtype = _first(exit_layer, chosen.exit_layer), _first(dtype, chosen.dtype)
+        max_length = _first(max_length, chosen.max_length)
     else:
         shape = load_shape(str(model))
-        exit_layer = exit_layer or max(shape.architecture.num_layers // 4, 1)
+        exit_layer = _first(exit_layer, max(shape.architecture.num_layers // 4, 1))
     known |= parse_match_rates(match_rates, exit_layer)
+    if recipe is not None and exit_layer not in known:
+        num_speculations = _first(num_speculations, chosen.num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
     made = make_plan(recipe or shape.name, shape.architecture, device, settings, [read_report(p) for p in reports])
     print_plan(made, _console(stderr=str(json_path) == "-"))
@@ -635,12 +641,15 @@ def show(recipe: str) -> None:
 def copy(recipe: str, file: Path | None) -> None:
     """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
     from edgeskip.recipes.library import recipe_file
+    from edgeskip.recipes.library import validate as check_recipe
 
     path = recipe_file(recipe)
+    check_recipe(path)
+    text = path.read_text(encoding="utf-8")
     target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
     try:
         with target.open("x", encoding="utf-8") as new:
-            new.write(path.read_text(encoding="utf-8"))
+            new.write(text)
     except FileExistsError:
         raise RecipeError(target, "is there already", fix="give another file, or remove it") from None
     except OSError as error:
@@ -728,9 +737,16 @@ def demo(keep: Path | None, threads: int) -> None:
         raise SystemExit(1)
 
 
+def _first(given: Any, otherwise: Any) -> Any:
+    return otherwise if given is None else given
+
+
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # bars and arrows are not in every encoding
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
@@ -773,6 +789,7 @@ def _write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
+    path = Path(os.path.realpath(path))  # a link stays one
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.exists() and not path.is_file():  # a device or a pipe, which nothing may take the place of

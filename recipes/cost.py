@@ -153,6 +153,8 @@ def best_speculation(rounds_ms: Mapping[int, float], match_rate: float) -> tuple
 def samples_of_report(report: BenchReport) -> Iterator[Sample]:
     """The calls that `edgeskip bench` timed each by itself."""
     early, all_layers = report.exit_layer, report.num_layers
+    if early >= all_layers:
+        raise ValueError(f"exit layer {early} of {all_layers} layers")
     layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, "head": 0}
     for stage in report.stages:
         yield Sample(layers[stage.graph], stage.rows, stage.bytes, stage.ms)

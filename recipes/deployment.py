@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from edgeskip.recipes.reader import Positive, Share, find_file, read_recipe
+from edgeskip.recipes.reader import Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.backends import Backend
@@ -19,6 +19,8 @@ from edgeskip.runtime.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.structure import Range
 
 Capacity = Annotated[int, Range(2)]
+Amount = Annotated[float, Range(1e-3, 1e6)]
+Part = Annotated[float, Range(0.01, 1)]
 
 MODELS = Path(__file__).parent
 DEVICES = MODELS / "devices"
@@ -50,6 +52,8 @@ class ExportRecipe:
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.checkpoint.isprintable() or not self.checkpoint.strip():
+            raise RecipeError("checkpoint", f"found {self.checkpoint!r}", wanted="a hub id, a folder or a name")
         if any(exit_layer < 1 for exit_layer in self.match_rates):
             raise RecipeError("match_rates", f"found exit layer {min(self.match_rates)}", wanted="at least 1")
 
@@ -74,8 +78,8 @@ class Kernels:
     layer_us: Annotated[float, Range(0)] = 35.5
     several_us: Annotated[float, Range(0)] = 5.2
     row_us: Annotated[float, Range(0)] = 0.32
-    copy_share: Share = 0.92
-    flops_share: Share = 0.5
+    copy_share: Part = 0.92
+    flops_share: Part = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,12 @@ class Device:
 
     name: str
     compute_capability: Annotated[int, Range(50, 200)]
-    memory_gb: Positive
+    memory_gb: Amount
     reserved_gb: Annotated[float, Range(0)]
-    bandwidth_gb_per_s: Positive
-    fp16_tflops: Positive
+    bandwidth_gb_per_s: Amount
+    fp16_tflops: Amount
     backends: tuple[Backend, ...]
-    copy_share: Share = 0.85
+    copy_share: Part = 0.85
     shared_memory: bool = False
     dtype: DType = "fp16"
     max_length: Capacity = 2048

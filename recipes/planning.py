@@ -199,7 +199,7 @@ def make_plan(
     """
     a, context = architecture, architecture.max_position_embeddings
     backend, dtype = settings.backend or device.backends[0], settings.dtype or device.dtype
-    capacity = settings.max_length or min(device.max_length, context)
+    capacity = min(device.max_length, context) if settings.max_length is None else settings.max_length
     settings = replace(settings, backend=backend, dtype=dtype, max_length=capacity)
     _check(a, device, settings)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
@@ -284,9 +284,9 @@ def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]
     """
     rates = {}
     for text in texts:
-        layer, _, rate = text.rpartition("=")
+        layer, equals, rate = text.rpartition("=")
         try:
-            rates[int(layer) if layer else exit_layer] = float(rate)
+            rates[int(layer) if equals else exit_layer] = float(rate)
             if not 0 <= float(rate) <= 1:
                 raise ValueError
         except ValueError:
@@ -309,8 +309,11 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
         if not 1 <= exit_layer < layers:
             wanted = f"1 to {layers - 1}: the model has {layers} layers"
             raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
-    if not 2 <= (settings.max_length or 0) <= context:
+    if settings.max_length is None or not 2 <= settings.max_length <= context:
         raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
+    if settings.position is not None and not 0 <= settings.position < settings.max_length:
+        wanted = f"0 to {settings.max_length - 1}, within the capacity"
+        raise RequestError("position", f"{settings.position}", wanted=wanted)
     if settings.backend not in device.backends:
         found = f"{settings.backend} does not serve {device.name}"
         raise RequestError("backend", found, wanted=" or ".join(device.backends))
@@ -399,7 +402,7 @@ def _memory_problems(
             half = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
             fix = f"no length fits: take {half}a smaller model or a larger device"
         yield Problem("run", found, fix)
-    elif build and settings.backend == "tensorrt" and device.shared_memory:
+    if build and settings.backend == "tensorrt" and device.shared_memory:
         peak, graph = max((size, graph) for graph, size in build.items())
         if peak > available:
             swap = math.ceil((peak - available) / 1e9)

@@ -107,6 +107,8 @@ def _verdict(plan: Plan) -> str:
             return f"Self-speculation from exit layer {plan.exit_layer} loses whatever the match rate."
         return f"Self-speculation from exit layer {plan.exit_layer} pays from a match rate of {own.break_even:.2f}."
     best, speedup = plan.best, plan.plain_ms_per_token / plan.best.ms_per_token
+    if speedup <= 1:
+        return "Plain decoding is faster than any exit whose match rate is known."
     return (
         f"Of the exits whose match rate is known, E = {best.exit_layer} with K = {best.num_speculations} is the "
         f"fastest: {best.ms_per_token:.2f} ms a token, {speedup:.2f}x plain."

@@ -59,13 +59,13 @@ def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path =
     folders = list(folders)
     if name.endswith(".toml") or "/" in name:
         return relative_to / name
-    for folder in folders:
-        if (path := folder / f"{name}.toml").is_file():
-            return path
-    names = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
+    if name in found:
+        return found[name]
+    names = sorted(found)
     nearest = difflib.get_close_matches(name.lower(), names, n=1)
     fix = f"did you mean {nearest[0]!r}?" if nearest else ""
-    raise RecipeError(what, f"no {name!r}", wanted=f"a file, or one of {', '.join(names)}", fix=fix)
+    raise RecipeError(what, f"no {name[:60]!r}", wanted=f"a file, or one of {', '.join(names)}", fix=fix)
 
 
 def _parsed(path: Path) -> dict[str, Any]:

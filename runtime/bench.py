@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from edgeskip.runtime.architecture import ITEMSIZE
+from edgeskip.runtime.architecture import ITEMSIZE, Size
 from edgeskip.runtime.decode import prefill
 from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.generate import Generation, Model
@@ -28,7 +29,7 @@ from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 from edgeskip.runtime.rounds import Call, speculative_round
 from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
-from edgeskip.runtime.structure import structure
+from edgeskip.runtime.structure import Range, structure
 from edgeskip.runtime.weights import read_bytes
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
@@ -106,9 +107,9 @@ class StageTime:
     """A graph by itself over `rows` tokens: median time, and the bytes of weights and caches that it has to read."""
 
     graph: GraphName
-    rows: int
-    ms: float
-    bytes: int
+    rows: Size
+    ms: Annotated[float, Range(1e-9, 1e9)]
+    bytes: Annotated[int, Range(1)]
     gb_per_s: float
     share_of_copy: float
 
@@ -143,13 +144,13 @@ class BenchReport:
     versions: dict[str, str]
     command: str
     dtype: str
-    exit_layer: int
-    num_layers: int
+    exit_layer: Size
+    num_layers: Size
     max_length: int
     prompts: int
     prompt_tokens: int
     settings: BenchSettings
-    copy_gb_per_s: float
+    copy_gb_per_s: Annotated[float, Range(1e-9, 1e9)]
     weight_bytes: dict[GraphName, int]
     ideal_ms_per_token: float
     memory_bytes: Memory

@@ -163,6 +163,12 @@ def test_copy_writes_a_recipe_that_works_and_overwrites_nothing(tmp_path, monkey
     assert run("recipes", "copy", "python-10m", "mine.toml").exit_code == 0
     assert run("recipes", "validate", "mine.toml").exit_code == 0
     assert run("recipes", "copy", "python-10m", "no/such/folder.toml").exit_code == 7
+    (tmp_path / "noise.toml").write_bytes(b"\xff\x00")
+    for source in ("noise.toml", "nowhere.toml"):
+        refused = run("recipes", "copy", source, "new.toml")
+        assert refused.exit_code == 7
+        assert refused.output.startswith(f"edgeskip: {source}: ")
+        assert not (tmp_path / "new.toml").exists()
 
 
 def test_validate_names_every_fault(tmp_path):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +229,11 @@ def test_a_config_of_ones_own_is_planned(checkpoints):
         (["--recipe", "llama3-8c"], 7, "did you mean 'llama3-8b'?"),
         (["llama3-8b", "--match-rate", "80"], 5, "'80'; wanted a share from 0 to 1, or E=share"),
         (["llama3-8b", "--match-rate", "4=x"], 5, "'4=x'; wanted a share"),
+        (["llama3-8b", "--match-rate", "=0.5"], 5, "'=0.5'; wanted a share"),
+        (["llama3-8b", "--exit-layer", "0"], 5, "exit layer: 0; wanted 1 to 31"),
+        (["llama3-8b", "--max-length", "0"], 5, "max length: 0; wanted 2 to 8192"),
+        (["llama3-8b", "--position", "9" * 30], 5, "wanted 0 to 4095, within the capacity"),
+        (["--recipe", "x" * 5000], 7, "no 'xxx"),
         (["llama3-8b", "--calibrate", "nowhere.json"], 5, "nowhere.json: not readable"),
     ],
 )
@@ -241,9 +249,31 @@ def test_a_device_that_is_not_there_names_the_nearest():
     assert "did you mean 'orin-nano-8gb'?" in done.output
 
 
-def test_a_report_without_times_cannot_calibrate(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": []}, "--calibrate: no times of its graphs"),
+        ({"copy_gb_per_s": 0}, "r.json: copy_gb_per_s: found 0"),
+        ({"copy_gb_per_s": float("nan")}, "r.json: copy_gb_per_s: found nan"),
+        ({"exit_layer": 16}, "exit layer 16 of 16 layers"),
+        ({"num_layers": 0}, "r.json: num_layers: found 0"),
+        ({"rows": 0}, "r.json: stages[0].rows: found 0"),
+        ({"bytes": -1}, "r.json: stages[0].bytes: found -1"),
+        ({"ms": float("inf")}, "r.json: stages[0].ms: found inf"),
+    ],
+)
+def test_a_report_without_usable_times_cannot_calibrate(change, message, tmp_path):
     report = json.loads((DOCS / "benchmarks" / "llama3.2-1b-0.8.json").read_text())
-    (tmp_path / "r.json").write_text(json.dumps(report | {"stages": []}))
+    (report if change.keys() <= report.keys() and "rows" not in change else report["stages"][0]).update(change)
+    (tmp_path / "r.json").write_text(json.dumps(report))
     done = run("llama3-8b", "--device", "h100", "--calibrate", tmp_path / "r.json")
     assert done.exit_code == 5
-    assert "--calibrate: no times of its graphs" in done.output
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_a_plan_prints_in_any_encoding():
+    command = [sys.executable, "-m", "edgeskip.cli", "plan", "llama3.2-1b", "-d", "h100"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"It fits" in done.stdout
