@@ -52,7 +52,7 @@ class ExportRecipe:
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.checkpoint.isprintable() or not self.checkpoint.strip():
+        if not self.checkpoint.strip() or "\0" in self.checkpoint:
             raise RecipeError("checkpoint", f"found {self.checkpoint!r}", wanted="a hub id, a folder or a name")
         if any(exit_layer < 1 for exit_layer in self.match_rates):
             raise RecipeError("match_rates", f"found exit layer {min(self.match_rates)}", wanted="at least 1")
