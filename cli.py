@@ -97,11 +97,30 @@ device_option = click.option(
     help="ONNX Runtime's; auto: the GPU where there is one.",
 )
 threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
+max_new_tokens_option = click.option(
+    "--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2."
+)
+num_prompts_option = click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
+prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout."
+)
+html_option = click.option(
+    "--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout."
+)
+recipe_option = click.option(
+    "--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them."
+)
+prompts_option = click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them.  [default: built in]",
+)
 
 
 @main.command()
 @click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [BUNDLE]")
-@click.option("--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them.")
+@recipe_option
 @click.option("--device", "-d", "device_name", help="Plan for this device, by name or file, and fit its memory.")
 @click.option("--exit-layer", "-e", type=int, help="E: layers[:E] draft, the rest verify.  [default: the recipe's]")
 @click.option(
@@ -173,7 +192,7 @@ def export(
 
 @main.command()
 @click.argument("model", required=False)
-@click.option("--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them.")
+@recipe_option
 @click.option("--device", "-d", "device_name", required=True, help="A device, by name or file.")
 @click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
 @click.option(
@@ -355,18 +374,14 @@ def generate(
     help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
 )
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2.")
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="A text file a prompt, or a folder of them.  [default: built in]",
-)
-@click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
-@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+@max_new_tokens_option
+@prompts_option
+@num_prompts_option
+@prompt_tokens_option
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of which medians are taken.")
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout.")
+@json_option
+@html_option
 @backend_option
 @device_option
 @threads_option
@@ -435,17 +450,17 @@ def bench(
     help="Speculation lengths to choose from; can be given more than once.  [default: 1 to 8]",
 )
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2.")
+@max_new_tokens_option
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
     help="A text file a prompt, or a folder of them: texts like those you will run.  [default: built in]",
 )
-@click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
-@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+@num_prompts_option
+@prompt_tokens_option
 @click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice here, a new export recipe.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout.")
+@json_option
+@html_option
 @backend_option
 @device_option
 @threads_option
@@ -522,14 +537,10 @@ def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
 @click.option(
     "--reference", help="The CHECKPOINT to compare with, a folder or hub id.  [default: the bundle's weights]"
 )
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="A text file a prompt, or a folder of them.  [default: built in]",
-)
+@prompts_option
 @click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True, help="Use only the first so many.")
 @click.option("--layers", is_flag=True, help="Narrow a failure down to the first layer that departs.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout.")
+@json_option
 @click.option(
     "--dialect", type=click.Choice(tuple(DIALECTS)), help="Of ONNX Runtime's graphs.  [default: the device's]"
 )

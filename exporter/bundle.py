@@ -18,7 +18,14 @@ from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.errors import CheckpointError, RequestError, reason
-from edgeskip.runtime.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, graph_table
+from edgeskip.runtime.graphs import (
+    CHAINS,
+    DIALECTS,
+    GRAPHS,
+    check_exit_layer,
+    check_num_speculations,
+    graph_table,
+)
 from edgeskip.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -100,17 +107,13 @@ def export_bundle(
 def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     """Returns the cache capacity."""
     layers, context = checkpoint.architecture.num_layers, checkpoint.architecture.max_position_embeddings
-    if not 1 <= settings.exit_layer < layers:
-        raise RequestError(
-            "exit layer", f"{settings.exit_layer}", wanted=f"1 to {layers - 1}: the model has {layers} layers"
-        )
+    check_exit_layer(settings.exit_layer, layers)
     capacity = min(context, DEFAULT_MAX_LENGTH) if settings.max_length is None else settings.max_length
     if not 2 <= capacity <= context:
         window = checkpoint.sliding_window
         reason = f"its attention window is {window}" if window == context else "the model's context"
         raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
-    if not 1 <= settings.num_speculations <= MAX_SPECULATIONS:
-        raise RequestError("num speculations", f"{settings.num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
+    check_num_speculations(settings.num_speculations)
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from edgeskip.recipes.reader import Share, find_file, read_recipe
+from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.backends import Backend
@@ -22,8 +22,7 @@ Capacity = Annotated[int, Range(2)]
 Amount = Annotated[float, Range(1e-3, 1e6)]
 Part = Annotated[float, Range(0.01, 1)]
 
-MODELS = Path(__file__).parent
-DEVICES = MODELS / "devices"
+MODELS, DEVICES = FOLDERS["model"], FOLDERS["device"]
 CHECKPOINTS = MODELS / "checkpoints"
 
 

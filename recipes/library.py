@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from edgeskip.recipes.deployment import DEVICES, MODELS, Device, ExportRecipe, recipe_shape
-from edgeskip.recipes.reader import find_file, read_recipe, read_table
+from edgeskip.recipes.deployment import Device, ExportRecipe, recipe_shape
+from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.schema import TrainingRecipe
-from edgeskip.runtime.errors import EdgeskipError, RecipeError
+from edgeskip.runtime.errors import EdgeskipError, RecipeError, RequestError
+from edgeskip.runtime.graphs import check_exit_layer
 
-Kind = Literal["model", "device", "training"]
-FOLDERS: dict[Kind, Path] = {"model": MODELS, "device": DEVICES, "training": MODELS / "train"}
 _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
 
 
@@ -63,7 +62,9 @@ def validate(path: Path) -> Kind:
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
         for key, exit_layer in (("exit_layer", recipe.exit_layer), *(("match_rates", e) for e in recipe.match_rates)):
-            if not 1 <= exit_layer < layers:
-                wanted = f"1 to {layers - 1}: the model has {layers} layers"
-                raise RecipeError(f"{path}: {key}", f"found exit layer {exit_layer}", wanted=wanted)
+            try:
+                check_exit_layer(exit_layer, layers)
+            except RequestError as error:
+                found = f"found exit layer {exit_layer}"
+                raise RecipeError(f"{path}: {key}", found, wanted=error.wanted) from None
     return kind

@@ -29,9 +29,9 @@ from edgeskip.runtime.architecture import ITEMSIZE, Architecture, DType
 from edgeskip.runtime.backends import Backend
 from edgeskip.runtime.bench import BenchReport
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.graphs import GraphName, graph_table
+from edgeskip.runtime.graphs import GRAPHS, GraphName, check_exit_layer, graph_table
 from edgeskip.runtime.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.packages import LEAST_VERSIONS
+from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
 from edgeskip.runtime.rounds import prefill_round, speculative_round
 from edgeskip.runtime.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
 
@@ -206,7 +206,7 @@ def make_plan(
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
 
     def memory_of(tokens: int) -> dict[str, int]:
-        return _memory(a, settings.exit_layer, dtype, tokens, backend, libraries, shared=device.shared_memory)
+        return _memory(a, held, dtype, tokens, backend, libraries, shared=device.shared_memory)
 
     held = held_bytes(a, settings.exit_layer, dtype)
     build = None
@@ -249,7 +249,7 @@ def make_plan(
         cost=cost,
         position=position,
         stages=tuple(_stages(cost, sizes, k, position)),
-        first_token_ms=_first_token_ms(a, cost, sizes, position),
+        first_token_ms=_first_token_ms(cost, sizes, position),
         ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
         plain_ms_per_token=plain,
         speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
@@ -304,11 +304,9 @@ def held_bytes(architecture: Architecture, exit_layer: int, dtype: DType) -> dic
 
 
 def _check(architecture: Architecture, device: Device, settings: PlanSettings) -> None:
-    layers, context = architecture.num_layers, architecture.max_position_embeddings
+    context = architecture.max_position_embeddings
     for exit_layer in (settings.exit_layer, *settings.match_rates):
-        if not 1 <= exit_layer < layers:
-            wanted = f"1 to {layers - 1}: the model has {layers} layers"
-            raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
+        check_exit_layer(exit_layer, architecture.num_layers)
     if settings.max_length is None or not 2 <= settings.max_length <= context:
         raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
     if settings.position is not None and not 0 <= settings.position < settings.max_length:
@@ -324,7 +322,7 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
 
 def _memory(
     architecture: Architecture,
-    exit_layer: int,
+    held: Mapping[GraphName, int],
     dtype: DType,
     capacity: int,
     backend: Backend,
@@ -332,10 +330,10 @@ def _memory(
     *,
     shared: bool,
 ) -> dict[str, int]:
-    """Device memory at run time by kind."""
+    """Device memory at run time by kind; the caches are the same wherever the model is split."""
     a, chunk = architecture, min(PREFILL_CHUNK, capacity)
-    memory = {f"{graph} weights": size for graph, size in held_bytes(a, exit_layer, dtype).items()}
-    memory["caches"] = sum(cache_sizes(a, graph_table(a.num_layers, exit_layer), dtype, capacity).values())
+    memory = {f"{graph} weights": size for graph, size in held.items()}
+    memory["caches"] = sum(cache_sizes(a, graph_table(a.num_layers, 1), dtype, capacity).values())
     memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, dtype, chunk).values())
     if backend != "onnxruntime":
         memory["kernels"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
@@ -371,7 +369,7 @@ def _software_problems(device: Device, settings: PlanSettings) -> Iterator[Probl
     backend, sm = settings.backend, device.compute_capability
     if backend == "tensorrt":
         version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
-        if version is not None and _numbers(version) < LEAST_VERSIONS["tensorrt"]:
+        if version is not None and version_numbers(version) < LEAST_VERSIONS["tensorrt"]:
             newer = _jetpacks(device)
             place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
             fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
@@ -423,11 +421,7 @@ def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> 
 
 def _jetpacks(device: Device) -> list[str]:
     """Those whose TensorRT is new enough."""
-    return [jetpack for jetpack, its in device.jetpacks.items() if _numbers(its) >= LEAST_VERSIONS["tensorrt"]]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return [jetpack for jetpack, its in device.jetpacks.items() if version_numbers(its) >= LEAST_VERSIONS["tensorrt"]]
 
 
 def _copy_bytes_per_ms(device: Device, reports: Sequence[BenchReport]) -> float:
@@ -468,18 +462,18 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
 
 def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
     """Each kind of call in a plain step and a round of K drafts, once."""
-    calls = {(c.graph, c.inputs[0][1].rows): c for n in (0, k) for c in speculative_round(n).calls}
-    for (graph, rows), _ in sorted(calls.items(), key=lambda item: ("draft", "verify", "head").index(item[0][0])):
+    calls = {call.key for n in (0, k) for call in speculative_round(n).calls}
+    for graph, rows in sorted(calls, key=lambda call: (GRAPHS.index(call[0]), call[1])):
         size = sizes[graph]
         yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))
 
 
-def _first_token_ms(architecture: Architecture, cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
+def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
     """A prompt of so many tokens in chunks, and its first token."""
     chunks = range(0, max(tokens, 1), PREFILL_CHUNK)
     rows = min(max(tokens, 1), PREFILL_CHUNK)
     return sum(
-        call_ms(cost, sizes[call.graph], call.inputs[0][1].rows, start + rows)
+        call_ms(cost, sizes[call.graph], call.rows, start + rows)
         for start in chunks
         for call in prefill_round(rows, last=start == chunks[-1], early_exit=False).calls
     )

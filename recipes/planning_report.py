@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from edgeskip.recipes.planning import Plan
+from edgeskip.runtime.report import table
 
 _WIDTH = 60
 _COLORS = ("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet")
@@ -61,7 +61,7 @@ def _sizes(sizes: Mapping[Any, int]) -> str:
 
 
 def _print_times(plan: Plan, console: Console) -> None:
-    stages = _table("graph", "rows", "MB", "ms")
+    stages = table("graph", "rows", "MB", "ms")
     for stage in plan.stages:
         stages.add_row(stage.graph, str(stage.rows), f"{stage.bytes / 1e6:.0f}", f"{stage.ms:.2f}")
     console.print(stages)
@@ -70,7 +70,7 @@ def _print_times(plan: Plan, console: Console) -> None:
         f"{plan.plain_ms_per_token:.2f} ms ({1e3 / plan.plain_ms_per_token:.0f} tokens/s); reading the weights at the "
         f"rate of a copy alone: {plan.ideal_ms_per_token:.2f} ms.\n"
     )
-    speeds = _table("K", "ms a round", "tokens a round", "ms a token", "tokens/s", "speedup")
+    speeds = table("K", "ms a round", "tokens a round", "ms a token", "tokens/s", "speedup")
     for speed in plan.speeds:
         cells = [str(speed.num_speculations) if speed.num_speculations else "plain", f"{speed.round_ms:.2f}"]
         if speed.ms_per_token is not None:
@@ -79,14 +79,14 @@ def _print_times(plan: Plan, console: Console) -> None:
         chosen = speed.num_speculations == plan.num_speculations
         speeds.add_row(*cells, style="bold" if chosen else "")
     console.print(speeds)
-    rates = _table("match rate", "best K", "ms a token", "speedup")
+    rates = table("match rate", "best K", "ms a token", "speedup")
     for rate in plan.rates:
         k = "plain" if rate.num_speculations is None else str(rate.num_speculations)
         speedup = f"{plan.plain_ms_per_token / rate.ms_per_token:.2f}x"
         rates.add_row(f"{rate.match_rate:.1f}", k, f"{rate.ms_per_token:.2f}", speedup)
     console.print(f"What a match rate gives at exit layer {plan.exit_layer}:")
     console.print(rates)
-    exits = _table("exit layer", "loses below", "match rate", "best K", "ms a token")
+    exits = table("exit layer", "loses below", "match rate", "best K", "ms a token")
     unknown = [e.exit_layer for e in plan.exits if e.match_rate is None]
     shown = set(unknown[:: max(1, -(-len(unknown) // _EXITS))]) | {plan.exit_layer}
     for exit_plan in plan.exits:
@@ -117,11 +117,3 @@ def _verdict(plan: Plan) -> str:
 
 def _number(value: float | None, spec: str, none: str) -> str:
     return none if value is None else format(value, spec)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table

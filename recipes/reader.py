@@ -11,7 +11,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.structure import Range, structure
@@ -24,6 +24,14 @@ else:
 PositiveInt = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(sys.float_info.min)]  # and finite
 Share = Annotated[float, Range(0, 1)]
+
+Kind = Literal["model", "device", "training"]
+FOLDERS: dict[Kind, Path] = {
+    "model": Path(__file__).parent,
+    "device": Path(__file__).parent / "devices",
+    "training": Path(__file__).parent / "train",
+}
+"""Where the recipes lie that ship with edgeskip."""
 
 RecipeT = TypeVar("RecipeT")
 
@@ -84,9 +92,7 @@ def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return table
     if not isinstance(base, str):
         raise RecipeError(f"{path}: extends", f"found {base!r:.60}", wanted="the name of a recipe")
-    ships = Path(__file__).parent
-    folders = (path.parent, ships, ships / "devices", ships / "train")
-    found = find_file(base, folders, f"{path}: extends", path.parent)
+    found = find_file(base, (path.parent, *FOLDERS.values()), f"{path}: extends", path.parent)
     above = (*above, path.resolve())
     if found.resolve() in above:
         raise RecipeError(f"{path}: extends", f"{base!r} leads back to itself", fix="remove it from one of the files")

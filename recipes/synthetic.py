@@ -42,6 +42,7 @@ from edgeskip.recipes.early_exit import CausalLM
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import Architecture, DType
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
+from edgeskip.runtime.graphs import check_exit_layer
 from edgeskip.runtime.manifest import Progress
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -305,9 +306,7 @@ def _exponent(match_rate: float) -> float:
 
 def _check_settings(shape: Shape, settings: SyntheticSettings) -> None:
     a, tokens = shape.architecture, settings.prompt_length + settings.new_tokens
-    if not 1 <= settings.exit_layer < a.num_layers:
-        wanted = f"1 to {a.num_layers - 1}: the model has {a.num_layers} layers"
-        raise RequestError("exit layer", f"{settings.exit_layer}", wanted=wanted)
+    check_exit_layer(settings.exit_layer, a.num_layers)
     if not 0 <= settings.match_rate <= 1:
         raise RequestError("match rate", f"{settings.match_rate:g}", wanted="0 to 1")
     if not 0 <= settings.seed < 1 << 31:

@@ -13,7 +13,6 @@ rate alone would do.
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +24,13 @@ import numpy.typing as npt
 
 from edgeskip.exporter.probe import Exits, Probe, check_probed
 from edgeskip.recipes.cost import Sample, call_ms, fit_cost, graph_sizes
-from edgeskip.runtime.bench import encoded_prompts
+from edgeskip.runtime.bench import encoded_prompts, hardware_names
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Generation, Model
-from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
+from edgeskip.runtime.graphs import GRAPHS, GraphName, check_num_speculations
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
-from edgeskip.runtime.rounds import Call, Round, draft_round, speculative_round, verification_round
+from edgeskip.runtime.rounds import Round, draft_round, speculative_round, verification_round
 from edgeskip.runtime.session import Session
 from edgeskip.runtime.statistics import Statistics
 
@@ -184,8 +183,7 @@ def tune(
         BackendError: ONNX Runtime is missing, or cannot run the probe.
     """
     for k in settings.grid:
-        if not 1 <= k <= MAX_SPECULATIONS:
-            raise RequestError("num speculations", f"{k}", wanted=f"1 to {MAX_SPECULATIONS}")
+        check_num_speculations(k)
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
         device, backend, hardware = session.device, session.description, session.hardware
@@ -224,7 +222,7 @@ def tune(
         source=manifest.source,
         synthetic=manifest.synthetic,
         backend=backend,
-        hardware={"device": hardware, "host": f"{platform.system()} {platform.machine()}"},
+        hardware=hardware_names(hardware),
         versions=versions(RUNTIME_PACKAGES),
         command=command,
         dtype=manifest.dtype,
@@ -319,7 +317,7 @@ def rounds_ms(measured: Measured, rounds: Rounds) -> float:
     calls = {(call.graph, call.rows): call.ms for call in measured.calls}
 
     def round_ms(drafts: int) -> float:
-        on_device = sum(calls[key] for key in map(_key, speculative_round(drafts).calls))
+        on_device = sum(calls[call.key] for call in speculative_round(drafts).calls)
         return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
 
     return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
@@ -414,18 +412,13 @@ def _lap(session: Session, part: Round, position: int) -> Iterator[tuple[tuple[G
     assert before is not None
     assert after is not None
     for call in part.calls:
-        yield _key(call), (after[call.graph] - before[call.graph]) / 1e6
+        yield call.key, (after[call.graph] - before[call.graph]) / 1e6
 
 
 def _times_alone(session: Session, largest: int, position: int) -> _Times:
     """Each call of these rounds by itself, for a device that hides what runs within one: there the sum is the same."""
-    calls = {_key(call): call for k in range(largest + 1) for call in speculative_round(k).calls}
+    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(k).calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
-
-
-def _key(call: Call) -> tuple[GraphName, int]:
-    """Graph and rows."""
-    return call.graph, call.inputs[0][1].rows
 
 
 def _host_ms(s: Statistics) -> float:

@@ -23,7 +23,7 @@ from edgeskip.runtime.architecture import ITEMSIZE, Size
 from edgeskip.runtime.decode import prefill
 from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.generate import Generation, Model
-from edgeskip.runtime.graphs import GRAPHS, MAX_SPECULATIONS, GraphName
+from edgeskip.runtime.graphs import GRAPHS, GraphName, check_num_speculations
 from edgeskip.runtime.manifest import Bundle, Progress
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 from edgeskip.runtime.rounds import Call, speculative_round
@@ -192,6 +192,11 @@ def load_prompts(path: Path | None = None) -> list[str]:
     return [text for text in texts if text]
 
 
+def hardware_names(device: str) -> dict[str, str]:
+    """What figures were measured on: the chip's own name, and the kind of its host."""
+    return {"device": device, "host": f"{platform.system()} {platform.machine()}"}
+
+
 def encoded_prompts(
     model: Model, prompts: Sequence[str], prompt_tokens: int | None, max_new_tokens: int
 ) -> list[list[int]]:
@@ -229,8 +234,7 @@ def run_bench(
         RequestError: a setting that cannot be served, or prompts too long for the bundle.
     """
     for k in settings.grid:
-        if not 1 <= k <= MAX_SPECULATIONS:
-            raise RequestError("num speculations", f"{k}", wanted=f"1 to {MAX_SPECULATIONS}")
+        check_num_speculations(k)
     manifest, session = model.bundle.manifest, model.session
     prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
@@ -259,7 +263,7 @@ def run_bench(
         source=manifest.source,
         synthetic=manifest.synthetic,
         backend=session.description,
-        hardware={"device": session.hardware, "host": f"{platform.system()} {platform.machine()}"},
+        hardware=hardware_names(session.hardware),
         versions=versions(RUNTIME_PACKAGES),
         command=command,
         dtype=manifest.dtype,
@@ -315,7 +319,7 @@ def _time_stages(
     calls: dict[tuple[int, int], Call] = {}
     for k in (0, *grid):
         for call in speculative_round(k).calls:
-            calls[GRAPHS.index(call.graph), call.inputs[0][1].rows] = call
+            calls[GRAPHS.index(call.graph), call.rows] = call
     position = max(min(position, model.bundle.manifest.max_length - 1 - max(grid, default=0)), 0)
     for (_, rows), call in sorted(calls.items(), key=lambda item: item[0]):
         if rows > model.bundle.manifest.max_length:

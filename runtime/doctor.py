@@ -23,7 +23,16 @@ import edgeskip
 from edgeskip.runtime.engines import ENGINE_BACKENDS, EngineBackend
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.hardware import Hardware, Jetson, check_base, error_line, read_hardware
-from edgeskip.runtime.packages import BASE, LEAST_VERSIONS, NEEDS, PACKAGES, install, missing_modules, versions
+from edgeskip.runtime.packages import (
+    BASE,
+    LEAST_VERSIONS,
+    NEEDS,
+    PACKAGES,
+    install,
+    missing_modules,
+    version_numbers,
+    versions,
+)
 from edgeskip.runtime.targets import RTX_SERVES
 
 LEAST_SM = 75
@@ -138,14 +147,8 @@ def _loaded(place: str, load: Callable[[], Any], installed: Sequence[str], fix: 
 
 def _check_version(place: str, package: str, version: str, fix: str) -> None:
     least = LEAST_VERSIONS[package]
-    if _numbers(version) < least:
+    if version_numbers(version) < least:
         raise BackendError(place, f"{version} is too old", wanted=f"{'.'.join(map(str, least))} or later", fix=fix)
-
-
-def _numbers(version: str | None) -> tuple[int, int]:
-    """The first two numbers of a version, zeros where it is not known."""
-    major, minor, *_ = [*map(int, re.findall(r"\d+", version or "")), 0, 0]
-    return major, minor
 
 
 def _installed(*packages: str) -> list[str]:
@@ -186,7 +189,7 @@ def _check_sm(hardware: Hardware, what: str) -> None:
 
 def _check_driver(hardware: Hardware, wanted: int, whose: str) -> None:
     found = _driver_cuda(hardware)
-    if found is not None and _numbers(found)[0] < wanted:
+    if found is not None and version_numbers(found)[0] < wanted:
         fix = "install JetPack 7.2" if hardware.jetson else "upgrade the NVIDIA driver"
         raise BackendError("CUDA", f"a driver for CUDA {found}", wanted=f"one for {whose} CUDA {wanted}", fix=fix)
 
@@ -224,7 +227,7 @@ def _onnxruntime_cuda(hardware: Hardware, refusal: BackendError | None) -> str:
     from edgeskip.runtime.ort_session import check_cuda_provider, has_cuda_provider
 
     version = _driver_cuda(hardware)
-    driver = _numbers(version) if version else (sys.maxsize, 0)  # unknown: what cuda-core says comes first
+    driver = version_numbers(version) if version else (sys.maxsize, 0)  # unknown: what cuda-core says comes first
     try:
         ort = _onnxruntime("cuda")
         if not has_cuda_provider(ort):
@@ -235,7 +238,7 @@ def _onnxruntime_cuda(hardware: Hardware, refusal: BackendError | None) -> str:
         if len(_installed("onnxruntime", "onnxruntime-gpu")) > 1:
             raise BackendError(error.place, error.found, wanted=error.wanted, fix=_one_of_two("cuda")) from None
         raise
-    if _numbers(getattr(ort, "cuda_version", None))[0] >= _WHEEL_CUDA:
+    if version_numbers(getattr(ort, "cuda_version", None))[0] >= _WHEEL_CUDA:
         _check_sm(hardware, "the libraries of CUDA 13 serve")
     if refusal is not None:
         raise refusal
@@ -304,7 +307,7 @@ def _check_served(backend: EngineBackend, hardware: Hardware, served: Sequence[i
 
 def _without_jetpacks(error: BackendError, jetson: Jetson, root: Path) -> BackendError:
     """On a Jetson TensorRT is JetPack's, which a virtual environment may not see."""
-    if jetson.l4t is not None and _numbers(jetson.l4t) < _LEAST_L4T:
+    if jetson.l4t is not None and version_numbers(jetson.l4t) < _LEAST_L4T:
         least = ".".join(map(str, LEAST_VERSIONS["tensorrt"]))
         found = f"{error.found}, and {least} or later is not in JetPack {jetson.jetpack or f'of L4T {jetson.l4t}'}"
         return BackendError(error.place, found, wanted="JetPack 7.2, which has 10.16")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.backends import BackendChoice, DeviceChoice, open_session
 from edgeskip.runtime.decode import Step, decode, prefill
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.graphs import MAX_SPECULATIONS
+from edgeskip.runtime.graphs import check_num_speculations
 from edgeskip.runtime.manifest import Bundle, Progress, read_bundle, verify_hashes
 from edgeskip.runtime.rounds import MODES, Mode
 from edgeskip.runtime.session import Session
@@ -103,8 +103,7 @@ class Model:
             confidence_threshold = self.session.confidence_threshold
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
-        if not (type(num_speculations) is int and 1 <= num_speculations <= MAX_SPECULATIONS):
-            raise RequestError("num speculations", f"{num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
+        check_num_speculations(num_speculations)
         if not 0 <= confidence_threshold <= 1:
             raise RequestError("confidence threshold", f"{confidence_threshold}", wanted="0 to 1")
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.errors import RequestError
 
 GraphName = Literal["draft", "verify", "head"]
 GRAPHS: tuple[GraphName, ...] = ("draft", "verify", "head")
@@ -77,6 +78,27 @@ def graph_table(num_layers: int, exit_layer: int) -> dict[GraphName, Graph]:
         ),
         "head": Graph(num_layers, num_layers, (states,), (logits, ids, embeds)),
     }
+
+
+def check_exit_layer(exit_layer: int, num_layers: int) -> None:
+    """Finds that a model of so many layers can exit behind this one.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if not 1 <= exit_layer < num_layers:
+        wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
+        raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
+
+
+def check_num_speculations(num_speculations: int) -> None:
+    """Finds that workspaces and engines are made for rounds of so many drafts.
+
+    Raises:
+        RequestError: they are not.
+    """
+    if not (type(num_speculations) is int and 1 <= num_speculations <= MAX_SPECULATIONS):
+        raise RequestError("num speculations", f"{num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
 
 
 def dimensions(architecture: Architecture, capacity: int) -> dict[str, int]:

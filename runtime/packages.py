@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import util
@@ -70,6 +71,12 @@ def install(extras: str) -> str:
 def missing_modules(modules: Iterable[str]) -> list[str]:
     """Those that are not installed."""
     return [module for module in modules if util.find_spec(module) is None]
+
+
+def version_numbers(version: str | None) -> tuple[int, int]:
+    """The first two numbers of a version, zeros where it is not known."""
+    major, minor, *_ = [*map(int, re.findall(r"\d+", version or "")), 0, 0]
+    return major, minor
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

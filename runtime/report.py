@@ -75,7 +75,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         f"{escape(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
         f"{escape(report.backend)}; {escape(report.hardware['device'])}"
     )
-    speed = _table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
+    speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
         speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
     console.print(speed)
@@ -95,7 +95,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
     )
     _print_rounds(report, console)
-    stages = _table("graph", "rows", "ms", "MB", "GB/s", "of a copy")
+    stages = table("graph", "rows", "ms", "MB", "GB/s", "of a copy")
     for stage in report.stages:
         cells = (f"{stage.ms:.3f}", f"{stage.bytes / 1e6:.1f}", f"{stage.gb_per_s:.0f}", f"{stage.share_of_copy:.0%}")
         stages.add_row(stage.graph, str(stage.rows), *cells)
@@ -115,7 +115,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
 def _print_rounds(report: BenchReport, console: Console) -> None:
     """Where a round's time goes, for each K."""
     names = list(report.rows[0].stage_ms_per_round or ())
-    rounds = _table("K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
+    rounds = table("K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
     for row in report.rows:
         if row.stage_ms_per_round is not None:
             times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
@@ -129,12 +129,13 @@ def _print_rounds(report: BenchReport, console: Console) -> None:
     console.print(rounds)
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column(first)
+def table(first: str, *others: str) -> Table:
+    """A table of a name and figures behind it."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1))
+    made.add_column(first)
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
 
 
 def _speed_cells(row: BenchRow) -> list[str]:

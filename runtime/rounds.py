@@ -46,6 +46,16 @@ class Call:
     inputs: tuple[tuple[str, View], ...]
     outputs: tuple[tuple[str, View], ...]
 
+    @property
+    def rows(self) -> int:
+        """Rows T that the call computes."""
+        return self.inputs[0][1].rows
+
+    @property
+    def key(self) -> tuple[GraphName, int]:
+        """Graph and rows: calls that share them do the same work."""
+        return self.graph, self.rows
+
 
 @dataclass(frozen=True)
 class Round:

@@ -149,7 +149,7 @@ class TrtSession(CudaSession):
         return scratch
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
-        rows = call.inputs[0][1].rows
+        rows = call.rows
         context = self._context(call.graph, rows)
         addresses, before, after = self._placed(call)
         shapes = {
@@ -237,7 +237,7 @@ class TrtSession(CudaSession):
         return self._aligned[view]
 
     def _is_capturable(self, round_: Round) -> bool:
-        contexts = [self._context(call.graph, call.inputs[0][1].rows) for call in round_.calls]
+        contexts = [self._context(*call.key) for call in round_.calls]
         stream = int(self._device.stream.handle)
         return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
 

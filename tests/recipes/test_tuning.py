@@ -142,7 +142,7 @@ def measured(manifest, cost, position):
         size = sizes[graph]
         return cost.time_ms(size.layers, rows, size.weight_bytes + size.cache_row_bytes * position)
 
-    keys = {(call.graph, call.inputs[0][1].rows) for k in range(7) for call in speculative_round(k).calls}
+    keys = {call.key for k in range(7) for call in speculative_round(k).calls}
     calls = tuple(CallTime(graph, rows, ms(graph, rows)) for graph, rows in sorted(keys))
     return Measured(calls, position, host_round_ms=0.1, host_draft_ms=0.02, plain_ms_per_token=1.0)
 
@@ -154,7 +154,7 @@ def test_times_carried_to_other_exit_layers_are_those_of_the_formula(exit_layer,
     there = dataclasses.replace(manifests[3], exit_layer=exit_layer)
     calls = {(call.graph, call.rows): call.ms for call in measured(there, COST, 200).calls}
     wanted = sum(
-        count * (sum(calls[c.graph, c.inputs[0][1].rows] for c in speculative_round(d).calls) + 0.1 + d * 0.02)
+        count * (sum(calls[c.key] for c in speculative_round(d).calls) + 0.1 + d * 0.02)
         for d, count in enumerate(rounds.by_drafts)
     )
     for manifest in manifests.values():
