@@ -29,7 +29,7 @@ from edgeskip.runtime.errors import (
     RecipeError,
     RequestError,
 )
-from edgeskip.runtime.graphs import DIALECTS, MAX_SPECULATIONS
+from edgeskip.runtime.graphs import DEFAULT_SPECULATIONS, DIALECTS, MAX_SPECULATIONS
 from edgeskip.runtime.packages import NEEDS, missing_modules
 from edgeskip.runtime.rounds import MODES
 
@@ -133,7 +133,12 @@ prompts_option = click.option(
     type=int,
     help="Capacity in tokens, prompt included.  [default: the recipe's, the device's, or the model's, at most 2048]",
 )
-@click.option("--num-speculations", "-k", type=int, help="Default drafts a round.  [default: the recipe's, or 4]")
+@click.option(
+    "--num-speculations",
+    "-k",
+    type=int,
+    help=f"Default drafts a round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
+)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
 @click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
@@ -182,7 +187,9 @@ def export(
         dtype, max_length = fitted.dtype, fitted.max_length
         for problem in problems:
             click.echo(f"{device.name}: {problem.found}; {problem.fix}", err=True)
-    settings = ExportSettings(exit_layer, _first(dtype, "fp32"), max_length, _first(num_speculations, 4))
+    settings = ExportSettings(
+        exit_layer, _first(dtype, "fp32"), max_length, _first(num_speculations, DEFAULT_SPECULATIONS)
+    )
     with _progress() as progress:
         exported = export_bundle(opened, bundle, settings, progress)
     weights = exported.manifest.weights_bytes / 1e6
@@ -416,7 +423,6 @@ def bench(
         tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold, prompt_tokens
     )
     texts = load_prompts(prompts)[:num_prompts]
-    command = shlex.join(["edgeskip", *sys.argv[1:]])
     with (
         _progress() as progress,
         load(bundle, backend=backend, device=device, threads=threads, progress=progress) as model,
@@ -429,7 +435,7 @@ def bench(
 
             return transformers_contestants(model.bundle, model.session.device, threads)
 
-        report = run_bench(model, texts, settings, others, command, progress)
+        report = run_bench(model, texts, settings, others, _command_line(), progress)
     print_bench(report, _console(stderr="-" in (str(json_path), str(html_path))))
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -494,10 +500,9 @@ def tune(
 
     settings = TuneSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, confidence_threshold, prompt_tokens)
     texts = load_prompts(prompts)[:num_prompts]
-    command = shlex.join(["edgeskip", *sys.argv[1:]])
     choice: Any = {"backend": backend, "device": device, "threads": threads}
     with _progress() as progress:
-        report = run(lambda: load(bundle, **choice, progress=progress), texts, settings, command, progress)
+        report = run(lambda: load(bundle, **choice, progress=progress), texts, settings, _command_line(), progress)
     print_tuning(report, _console(stderr="-" in map(str, (recipe, json_path, html_path))))
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -572,7 +577,7 @@ def check(
     settings: Any = {"backend": backend, "device": device, "threads": threads, "dialect": dialect}
     with _progress() as progress, load(bundle, **settings, progress=progress) as model:
         golden = Golden(model.bundle, reference, model.session.device, threads)
-        report = run_check(model, golden, texts, layers=layers, progress=progress)
+        report = run_check(model, golden, texts, layers=layers, command=_command_line(), progress=progress)
     print_check(report, _console(stderr=str(json_path) == "-"))
     if json_path is not None:
         _write_text(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -779,6 +784,11 @@ def _progress() -> Iterator[Progress]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+def _command_line() -> str:
+    """What was typed, for a report."""
+    return shlex.join(["edgeskip", *sys.argv[1:]])
 
 
 def _require(verb: str) -> None:

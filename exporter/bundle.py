@@ -20,6 +20,7 @@ from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.errors import CheckpointError, RequestError, reason
 from edgeskip.runtime.graphs import (
     CHAINS,
+    DEFAULT_SPECULATIONS,
     DIALECTS,
     GRAPHS,
     check_exit_layer,
@@ -54,7 +55,7 @@ class ExportSettings:
     exit_layer: int
     dtype: DType = "fp32"
     max_length: int | None = None
-    num_speculations: int = 4
+    num_speculations: int = DEFAULT_SPECULATIONS
     prefill_chunk: int = 128
 
 

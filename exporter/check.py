@@ -14,13 +14,14 @@ from typing import Literal, cast
 from edgeskip.exporter.comparison import THRESHOLDS, Comparison, Errors, Threshold
 from edgeskip.exporter.golden import Golden, GoldenText
 from edgeskip.exporter.layers import TappedGraph, golden_taps
-from edgeskip.exporter.teacher import Kind, Piece, SessionRunner, golden_outputs, split_text, tail
+from edgeskip.exporter.teacher import Kind, Segment, SessionRunner, golden_outputs, split_text, tail
 from edgeskip.runtime.architecture import DType
 from edgeskip.runtime.bench import TIE_GAP
-from edgeskip.runtime.errors import BundleError, RequestError
+from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Model
 from edgeskip.runtime.graphs import GRAPHS, GraphName
 from edgeskip.runtime.manifest import Manifest, Progress
+from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.rounds import Mode
 
 NEW_TOKENS = 48
@@ -72,20 +73,14 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Provenance):
     """`agreed` counts the prompts whose text is the golden one; `prompts_cut` those longer than half the capacity.
 
     `departures` have an entry a failing graph where `layers` was asked for, null where no part departs by itself.
     """
 
-    source: str
     reference: str
-    backend: str
-    hardware: str
-    dtype: DType
     exit_layer: int
-    num_layers: int
-    max_length: int
     rows_used: int
     prompts: int
     prompts_cut: int
@@ -101,11 +96,11 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Text:
-    """Token ids and the pieces that they are run in; `prompt` is its number, or the next one for joined texts."""
+    """Token ids and the segments that they are run in; `prompt` is its number, or the next one for joined texts."""
 
     prompt: int
     token_ids: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
 
 
 def run_check(
@@ -114,6 +109,7 @@ def run_check(
     prompts: Sequence[str],
     *,
     layers: bool = False,
+    command: str = "",
     progress: Progress = lambda *_: None,
 ) -> CheckReport:
     """Compares a loaded model, on whatever backend, with the golden one.
@@ -123,6 +119,7 @@ def run_check(
         golden: the judge.
         prompts: texts; they are cut to half the caches' capacity.
         layers: narrow a failure to the first part that departs.
+        command: the command line, for the report.
         progress: called behind each text.
 
     Raises:
@@ -131,9 +128,8 @@ def run_check(
         BackendError: a graph cannot be narrowed here.
     """
     manifest = model.bundle.manifest
-    if layers and manifest.packed:
-        fix = "narrow down in the bundle that it was packed from"
-        raise BundleError(model.bundle.folder, "packed, without the graphs that hold the layers", fix=fix)
+    if layers:
+        model.bundle.require_graphs(fix="narrow down in the bundle that it was packed from")
     whole = [model.tokenizer.encode(prompt).ids for prompt in prompts]
     if not all(whole):
         raise RequestError("prompts", "one has no tokens", wanted="text")
@@ -168,15 +164,10 @@ def run_check(
     )
     failed = tuple(graph for graph in GRAPHS if any(t.graph == graph and not t.passed for t in tensors))
     return CheckReport(
-        source=manifest.source,
+        **vars(provenance(model, command)),
         reference=golden.source,
-        backend=model.session.description,
-        hardware=model.session.hardware,
-        dtype=manifest.dtype,
         exit_layer=manifest.exit_layer,
-        num_layers=manifest.architecture.num_layers,
-        max_length=manifest.max_length,
-        rows_used=max(text.pieces[-1].text.stop for text in texts),
+        rows_used=max(text.segments[-1].text.stop for text in texts),
         prompts=len(prompts),
         prompts_cut=sum(len(ids) > len(cut) for ids, cut in zip(whole, prompt_ids, strict=True)),
         thresholds=threshold,
@@ -191,8 +182,8 @@ def run_check(
 
 
 def _text(prompt: int, token_ids: Sequence[int], length: int, manifest: Manifest) -> _Text:
-    pieces = split_text(length, len(token_ids), manifest.prefill_chunk, manifest.num_speculations)
-    return _Text(prompt, tuple(token_ids), tuple(pieces))
+    segments = split_text(length, len(token_ids), manifest.prefill_chunk, manifest.num_speculations)
+    return _Text(prompt, tuple(token_ids), tuple(segments))
 
 
 def _joined_texts(prompt_ids: Sequence[list[int]], manifest: Manifest) -> Iterable[_Text]:
@@ -211,18 +202,18 @@ def _run_text(
 ) -> Iterable[Disagreement]:
     """Compares a text's calls and the caches it leaves, and yields the tokens that the head picked otherwise."""
     trace = golden.trace(text.token_ids)
-    for piece in text.pieces:
-        outputs, picked = runner.run(piece, trace)
-        wanted = golden_outputs(golden, trace, piece, picked)
-        first = piece.text.stop - len(picked)
+    for segment in text.segments:
+        outputs, picked = runner.run(segment, trace)
+        wanted = golden_outputs(golden, trace, segment, picked)
+        first = segment.text.stop - len(picked)
         for graph, tensors in outputs.items():
             for name, rows in tensors.items():
-                key = (graph, name, piece.kind)
-                comparison.add(key, rows, wanted[graph][name], first if graph == "head" else piece.start)
+                key = (graph, name, segment.kind)
+                comparison.add(key, rows, wanted[graph][name], first if graph == "head" else segment.start)
         for row, (token, logits) in enumerate(zip(picked.tolist(), wanted["head"]["logits"], strict=True)):
             if gap := float(logits.max() - logits[token]):
                 yield Disagreement("head", text.prompt, first + row, gap, gap < tie_gap)
-    used = text.pieces[-1].text.stop
+    used = text.segments[-1].text.stop
     for graph, caches in runner.caches(used):
         for name, rows in caches.items():
             comparison.add((graph, name, "cache"), rows, trace.caches[name][:used], 0)
@@ -253,8 +244,8 @@ def _departure(
     for text in texts:
         trace = golden.trace(text.token_ids, layers=True)
         states = {"draft": trace.embeddings, "verify": trace.exit_states, "head": trace.last_states}[graph]
-        for piece in text.pieces:
-            rows = slice(piece.text.stop - 1, piece.text.stop) if graph == "head" else piece.text
+        for segment in text.segments:
+            rows = slice(segment.text.stop - 1, segment.text.stop) if graph == "head" else segment.text
             wanted = golden_taps(golden, trace, graph, rows)
             for name, found in tapped.run(states[rows], rows.start).items():
                 comparison.add((name,), found, wanted[name], rows.start)

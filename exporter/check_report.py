@@ -20,7 +20,7 @@ def print_check(report: CheckReport, console: Console) -> None:
     """The outputs' table, the thresholds, the texts, and what to make of them."""
     console.print(
         f"{escape(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
-        f"{escape(report.backend)}; {escape(report.hardware)}"
+        f"{escape(report.backend)}; {escape(report.hardware.device)}"
     )
     console.print(f"Against transformers in fp32, from {escape(report.reference)}:\n")
     console.print(_table(report.tensors))

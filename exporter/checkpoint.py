@@ -35,7 +35,7 @@ class Checkpoint:
     architecture: Architecture
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, SourceTensor]
 
     def licences(self) -> list[Path]:
         """Licence and notice files, which travel with the weights."""
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class SourceTensor:
     """Where a tensor is stored: dtype is one of fp32, fp16, bf16."""
 
     file: Path
@@ -207,7 +207,7 @@ def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     return tuple(ids)
 
 
-def _index_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _index_tensors(folder: Path) -> dict[str, SourceTensor]:
     index = folder / "model.safetensors.index.json"
     weight_map: Any = {}
     if index.is_file():
@@ -217,7 +217,7 @@ def _index_tensors(folder: Path) -> dict[str, StoredTensor]:
         names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, SourceTensor] = {}
     for name in names:
         path = folder / name
         if Path(name).name != name or "\0" in name:
@@ -235,14 +235,14 @@ def _index_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+def _headers(path: Path) -> Iterator[tuple[str, SourceTensor]]:
     try:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 view = file.get_slice(name)
                 yield (
                     name,
-                    StoredTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
+                    SourceTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
                 )
     except OSError as error:
         raise CheckpointError(path, f"cannot be read ({reason(error)})") from None

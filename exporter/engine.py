@@ -33,12 +33,12 @@ from edgeskip.runtime.engines import (
     EngineProfile,
     EngineRecord,
     Engines,
+    engine_profiles,
     engines_folder,
 )
-from edgeskip.runtime.errors import BackendError, BundleError, RequestError
-from edgeskip.runtime.graphs import GRAPHS, Graph, GraphName, dimensions
+from edgeskip.runtime.errors import BackendError, RequestError
+from edgeskip.runtime.graphs import GRAPHS, Graph, dimensions
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress, verify_hashes
-from edgeskip.runtime.rounds import HEAD_ROWS
 from edgeskip.runtime.targets import RTX_REFUSED, VERSIONS, dtype_problem
 from edgeskip.runtime.trt_session import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.user_cache import cache_folder, keep
@@ -78,29 +78,13 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
         RequestError: a GPU or a dtype that the backend does not serve.
         BundleError: the bundle is packed or not as exported, or the folder cannot be written.
     """
-    if bundle.manifest.packed:
-        raise BundleError(bundle.folder, "packed, without graphs", fix="build where it was packed, and pack it again")
+    bundle.require_graphs(fix="build where it was packed, and pack it again")
     library = _library(settings.backend)
     targets = _targets(library, settings)
     for target in targets:
         _check_dtype(bundle, target.compute_capability)
     verify_hashes(bundle, progress)
     return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
-
-
-def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
-    """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
-
-    A round runs draft one row at a time, verify on all its rows, and the head both ways; see runtime/rounds.py.
-    """
-    most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
-    rows = min(manifest.num_speculations + 1, most)
-    prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
-    return {
-        "draft": (EngineProfile(1, 1, most), *prefill),
-        "verify": (EngineProfile(1, rows, most), *prefill),
-        "head": (EngineProfile(1, rows, most),),
-    }
 
 
 def _library(backend: EngineBackend) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.exporter.reference import reference_model
-from edgeskip.runtime.errors import BundleError, CheckpointError
+from edgeskip.exporter.reference import cache_argument, reference_model
+from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.manifest import Bundle
 
 Array = npt.NDArray[Any]
@@ -63,9 +63,8 @@ class Golden:
         if threads:
             torch.set_num_threads(threads)
         manifest = bundle.manifest
-        if manifest.packed and checkpoint is None:
-            fix = "give --reference CHECKPOINT, or check the bundle that it was packed from"
-            raise BundleError(bundle.folder, "packed, without the weights to compare with", fix=fix)
+        if checkpoint is None:
+            bundle.require_graphs(fix="give --reference CHECKPOINT, or check the bundle that it was packed from")
         self.source = "the bundle's own weights" if checkpoint is None else checkpoint
         self._exit_layer, self._eos = manifest.exit_layer, list(manifest.eos_token_ids)
         self._model = reference_model(bundle) if checkpoint is None else _loaded(bundle, checkpoint)
@@ -100,7 +99,7 @@ class Golden:
         ids = torch.tensor([list(token_ids)], device=self._device)
         try:
             with torch.inference_mode():
-                self._model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                self._model.model(input_ids=ids, use_cache=True, **cache_argument(self._model.model, cache))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -22,7 +22,7 @@ from onnxscript import GraphBuilder, OpBuilder
 from edgeskip.exporter import decoder
 from edgeskip.exporter.split import DTYPES, OPSETS, external, finished
 from edgeskip.exporter.weights import NUMPY_DTYPES
-from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.manifest import Bundle
 from edgeskip.runtime.ort_session import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
 from edgeskip.runtime.weights import embedding_table, stored_tensors
@@ -96,9 +96,7 @@ def check_probed(bundle: Bundle, device: Literal["cpu", "cuda"]) -> None:
         BundleError: it is packed.
         BackendError: ONNX Runtime is missing, or would have to compute bf16 on a CPU.
     """
-    if bundle.manifest.packed:
-        fix = "give the bundle that it was packed from"
-        raise BundleError(bundle.folder, "packed, without the weights to probe", fix=fix)
+    bundle.require_graphs(fix="give the bundle that it was packed from")
     if not _on_gpu(device) and bundle.manifest.dtype == "bf16":
         found = "in bf16, which ONNX Runtime does not compute on a CPU"
         raise BackendError(bundle.folder, found, fix="export with --dtype fp16")

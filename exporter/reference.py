@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from time import perf_counter
 from typing import Any, Literal
 
@@ -59,6 +60,13 @@ def transformers_contestants(
         Contestant("transformers", 0, lambda ids, n: _generate(model, ids, n, {})),
         Contestant("transformers early exit", 0, lambda ids, n: _generate(model, ids, n, early)),
     )
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A KV cache as the keyword argument that this release's models take: `past_key_values` until transformers 5.24,
+    `cache` from then on.
+    """
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def _with_buffers(model: Any, config: Any) -> Any:

@@ -15,7 +15,7 @@ from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.backends import Backend
 from edgeskip.runtime.errors import RecipeError
-from edgeskip.runtime.graphs import MAX_SPECULATIONS
+from edgeskip.runtime.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
 from edgeskip.runtime.structure import Range
 
 Capacity = Annotated[int, Range(2)]
@@ -44,7 +44,7 @@ class ExportRecipe:
     checkpoint: str
     exit_layer: Size
     source: str
-    num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)] = 4
+    num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)] = DEFAULT_SPECULATIONS
     shape: str | None = None
     dtype: DType | None = None
     max_length: Capacity | None = None

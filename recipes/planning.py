@@ -29,7 +29,7 @@ from edgeskip.runtime.architecture import ITEMSIZE, Architecture, DType
 from edgeskip.runtime.backends import Backend
 from edgeskip.runtime.bench import BenchReport
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.graphs import GRAPHS, GraphName, check_exit_layer, graph_table
+from edgeskip.runtime.graphs import DEFAULT_SPECULATIONS, GRAPHS, GraphName, check_exit_layer, graph_table
 from edgeskip.runtime.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
 from edgeskip.runtime.rounds import prefill_round, speculative_round
@@ -67,7 +67,7 @@ class PlanSettings:
 
     Attributes:
         exit_layer: E.
-        num_speculations: K; None takes the best where the match rate is known, else 4.
+        num_speculations: K; None takes the best where the match rate is known, else the default.
         match_rates: exit layer -> match rate, as far as known.
         backend: which of the device's.
         dtype: of weights, activations and caches.
@@ -223,7 +223,9 @@ def make_plan(
     plain = round_ms(cost, sizes, 0, position)
     rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
     match_rate = settings.match_rates.get(settings.exit_layer)
-    k = settings.num_speculations or (4 if match_rate is None else best_speculation(rounds, match_rate)[0])
+    k = settings.num_speculations or (
+        DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
+    )
     exits = tuple(
         _exit(a, exit_layer, dtype, cost, position, plain, settings.match_rates.get(exit_layer))
         for exit_layer in range(1, a.num_layers)
@@ -453,7 +455,7 @@ def _cost(device: Device, reports: Sequence[BenchReport]) -> Cost:
 
 def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
     if reports:
-        return f"measured on {', '.join(dict.fromkeys(report.hardware['device'] for report in reports))}"
+        return f"measured on {', '.join(dict.fromkeys(report.hardware.device for report in reports))}"
     return (
         f"{device.bandwidth_gb_per_s:g} GB/s by data sheet, {device.copy_share:.0%} of it in a copy, "
         f"{device.kernels.copy_share:.0%} of that in products"

@@ -33,11 +33,12 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.folder import whole_or_absent
+from edgeskip.exporter.reference import cache_argument
 from edgeskip.recipes.early_exit import CausalLM
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.architecture import Architecture, DType
@@ -245,14 +246,14 @@ def measure(
     decoder, vocab_size = model.model, model.config.vocab_size
     generator = torch.Generator().manual_seed(settings.seed)
     prompts = torch.randint(vocab_size, (settings.num_prompts, settings.prompt_length), generator=generator)
-    token_ids, cache = prompts.to(model.device), None
+    token_ids, cache = prompts.to(model.device), DynamicCache()
     picks = []
     for done in range(settings.new_tokens):
-        out = decoder(token_ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        out = decoder(token_ids, use_cache=True, output_hidden_states=True, **cache_argument(decoder, cache))
         exit_state = decoder.norm(out.hidden_states[settings.exit_layer][:, -1])
         states = torch.stack([exit_state, out.last_hidden_state[:, -1]])  # [2, B, H]; the last is normed already
         picks.append(model.lm_head(states).argmax(-1))
-        token_ids, cache = picks[-1][1][:, None], out.past_key_values
+        token_ids = picks[-1][1][:, None]
         progress(done + 1)
     exits, texts = torch.stack(picks, dim=-1).cpu()  # [B, T] each
     matched = (exits == texts).double().mean(-1)

@@ -24,12 +24,12 @@ import numpy.typing as npt
 
 from edgeskip.exporter.probe import Exits, Probe, check_probed
 from edgeskip.recipes.cost import Sample, call_ms, fit_cost, graph_sizes
-from edgeskip.runtime.bench import encoded_prompts, hardware_names
+from edgeskip.runtime.bench import encoded_prompts
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import GRAPHS, GraphName, check_num_speculations
 from edgeskip.runtime.manifest import Bundle, Manifest, Progress
-from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
+from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.rounds import Round, draft_round, speculative_round, verification_round
 from edgeskip.runtime.session import Session
 from edgeskip.runtime.statistics import Statistics
@@ -130,7 +130,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class TuneReport:
+class TuneReport(Provenance):
     """The best pair, the bundle's `present` one, and all `pairs`.
 
     `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
@@ -139,15 +139,6 @@ class TuneReport:
     whole with the present pair, and so it is taken to be for all.
     """
 
-    source: str
-    synthetic: bool
-    backend: str
-    hardware: dict[str, str]
-    versions: dict[str, str]
-    command: str
-    dtype: str
-    num_layers: int
-    max_length: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -186,7 +177,7 @@ def tune(
         check_num_speculations(k)
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
-        device, backend, hardware = session.device, session.description, session.hardware
+        device, head = session.device, provenance(model, command)
         check_probed(bundle, device)
         if settings.confidence_threshold is None:
             settings = replace(settings, confidence_threshold=session.confidence_threshold)
@@ -219,15 +210,7 @@ def tune(
 
     pairs = tuple(pair(exit_layer, k) for exit_layer in drafts for k in sorted(set(settings.grid)))
     return TuneReport(
-        source=manifest.source,
-        synthetic=manifest.synthetic,
-        backend=backend,
-        hardware=hardware_names(hardware),
-        versions=versions(RUNTIME_PACKAGES),
-        command=command,
-        dtype=manifest.dtype,
-        num_layers=manifest.architecture.num_layers,
-        max_length=manifest.max_length,
+        **vars(head),
         prompts=len(texts),
         prompt_tokens=int(statistics.median(len(text.prompt_ids) for text in texts)),
         new_tokens=sum(len(text.token_ids) for text in texts),

@@ -32,7 +32,7 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
     console.print(
         f"{escape(report.source)}{synthetic}, {report.num_layers} layers; {escape(report.backend)}; "
-        f"{escape(report.hardware['device'])}"
+        f"{escape(report.hardware.device)}"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("exit layer", "match", "best K", "ms", "speedup", "accept", "per round"):
@@ -90,7 +90,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
     """The choice as an export recipe in TOML, for `edgeskip export --recipe`."""
     best, text = report.best, _toml_text
     source = (
-        f"edgeskip tune, {report.hardware['device']}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
+        f"edgeskip tune, {report.hardware.device}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
         f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms a token, plain "
         f"{figure(report.measured.plain_ms_per_token)}"
     )

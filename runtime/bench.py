@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.generate import Generation, Model
 from edgeskip.runtime.graphs import GRAPHS, GraphName, check_num_speculations
 from edgeskip.runtime.manifest import Bundle, Progress
-from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
+from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.rounds import Call, speculative_round
 from edgeskip.runtime.session import Memory
 from edgeskip.runtime.statistics import Statistics, distinct_4grams
@@ -130,23 +129,14 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Provenance):
     """`faults` are the differences that are no ties, other runtimes left out: there must be none.
 
     `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` are what one call of each graph reads, and
     `ideal_ms_per_token` their sum at that rate. `prompt_tokens` is a median.
     """
 
-    source: str
-    synthetic: bool
-    backend: str
-    hardware: dict[str, str]
-    versions: dict[str, str]
-    command: str
-    dtype: str
     exit_layer: Size
-    num_layers: Size
-    max_length: int
     prompts: int
     prompt_tokens: int
     settings: BenchSettings
@@ -190,11 +180,6 @@ def load_prompts(path: Path | None = None) -> list[str]:
     if not any(texts):
         raise RequestError(path, "no text in it", wanted="a text file or a folder of them")
     return [text for text in texts if text]
-
-
-def hardware_names(device: str) -> dict[str, str]:
-    """What figures were measured on: the chip's own name, and the kind of its host."""
-    return {"device": device, "host": f"{platform.system()} {platform.machine()}"}
 
 
 def encoded_prompts(
@@ -260,16 +245,8 @@ def run_bench(
     )
     foreign_modes = {other.mode for other in foreign}
     return BenchReport(
-        source=manifest.source,
-        synthetic=manifest.synthetic,
-        backend=session.description,
-        hardware=hardware_names(session.hardware),
-        versions=versions(RUNTIME_PACKAGES),
-        command=command,
-        dtype=manifest.dtype,
+        **vars(provenance(model, command)),
         exit_layer=manifest.exit_layer,
-        num_layers=manifest.architecture.num_layers,
-        max_length=manifest.max_length,
         prompts=len(prompts),
         prompt_tokens=int(statistics.median(map(len, prompt_ids))),
         settings=settings,

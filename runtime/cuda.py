@@ -154,10 +154,10 @@ class CudaDevice:
         graph.upload(self.stream)
         return lambda: graph.launch(self.stream)
 
-    def stopwatch(self) -> Stopwatch:
+    def stopwatch(self) -> DeviceTimer:
         """Two events around what is enqueued between them."""
         options = self._core.EventOptions(timing_enabled=True)
-        return Stopwatch(self.stream, self._device.create_event(options), self._device.create_event(options))
+        return DeviceTimer(self.stream, self._device.create_event(options), self._device.create_event(options))
 
     def copy_bytes_per_second(self, size: int = 1 << 29, repeats: int = 10) -> float:
         """Median rate of copies within device memory, bytes read plus bytes written."""
@@ -200,7 +200,7 @@ class CudaDevice:
 
 
 @dataclass(frozen=True)
-class Stopwatch:
+class DeviceTimer:
     """Device time between two points of a stream."""
 
     stream: Any

@@ -55,7 +55,7 @@ class Software:
 
 
 @dataclass(frozen=True)
-class Backend:
+class BackendState:
     """Whether a backend works on a device; where not, the reason, and the command that mends it if one does."""
 
     name: str
@@ -83,7 +83,7 @@ class Doctor:
     edgeskip: str
     hardware: Hardware
     software: Software
-    backends: tuple[Backend, ...]
+    backends: tuple[BackendState, ...]
     verbs: tuple[Verb, ...]
     now: str
     next: str
@@ -114,17 +114,17 @@ def examine(root: Path = Path("/")) -> Doctor:
 # Backends
 
 
-def _judged(name: str, device: str, check: Callable[[], str]) -> Backend:
+def _judged(name: str, device: str, check: Callable[[], str]) -> BackendState:
     """What a check says, which gives a version or raises."""
     try:
-        return Backend(name, device, True, check(), None, None)
+        return BackendState(name, device, True, check(), None, None)
     except BackendError as error:
         command = error.fix if _is_command(error.fix) else ""
         parts = (f"{error.place}: {error.found}", error.wanted and f"wanted {error.wanted}", error.fix)
         reason = "; ".join(part for part in parts if part and part != command)
-        return Backend(name, device, False, None, " ".join(reason.split()), command or None)
+        return BackendState(name, device, False, None, " ".join(reason.split()), command or None)
     except Exception as error:
-        return Backend(name, device, False, None, error_line(error), None)
+        return BackendState(name, device, False, None, error_line(error), None)
 
 
 def _is_command(fix: str) -> bool:
@@ -320,7 +320,7 @@ def _without_jetpacks(error: BackendError, jetson: Jetson, root: Path) -> Backen
 # Verbs, and what to make of it all
 
 
-def _verbs(hardware: Hardware, backends: Sequence[Backend]) -> tuple[Verb, ...]:
+def _verbs(hardware: Hardware, backends: Sequence[BackendState]) -> tuple[Verb, ...]:
     runs = _verb("generate, bench", BASE, "pip install edgeskip")
     if runs.works and not any(backend.works for backend in backends):
         runs = Verb(runs.name, False, ("a backend that works",), backends[0].fix)
@@ -345,7 +345,7 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _verdict(hardware: Hardware, backends: Sequence[Backend], verbs: Sequence[Verb]) -> tuple[str, str]:
+def _verdict(hardware: Hardware, backends: Sequence[BackendState], verbs: Sequence[Verb]) -> tuple[str, str]:
     """What runs here now, and what to do next."""
     cpu, *on_gpu = backends
     working = [f"{backend.name} {backend.version}" for backend in on_gpu if backend.works]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from edgeskip.runtime.doctor import Backend, Doctor, Verb
+from edgeskip.runtime.doctor import BackendState, Doctor, Verb
 from edgeskip.runtime.hardware import Gpu, Jetson
 from edgeskip.runtime.host import Disk, HostMemory
 
@@ -91,7 +91,7 @@ def _jetson(jetson: Jetson) -> str:
     )
 
 
-def _backend_name(backend: Backend) -> str:
+def _backend_name(backend: BackendState) -> str:
     return f"{backend.name} on {backend.device}" if backend.name == "onnxruntime" else backend.name
 
 

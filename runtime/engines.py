@@ -19,7 +19,8 @@ from typing import Annotated, Literal, get_args
 from edgeskip.runtime.architecture import DType, Size
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.graphs import GRAPHS, GraphName
-from edgeskip.runtime.manifest import Bundle, Progress, counted, verify_hash
+from edgeskip.runtime.manifest import Bundle, Manifest, Progress, counted, verify_hash
+from edgeskip.runtime.rounds import HEAD_ROWS
 from edgeskip.runtime.structure import Range, structure
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -87,6 +88,21 @@ class Engines:
     def path(self, graph: GraphName) -> Path:
         """Where a graph's engine is."""
         return self.folder / f"{graph}.engine"
+
+
+def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
+    """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
+
+    A round runs draft one row at a time, verify on all its rows, and the head both ways; see rounds.py.
+    """
+    most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
+    rows = min(manifest.num_speculations + 1, most)
+    prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
+    return {
+        "draft": (EngineProfile(1, 1, most), *prefill),
+        "verify": (EngineProfile(1, rows, most), *prefill),
+        "head": (EngineProfile(1, rows, most),),
+    }
 
 
 def engines_folder(bundle: Bundle, backend: EngineBackend, compute_capability: int, version: str) -> Path:

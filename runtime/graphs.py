@@ -24,6 +24,9 @@ DIALECTS = {"standard": "{}.onnx", "ort": "{}.ort.onnx"}
 MAX_SPECULATIONS = 16
 """The longest speculation that workspaces and engine profiles are made for."""
 
+DEFAULT_SPECULATIONS = 4
+"""K of a bundle whose exporter was not told another."""
+
 
 @dataclass(frozen=True)
 class Tensor:

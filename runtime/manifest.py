@@ -119,6 +119,15 @@ class Bundle:
         """Where a file of the bundle is."""
         return self.folder / name
 
+    def require_graphs(self, fix: str) -> None:
+        """Finds that the bundle has graphs and all weights, not only engines.
+
+        Raises:
+            BundleError: it is packed; `fix` says what to do instead.
+        """
+        if self.manifest.packed:
+            raise BundleError(self.folder, "packed: it has engines, no graphs and not all weights", fix=fix)
+
     def graph_path(self, graph: GraphName, dialect: str) -> Path:
         """Where a graph is, in a dialect (`standard` or `ort`)."""
         return self.folder / DIALECTS[dialect].format(graph)

@@ -254,10 +254,7 @@ class _Graphs:
         self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
     ) -> None:
         manifest = bundle.manifest
-        if manifest.packed:
-            raise BackendError(
-                bundle.folder, "packed: it has engines and no graphs for ONNX Runtime", fix="use the bundle"
-            )
+        bundle.require_graphs(fix="use the bundle that it was packed from, or --backend with its engines")
         self._table, self._dtype = manifest.table, manifest.dtype
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._sessions: dict[GraphName, Any] = {}

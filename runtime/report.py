@@ -73,7 +73,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
     synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
     console.print(
         f"{escape(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
-        f"{escape(report.backend)}; {escape(report.hardware['device'])}"
+        f"{escape(report.backend)}; {escape(report.hardware.device)}"
     )
     speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:

@@ -17,7 +17,7 @@ RTX_SERVES = (75, 80, 86, 89, 120, 121)
 
 RTX_REFUSED = "Jetsons (87, 110) and data center GPUs (90, 100) are served by --backend tensorrt, run on them"
 
-LEAST_SM: dict[DType, int] = {"fp16": 75, "bf16": 80}
+LEAST_DTYPE_SM: dict[DType, int] = {"fp16": 75, "bf16": 80}
 """The least compute capability for a dtype. fp32 is served by none: fused attention has no such kernel.
 
 Table 1 of TensorRT-RTX's support matrix; for fp32, RTX 1.7.1 says "Attention operation was not supported by a dedicated
@@ -27,8 +27,8 @@ kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
 
 def dtype_problem(dtype: DType, compute_capability: int) -> str:
     """What TensorRT wants in place of a dtype that it or the GPU does not compute; empty where it does."""
-    if dtype not in LEAST_SM:
+    if dtype not in LEAST_DTYPE_SM:
         return "fp16 or bf16: TensorRT has no attention in fp32"
-    if compute_capability < LEAST_SM[dtype]:
-        return f"SM {LEAST_SM[dtype]} or later for {dtype}"
+    if compute_capability < LEAST_DTYPE_SM[dtype]:
+        return f"SM {LEAST_DTYPE_SM[dtype]} or later for {dtype}"
     return ""

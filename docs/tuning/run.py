@@ -13,6 +13,7 @@ other processes take more than a little of the machine is measured again (on Lin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -31,9 +32,10 @@ from edgeskip.cli import main
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes.demo import CHECKPOINT
-from edgeskip.runtime.bench import hardware_names, load_prompts
+from edgeskip.runtime.bench import load_prompts
 from edgeskip.runtime.generate import Model
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
+from edgeskip.runtime.provenance import hardware_names
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.with_suffix(".md")
@@ -67,7 +69,7 @@ def measure(work: Path, passes: int, num_prompts: int, threshold: float) -> dict
         hardware = models[1].session.hardware
     ms = {pair: 1e3 * sum(map(min, zip(*passes_, strict=True))) / tokens for pair, passes_ in seconds.items()}
     return {
-        "hardware": hardware_names(hardware),
+        "hardware": dataclasses.asdict(hardware_names(hardware)),
         "versions": versions(RUNTIME_PACKAGES),
         "command": f"python docs/tuning/run.py --confidence-threshold {threshold:g} --passes {passes} "
         f"--num-prompts {num_prompts}",

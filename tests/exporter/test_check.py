@@ -312,11 +312,11 @@ def test_the_smallest_bundle_passes(checkpoints, tmp_path):
 def test_a_packed_bundle_needs_a_checkpoint_and_cannot_be_narrowed(bundles):
     bundle = bundles("llama-gqa")
     packed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, packed=object()))
-    with pytest.raises(BundleError, match="packed, without the weights to compare with; give --reference"):
+    with pytest.raises(BundleError, match=r"packed: .* give --reference"):
         Golden(packed)
     with edgeskip.load(bundle.folder, device="cpu") as model:
         model.bundle = packed
-        with pytest.raises(BundleError, match="packed, without the graphs"):
+        with pytest.raises(BundleError, match=r"packed: .* narrow down"):
             run_check(model, Golden(bundle), PROMPTS, layers=True)
 
 

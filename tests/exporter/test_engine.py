@@ -26,11 +26,11 @@ from edgeskip.cli import main
 from edgeskip.exporter import engine
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.exporter.engine import BuildSettings, build_engines, engine_profiles
+from edgeskip.exporter.engine import BuildSettings, build_engines
 from edgeskip.exporter.engine_process import Fraction
 from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.pack import pack
-from edgeskip.runtime.engines import BUILD, FOLDER, EngineProfile, read_engines, verify_engines
+from edgeskip.runtime.engines import BUILD, FOLDER, EngineProfile, engine_profiles, read_engines, verify_engines
 from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError, RequestError
 from edgeskip.runtime.graphs import GRAPHS
 from edgeskip.runtime.manifest import MANIFEST, read_bundle

@@ -100,7 +100,7 @@ def test_the_graph_holds_no_weights_and_each_once(bundles):
 def test_a_packed_bundle_is_refused(bundles):
     bundle = bundles("llama-gqa")
     manifest = dataclasses.replace(bundle.manifest, packed=Packed("", {}, {}))
-    with pytest.raises(BundleError, match="packed, without the weights to probe; give the bundle"):
+    with pytest.raises(BundleError, match=r"packed: .* give the bundle"):
         Probe(dataclasses.replace(bundle, manifest=manifest))
 
 

@@ -23,7 +23,7 @@ import edgeskip
 from edgeskip.cli import main
 from edgeskip.runtime import doctor, hardware
 from edgeskip.runtime.cuda import CudaDevice
-from edgeskip.runtime.doctor import LEAST_SM, Backend, Doctor, Software, Verb, examine
+from edgeskip.runtime.doctor import LEAST_SM, BackendState, Doctor, Software, Verb, examine
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.hardware import Gpu, Hardware, Jetson, read_hardware
 from edgeskip.runtime.host import Disk, HostMemory
@@ -77,7 +77,7 @@ def verb(report, name):
 def test_this_machine_runs_bundles_on_its_cpu():
     report = examine()
     assert [(backend.name, backend.device) for backend in report.backends] == NAMES
-    assert judged(report, "onnxruntime", "cpu") == Backend(
+    assert judged(report, "onnxruntime", "cpu") == BackendState(
         "onnxruntime", "cpu", True, onnxruntime.__version__, None, None
     )
     assert f"on the CPU with onnxruntime {onnxruntime.__version__}" in report.now
@@ -123,7 +123,7 @@ def test_json_is_one_object_with_every_field():
     assert set(made["hardware"]["memory"]) == keys(HostMemory)
     assert set(made["hardware"]["disk"]) == set(made["hardware"]["cache_disk"]) == keys(Disk)
     assert set(made["software"]) == keys(Software)
-    assert all(set(backend) == keys(Backend) for backend in made["backends"])
+    assert all(set(backend) == keys(BackendState) for backend in made["backends"])
     assert all(set(verb) == keys(Verb) for verb in made["verbs"])
     assert [verb["name"] for verb in made["verbs"]] == ["generate, bench", *NEEDS]
 
@@ -364,7 +364,7 @@ def test_an_onnxruntime_for_cuda_works_and_the_verdict_says_where(monkeypatch, t
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     report = shown(monkeypatch, gpu=described())
-    assert judged(report, "onnxruntime") == Backend("onnxruntime", "cuda", True, "1.31.1", None, None)
+    assert judged(report, "onnxruntime") == BackendState("onnxruntime", "cuda", True, "1.31.1", None, None)
     assert report.now == (
         "bundles run on the GPU (NVIDIA GeForce RTX 3060) with onnxruntime 1.31.1, "
         "and on the CPU with onnxruntime 1.31.1"

@@ -1,0 +1,61 @@
+"""What figures were measured on, and with what: the head of every report."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeskip.runtime.architecture import DType, Size
+from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
+
+if TYPE_CHECKING:
+    from edgeskip.runtime.generate import Model
+
+
+@dataclass(frozen=True)
+class HardwareNames:
+    """The device's own name, and the system and processor type of its host."""
+
+    device: str
+    host: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The model, the machine, the software and the command of a measurement.
+
+    `source` names the checkpoint, `synthetic` says that its weights are random; `backend` is the session's description,
+    and `versions` has those of Python and of the packages involved.
+    """
+
+    source: str
+    synthetic: bool
+    backend: str
+    hardware: HardwareNames
+    versions: dict[str, str]
+    command: str
+    dtype: DType
+    num_layers: Size
+    max_length: Size
+
+
+def hardware_names(device: str) -> HardwareNames:
+    """The names of a device on this host."""
+    return HardwareNames(device, f"{platform.system()} {platform.machine()}")
+
+
+def provenance(model: Model, command: str) -> Provenance:
+    """The head of a report on a loaded model, as it is now."""
+    manifest, session = model.bundle.manifest, model.session
+    return Provenance(
+        source=manifest.source,
+        synthetic=manifest.synthetic,
+        backend=session.description,
+        hardware=hardware_names(session.hardware),
+        versions=versions(RUNTIME_PACKAGES),
+        command=command,
+        dtype=manifest.dtype,
+        num_layers=manifest.architecture.num_layers,
+        max_length=manifest.max_length,
+    )
