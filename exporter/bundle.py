@@ -16,9 +16,8 @@ from edgeskip.exporter.config import SYNTHETIC, read_json
 from edgeskip.exporter.folder import sync, whole_or_absent
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, write_weights
-from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.errors import CheckpointError, RequestError, reason
-from edgeskip.runtime.graphs import (
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.graphs import (
     CHAINS,
     DEFAULT_SPECULATIONS,
     DIALECTS,
@@ -27,7 +26,7 @@ from edgeskip.runtime.graphs import (
     check_num_speculations,
     graph_table,
 )
-from edgeskip.runtime.manifest import (
+from edgeskip.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
@@ -36,6 +35,7 @@ from edgeskip.runtime.manifest import (
     Manifest,
     Progress,
 )
+from edgeskip.runtime.errors import CheckpointError, RequestError, reason
 
 DEFAULT_MAX_LENGTH = 2048
 

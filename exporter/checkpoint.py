@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
-from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError, reason
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]

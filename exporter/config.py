@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from edgeskip.runtime.architecture import MODEL_TYPES, Architecture, Rope
+from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Architecture, Rope
 from edgeskip.runtime.errors import CheckpointError, reason
 
 _READ = {

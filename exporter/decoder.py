@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.bundle.architecture import Architecture
 
 Value = ir.Value
 

@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import IO
 
 from edgeskip.exporter.folder import check_destination, sync, whole_or_absent
-from edgeskip.runtime.engines import BUILD, FOLDER, Engines, verify_engines
+from edgeskip.runtime.bundle.engines import BUILD, FOLDER, Engines, verify_engines
+from edgeskip.runtime.bundle.graphs import DIALECTS, GRAPHS
+from edgeskip.runtime.bundle.manifest import (
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    FileRecord,
+    Packed,
+    Progress,
+    counted,
+    verify_hashes,
+)
+from edgeskip.runtime.bundle.weights import EMBEDDINGS, read_bytes, stored_tensors
 from edgeskip.runtime.errors import BundleError
-from edgeskip.runtime.graphs import DIALECTS, GRAPHS
-from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, Bundle, FileRecord, Packed, Progress, counted, verify_hashes
-from edgeskip.runtime.weights import EMBEDDINGS, read_bytes, stored_tensors
 
 _BLOCK_BYTES = 1 << 22
 

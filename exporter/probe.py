@@ -22,10 +22,10 @@ from onnxscript import GraphBuilder, OpBuilder
 from edgeskip.exporter import decoder
 from edgeskip.exporter.split import DTYPES, OPSETS, external, finished
 from edgeskip.exporter.weights import NUMPY_DTYPES
+from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import embedding_table, stored_tensors
 from edgeskip.runtime.errors import BackendError
-from edgeskip.runtime.manifest import Bundle
-from edgeskip.runtime.ort_session import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
-from edgeskip.runtime.weights import embedding_table, stored_tensors
 
 Value = ir.Value
 

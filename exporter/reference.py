@@ -7,10 +7,10 @@ from time import perf_counter
 from typing import Any, Literal
 
 from edgeskip.exporter.tensors import bundle_tensors
-from edgeskip.runtime.architecture import DType
-from edgeskip.runtime.bench import Contestant, Run
+from edgeskip.runtime.bench.measure import Contestant, Run
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
 from edgeskip.runtime.errors import BackendError
-from edgeskip.runtime.manifest import WEIGHTS, Bundle
 
 
 def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") -> Any:

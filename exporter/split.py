@@ -9,10 +9,10 @@ from onnxscript import GraphBuilder
 
 from edgeskip.exporter import decoder
 from edgeskip.exporter.weights import PlacedTensor, WeightsLayout
-from edgeskip.runtime.architecture import Architecture
-from edgeskip.runtime.graphs import Graph, GraphName, Tensor, dimensions
-from edgeskip.runtime.manifest import WEIGHTS
-from edgeskip.runtime.weights import StoredTensor
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.graphs import Graph, GraphName, Tensor, dimensions
+from edgeskip.runtime.bundle.manifest import WEIGHTS
+from edgeskip.runtime.bundle.weights import StoredTensor
 
 OPSETS = {"standard": 24, "ort": 23}
 """The lowest that has each dialect's operators; ONNX Runtime reads 24 from its release 1.24 on."""

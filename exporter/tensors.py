@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.bundle.architecture import Architecture
 
 
 def bundle_tensors(

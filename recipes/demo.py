@@ -9,10 +9,11 @@ from rich.console import Console
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.runtime.bench import BenchReport, BenchSettings, load_prompts, run_bench
-from edgeskip.runtime.generate import load
-from edgeskip.runtime.manifest import Progress
-from edgeskip.runtime.report import stream
+from edgeskip.runtime.bench.measure import BenchReport, BenchSettings, run_bench
+from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bundle.manifest import Progress
+from edgeskip.runtime.load import load
+from edgeskip.runtime.terminal import stream
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "python-10m"
 EXIT_LAYER = 3

@@ -9,9 +9,9 @@ from typing import Any
 
 from edgeskip.recipes.deployment import Device, ExportRecipe, recipe_shape
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
-from edgeskip.recipes.schema import TrainingRecipe
+from edgeskip.recipes.train.schema import TrainingRecipe
+from edgeskip.runtime.bundle.graphs import check_exit_layer
 from edgeskip.runtime.errors import EdgeskipError, RecipeError, RequestError
-from edgeskip.runtime.graphs import check_exit_layer
 
 _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
 

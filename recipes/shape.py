@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeskip.exporter.config import architecture_from_config, read_json
-from edgeskip.runtime.architecture import Architecture
+from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import BackendError, RequestError, reason
 
 FOLDER = Path(__file__).parent / "shapes"

@@ -39,12 +39,12 @@ from transformers.utils import logging
 from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.reference import cache_argument
-from edgeskip.recipes.early_exit import CausalLM
 from edgeskip.recipes.shape import Shape, load_shape
-from edgeskip.runtime.architecture import Architecture, DType
+from edgeskip.recipes.train.early_exit import CausalLM
+from edgeskip.runtime.bundle.architecture import Architecture, DType
+from edgeskip.runtime.bundle.graphs import check_exit_layer
+from edgeskip.runtime.bundle.manifest import Progress
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
-from edgeskip.runtime.graphs import check_exit_layer
-from edgeskip.runtime.manifest import Progress
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1

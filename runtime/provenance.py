@@ -6,11 +6,11 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgeskip.runtime.architecture import DType, Size
+from edgeskip.runtime.bundle.architecture import DType, Size
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 
 if TYPE_CHECKING:
-    from edgeskip.runtime.generate import Model
+    from edgeskip.runtime.decoding.model import Model
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.runtime.cuda import CudaDevice
+from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.errors import BackendError
-from edgeskip.runtime.generate import Model, load
-from edgeskip.runtime.manifest import Bundle
+from edgeskip.runtime.load import load
 from tests.standin import make_device, standin_model
 
 VOCAB = 300
@@ -193,7 +194,7 @@ def bundles(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
         path = folder / "-".join([variant, *(f"{k}={v}" for k, v in sorted(settings.items()))])
         if not path.exists():
             export_bundle(open_checkpoint(str(checkpoints(variant))), path, ExportSettings(**settings))
-        from edgeskip.runtime.manifest import read_bundle
+        from edgeskip.runtime.bundle.manifest import read_bundle
 
         return read_bundle(path)
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from edgeskip.runtime import ort_session
-from edgeskip.runtime.cuda import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
-from edgeskip.runtime.engines import (
+from edgeskip.runtime.backends import ort
+from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
     Build,
@@ -30,11 +31,9 @@ from edgeskip.runtime.engines import (
     engines_folder,
     read_engines,
 )
-from edgeskip.runtime.generate import Model
-from edgeskip.runtime.graphs import GRAPHS
-from edgeskip.runtime.manifest import read_bundle
-from edgeskip.runtime.rounds import HEAD_ROWS
-from edgeskip.runtime.trt_session import TrtSession
+from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS
+from edgeskip.runtime.bundle.manifest import read_bundle
+from edgeskip.runtime.decoding.model import Model
 
 VERSION = "10.99.1"
 ELEMENTS = {"tensor(float)": ("FLOAT", 1), "tensor(float16)": ("HALF", 10), "tensor(int64)": ("INT64", 7)}
@@ -150,7 +149,7 @@ class StandInTensorRT:
 class _Engine:
     def __init__(self, library, made):
         self.library, self.made = library, made
-        options = ort_session.cpu_options(onnxruntime, 0)
+        options = ort.cpu_options(onnxruntime, 0)
         session = onnxruntime.InferenceSession(made["onnx"], options, providers=["CPUExecutionProvider"])
         self.inputs = [node.name for node in session.get_inputs()]
         nodes = [*session.get_inputs(), *session.get_outputs()]
@@ -191,7 +190,7 @@ class _Engine:
     def session(self, stream):
         """ONNX Runtime for this graph on a stream: ours of host memory, or a real one."""
         if stream not in self.loaded:
-            options = ort_session.cpu_options(onnxruntime, 0)
+            options = ort.cpu_options(onnxruntime, 0)
             provider = "CPUExecutionProvider" if stream in STREAMS else "CUDAExecutionProvider"
             settings = {} if stream in STREAMS else {"user_compute_stream": str(stream), "use_tf32": "0"}
             loaded = onnxruntime.InferenceSession(self.made["onnx"], options, providers=[(provider, settings)])

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 import edgeskip
 from edgeskip.cli import main
-from edgeskip.runtime.manifest import MANIFEST
-from edgeskip.runtime.statistics import Statistics
+from edgeskip.runtime.bundle.manifest import MANIFEST
+from edgeskip.runtime.decoding.statistics import Statistics
 from tests.conftest import edit_json
 
 VERBS = (
@@ -283,9 +283,9 @@ def test_bench_against_transformers_finds_the_same_tokens(bundle, texts):
 
 
 def test_bench_that_finds_a_wrong_token_exits_with_1(bundle, texts, monkeypatch):
-    from edgeskip.runtime import generate
+    from edgeskip.runtime.decoding import model
 
-    right = generate.Model.complete
+    right = model.Model.complete
 
     def wrong(self, prompt, **settings):
         made = right(self, prompt, **settings)
@@ -293,7 +293,7 @@ def test_bench_that_finds_a_wrong_token_exits_with_1(bundle, texts, monkeypatch)
             return made
         return dataclasses.replace(made, token_ids=(*made.token_ids[:-1], 2 + made.token_ids[-1] % 2))
 
-    monkeypatch.setattr(generate.Model, "complete", wrong)
+    monkeypatch.setattr(model.Model, "complete", wrong)
     result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, "--repeats", 1)
     assert result.exit_code == 1
     assert "token 7 is not plain decoding's" in result.stdout
@@ -417,7 +417,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
 
 
 def test_a_bug_keeps_its_traceback(bundle, monkeypatch):
-    from edgeskip.runtime import manifest
+    from edgeskip.runtime.bundle import manifest
 
     def fail(_):
         raise ZeroDivisionError("a bug")
@@ -427,12 +427,12 @@ def test_a_bug_keeps_its_traceback(bundle, monkeypatch):
 
 
 def test_an_interrupt_is_one_line(bundle, monkeypatch):
-    from edgeskip.runtime import generate
+    from edgeskip.runtime.decoding import model
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "decode", interrupt)
+    monkeypatch.setattr(model, "decode", interrupt)
     result = run("generate", bundle, "-p", "a")
     assert result.exit_code == 130
     assert result.stderr == "edgeskip: interrupted\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import edgeskip
 
 ROOT = Path(edgeskip.__file__).parent
-RUNTIME_LIBRARIES = {"numpy", "tokenizers", "jinja2", "rich"}  # the base install
+RUNTIME_LIBRARIES = {"click", "numpy", "tokenizers", "jinja2", "rich"}  # the base install
 PLOTS = {"matplotlib"}
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 EXPORT_LIBRARIES = {"onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"}
@@ -37,7 +38,12 @@ def imported(source, package):
 def sources(part):
     paths = sorted((ROOT / part).rglob("*.py"))
     assert paths
-    return {f"{part}/{path.relative_to(ROOT / part)}": imported(path.read_text(), f"edgeskip.{part}") for path in paths}
+    return {
+        f"{path.relative_to(ROOT)}": imported(
+            path.read_text(), ".".join(("edgeskip", *path.relative_to(ROOT).parent.parts))
+        )
+        for path in paths
+    }
 
 
 def breaches(part, forbidden):
@@ -80,11 +86,50 @@ def test_the_exporter_does_not_import_recipes():
 
 
 def test_training_does_not_import_the_exporter():
-    training = {"corpus", "early_exit", "evaluation", "layerskip", "reader", "schema", "tokens", "training"}
-    training_files = {f"recipes/{name}.py" for name in training}
-    assert training_files <= set(sources("recipes"))
-    assert {breach.split()[0] for breach in breaches("recipes", ["edgeskip.exporter"])} & training_files == set()
+    assert breaches("recipes/train", ["edgeskip.exporter"]) == []
     assert breaches("recipes", ["edgeskip.cli"]) == []
+
+
+FLOORS = {  # each folder of runtime, and those that it may import; modules beside the folders are open to all
+    "bundle": set(),
+    "decoding": {"bundle"},
+    "backends": {"bundle", "decoding"},
+    "bench": {"bundle", "decoding"},
+    "doctor": {"bundle", "backends"},
+    "commands": {"bundle", "decoding", "backends", "bench", "doctor"},
+}
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_the_folders_of_runtime_form_no_circle(folder):
+    above = set(FLOORS) - FLOORS[folder] - {folder}
+    forbidden = [f"edgeskip.runtime.{other}" for other in above]
+    if folder != "commands":
+        forbidden += (
+            ["edgeskip.runtime.load", "edgeskip.runtime.terminal"]
+            if folder in ("bundle", "decoding", "backends")
+            else []
+        )
+    assert breaches(f"runtime/{folder}", forbidden) == []
+
+
+def test_every_folder_has_a_floor():
+    folders = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")}
+    assert folders == set(FLOORS)
+
+
+@pytest.mark.parametrize("part", ["runtime", "exporter", "recipes"])
+def test_commands_are_on_top(part):
+    commands = [f"edgeskip.{top}.commands" for top in ("runtime", "exporter", "recipes")]
+    below = breaches(part, commands)
+    assert [breach for breach in below if "/commands/" not in breach.split()[0]] == []
+
+
+def test_a_folder_holds_at_most_12_modules():
+    folders = Counter(
+        path.parent for part in ("runtime", "exporter", "recipes") for path in (ROOT / part).rglob("*.py")
+    )
+    assert {folder: count for folder, count in folders.items() if count > 13} == {}  # with its __init__
 
 
 def loaded_by(code, *arguments):
@@ -96,8 +141,14 @@ def loaded_by(code, *arguments):
     return loaded
 
 
+def test_the_version_loads_click_and_the_standard_library_alone():
+    code = "from edgeskip.cli import main; import sys; main(['--version'], standalone_mode=False)"
+    bare = loaded_by("import edgeskip, click")
+    assert loaded_by(code) - bare - sys.stdlib_module_names <= {"edgeskip"}
+
+
 def test_importing_edgeskip_loads_no_library():
-    everything = RUNTIME_LIBRARIES | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
+    everything = (RUNTIME_LIBRARIES - {"click"}) | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
     assert loaded_by("import edgeskip; edgeskip.__version__") & everything == set()
 
 
@@ -110,7 +161,7 @@ def test_importing_the_runtime_loads_no_backend_and_no_export_or_training_librar
 @pytest.mark.parametrize("verb", ["", "generate", "export", "synth", "check"])
 def test_help_loads_no_library(verb):
     code = "from edgeskip.cli import main; import sys; main(sys.argv[1:], standalone_mode=False)"
-    everything = RUNTIME_LIBRARIES | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
+    everything = (RUNTIME_LIBRARIES - {"click"}) | BACKENDS | EXPORT_LIBRARIES | TRAINING_LIBRARIES
     assert loaded_by(code, *filter(None, [verb]), "--help") & everything == set()
 
 

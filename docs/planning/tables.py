@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeskip.recipes.deployment import DEVICES, MODELS, Device, load_device, load_export_recipe, recipe_shape
-from edgeskip.recipes.planning import Plan, PlanSettings, make_plan
+from edgeskip.recipes.plan.plan import Plan, PlanSettings, make_plan
 from edgeskip.recipes.shape import load_shape
-from edgeskip.runtime.architecture import Architecture
-from edgeskip.runtime.bench import BenchReport, read_report
+from edgeskip.runtime.bench.measure import BenchReport, read_report
+from edgeskip.runtime.bundle.architecture import Architecture
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "planning.md"

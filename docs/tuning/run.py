@@ -32,8 +32,8 @@ from edgeskip.cli import main
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes.demo import CHECKPOINT
-from edgeskip.runtime.bench import load_prompts
-from edgeskip.runtime.generate import Model
+from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 from edgeskip.runtime.provenance import hardware_names
 

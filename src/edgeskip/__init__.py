@@ -7,21 +7,31 @@ with edgeskip.load("bundle") as model:
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgeskip.runtime.generate import Generation as Generation
-    from edgeskip.runtime.generate import Model as Model
-    from edgeskip.runtime.generate import Piece as Piece
-    from edgeskip.runtime.generate import load as load
+    from edgeskip.runtime.decoding.model import Generation as Generation
+    from edgeskip.runtime.decoding.model import Model as Model
+    from edgeskip.runtime.decoding.model import Piece as Piece
+    from edgeskip.runtime.load import load as load
 
 __version__ = "0.1.0"
+_HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decoding.model") | {
+    "load": "edgeskip.runtime.load"
+}
 __all__ = ["Generation", "Model", "Piece", "__version__", "load"]
+
+if not Path(__file__).with_name("runtime").is_dir():  # a checkout without symlinks, as on Windows
+    __path__.insert(0, str(Path(__file__).parents[2]))
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from edgeskip.runtime import generate
-
-        return getattr(generate, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'edgeskip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,8 +22,8 @@ from tests.conftest import edit_json, make_model, save_checkpoint
 import edgeskip
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS
 from edgeskip.runtime.errors import BundleError, CheckpointError, RequestError
-from edgeskip.runtime.manifest import MANIFEST, WEIGHTS
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.exporter.weights import rope_tables
 from edgeskip.recipes.shape import load_shape, shape_names
-from edgeskip.runtime.architecture import Rope
+from edgeskip.runtime.bundle.architecture import Rope
 from edgeskip.runtime.errors import CheckpointError
 
 LLAMA3_SCALING = {

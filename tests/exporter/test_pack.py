@@ -13,13 +13,13 @@ from tests.standin import HostDevice, StandInTensorRT, with_engines
 
 from edgeskip.cli import main
 from edgeskip.exporter.pack import pack
-from edgeskip.runtime.backends import open_session
-from edgeskip.runtime.engines import BUILD, read_engines
+from edgeskip.runtime.backends.choice import open_session
+from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.bundle.engines import BUILD, read_engines
+from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle, verify_hashes
+from edgeskip.runtime.bundle.weights import EMBEDDINGS, embedding_table, read_bytes
+from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.generate import Model
-from edgeskip.runtime.manifest import MANIFEST, WEIGHTS, read_bundle, verify_hashes
-from edgeskip.runtime.trt_session import TrtSession
-from edgeskip.runtime.weights import EMBEDDINGS, embedding_table, read_bytes
 
 PROMPT = list(range(40, 60))
 

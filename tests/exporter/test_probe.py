@@ -14,8 +14,8 @@ from tests.conftest import VARIANTS
 
 import edgeskip
 from edgeskip.exporter.probe import Probe, probe_graph
+from edgeskip.runtime.bundle.manifest import WEIGHTS, Packed
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.manifest import WEIGHTS, Packed
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")

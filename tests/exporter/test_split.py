@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.conftest import VARIANTS
 
-from edgeskip.runtime.backends import open_session
-from edgeskip.runtime.graphs import DIALECTS, GRAPHS, dimensions
-from edgeskip.runtime.ort_session import OrtCpuSession
-from edgeskip.runtime.rounds import early_exit_round, prefill_round, speculative_round
-from edgeskip.runtime.weights import embedding_table
+from edgeskip.runtime.backends.choice import open_session
+from edgeskip.runtime.backends.cpu_session import OrtCpuSession
+from edgeskip.runtime.bundle.graphs import DIALECTS, GRAPHS, dimensions
+from edgeskip.runtime.bundle.weights import embedding_table
+from edgeskip.runtime.decoding.rounds import early_exit_round, prefill_round, speculative_round
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import make_tokenizer
 
-from edgeskip.recipes.tokens import TextTokenizer, load_tokenizer
+from edgeskip.recipes.train.tokens import TextTokenizer, load_tokenizer
 
 RECIPE = """
 [data]

@@ -13,8 +13,9 @@ from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.exporter.reference import reference_model
 from edgeskip.recipes.demo import CHECKPOINT, EXIT_LAYER
-from edgeskip.runtime.bench import TIE_GAP, load_prompts, tie_gap
-from edgeskip.runtime.manifest import read_bundle
+from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
+from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bundle.manifest import read_bundle
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from edgeskip.cli import main
 from edgeskip.recipes.deployment import Device, load_device
 from edgeskip.recipes.library import FOLDERS, recipe_file, shipped_recipes, validate
 from edgeskip.recipes.reader import read_recipe, read_table
+from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.errors import RecipeError
-from edgeskip.runtime.manifest import read_bundle
 
 CARD = """# A card
 name = "Card"

@@ -22,8 +22,8 @@ from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes import synthetic
 from edgeskip.recipes.shape import load_shape
 from edgeskip.recipes.synthetic import Measurement, Spread, SyntheticSettings, byte_tokenizer, synthesize
+from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
-from edgeskip.runtime.manifest import MANIFEST, read_bundle
 
 SHAPE = {
     "model_type": "llama",

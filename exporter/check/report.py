@@ -1,0 +1,84 @@
+"""A check's report as tables and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgeskip.exporter.check.run import CheckReport, Departure, TensorReport
+
+_SHOWN = 6
+"""Failing tensors that are named, at most; the JSON report has them all."""
+
+
+def print_check(report: CheckReport, console: Console) -> None:
+    """The outputs' table, the thresholds, the texts, and what to make of them."""
+    console.print(
+        f"{escape(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
+        f"{escape(report.backend)}; {escape(report.hardware.device)}"
+    )
+    console.print(f"Against transformers in fp32, from {escape(report.reference)}:\n")
+    console.print(_table(report.tensors))
+    t = report.thresholds
+    console.print(
+        f"At most, in the mean over rows: 1-cos {t.cosine_loss:g}, norm {t.norm_loss:g} off; in the worst row: "
+        f"{t.row_cosine_loss:g}, {t.row_norm_loss:g}; no NaN, no Inf; no logit {report.tie_gap:g} off."
+    )
+    cut = f", {report.prompts_cut} cut to half the capacity" if report.prompts_cut else ""
+    console.print(f"{report.prompts} prompts{cut}; rows up to {report.rows_used} of {report.max_length}.\n")
+    for mode, agreed in report.agreed.items():
+        console.print(f"{mode}: {agreed} of {report.prompts} greedy texts are the golden ones")
+    for d in report.disagreements:
+        what = f"a tie, under {report.tie_gap:g}" if d.is_tie else "NOT a tie"
+        gap = "one text ends" if d.gap is None else f"{d.gap:.2g} below the top golden logit"
+        console.print(f"{d.mode}, prompt {d.prompt}, token {d.position}: {gap}, {what}")
+    failed = [tensor for tensor in report.tensors if not tensor.passed]
+    for tensor in failed[:_SHOWN]:
+        e = tensor.errors
+        non_finite = f", {e.nans} NaN and {e.infs} Inf" if e.nans or e.infs else ""
+        console.print(f"{tensor.graph} {tensor.tensor}, {tensor.kind}: farthest off in row {e.worst_row}{non_finite}")
+    if len(failed) > _SHOWN:
+        console.print(f"and {len(failed) - _SHOWN} more")
+    for graph in report.failed_graphs:
+        console.print(f"[bold red]{graph} fails.[/bold red] {_where(report, graph)}")
+    if report.passed:
+        console.print("What runs is what was trained.")
+    elif not report.failed_graphs:
+        console.print("[bold red]Each graph is right by itself, but the texts are not.[/bold red]")
+
+
+def _table(tensors: Iterable[TensorReport]) -> Table:
+    """A line an output over all kinds of calls; caches together by graph and part."""
+    lines: dict[tuple[str, str], list[TensorReport]] = {}
+    for t in tensors:
+        name = f"{t.tensor.rpartition('.')[2]} caches" if t.kind == "cache" else t.tensor
+        lines.setdefault((t.graph, name), []).append(t)
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in ("graph", "output"):
+        table.add_column(name, no_wrap=True)
+    for name in ("rows", "max", "mean", "1-cos", "norm", "worst", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (graph, name), found in lines.items():
+        e = reduce(add, (t.errors for t in found))
+        losses = f"{max(1 - e.cosine, 0):.0e}", f"{e.norm_ratio - 1:+.0e}"
+        worst = f"{max(1 - e.row_cosine, 0):.0e}", f"{e.row_norm_ratio - 1:+.0e}"
+        style = "" if all(t.passed for t in found) else "bold red"
+        table.add_row(graph, name, str(e.rows), f"{e.max_abs:.0e}", f"{e.mean_abs:.0e}", *losses, *worst, style=style)
+    return table
+
+
+def _where(report: CheckReport, graph: str) -> str:
+    """The sentence behind a failing graph."""
+    if report.departures is None:
+        return "--layers tells where it departs."
+    departure: Departure | None = dict(report.departures)[graph]  # type: ignore[index]
+    if departure is None:
+        return "No part of its file departs in ONNX Runtime: suspect the session."
+    place = departure.part if departure.layer is None else f"layer {departure.layer}, {departure.part}"
+    seen = "" if departure.seen_in == "graph" else ", in the session's caches only: the file itself is right"
+    return f"First to depart: {place} ({departure.tensor}{seen})."

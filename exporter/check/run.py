@@ -1,0 +1,261 @@
+"""Is what runs what was trained? A backend's subgraphs against transformers in fp32, and greedy texts from end to end.
+
+Every prompt is prefilled and decoded in teacher-forced calls (teacher.py); then three tokens of one, which is
+shorter than a chunk; then all prompts joined, decoded from the middle of the caches and up to their last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal, cast
+
+from edgeskip.exporter.check.comparison import THRESHOLDS, Comparison, Errors, Threshold
+from edgeskip.exporter.check.golden import Golden, GoldenText
+from edgeskip.exporter.check.layers import TappedGraph, golden_taps
+from edgeskip.exporter.check.teacher import Kind, Segment, SessionRunner, golden_outputs, split_text, tail
+from edgeskip.runtime.bench.measure import TIE_GAP
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName
+from edgeskip.runtime.bundle.manifest import Manifest, Progress
+from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.decoding.rounds import Mode
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.provenance import Provenance, provenance
+
+NEW_TOKENS = 48
+"""Of each greedy text."""
+LONGEST = 4096
+"""Tokens of the joined text, at most: the golden model sees it whole."""
+_MODES: tuple[Mode, ...] = ("autoregressive", "self-speculative")
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """An output of a graph in calls of one kind; caches by their rows in use, as a text leaves them."""
+
+    graph: GraphName
+    tensor: str
+    kind: Kind
+    errors: Errors
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A text's first token that is not the golden one; in mode `head`, any that the head picked from golden states.
+
+    `gap` is how far its golden logit lies below the top one; null where one text ends and the other goes on.
+    """
+
+    mode: str
+    prompt: int
+    position: int
+    gap: float | None
+    is_tie: bool
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first part of a graph that is beyond the thresholds: attention or MLP of a layer, norm or LM head.
+
+    `seen_in` is `graph` where ONNX Runtime shows it in the bundle's file by itself, `session` where only the session's
+    caches do.
+    """
+
+    graph: GraphName
+    layer: int | None
+    part: str
+    tensor: str
+    seen_in: Literal["graph", "session"]
+    errors: Errors
+
+
+@dataclass(frozen=True)
+class CheckReport(Provenance):
+    """`agreed` counts the prompts whose text is the golden one; `prompts_cut` those longer than half the capacity.
+
+    `departures` have an entry a failing graph where `layers` was asked for, null where no part departs by itself.
+    """
+
+    reference: str
+    exit_layer: int
+    rows_used: int
+    prompts: int
+    prompts_cut: int
+    thresholds: Threshold
+    tie_gap: float
+    tensors: tuple[TensorReport, ...]
+    failed_graphs: tuple[GraphName, ...]
+    agreed: dict[str, int]
+    disagreements: tuple[Disagreement, ...]
+    departures: dict[GraphName, Departure | None] | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Token ids and the segments that they are run in; `prompt` is its number, or the next one for joined texts."""
+
+    prompt: int
+    token_ids: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
+def run_check(
+    model: Model,
+    golden: Golden,
+    prompts: Sequence[str],
+    *,
+    layers: bool = False,
+    command: str = "",
+    progress: Progress = lambda *_: None,
+) -> CheckReport:
+    """Compares a loaded model, on whatever backend, with the golden one.
+
+    Args:
+        model: a bundle and its session.
+        golden: the judge.
+        prompts: texts; they are cut to half the caches' capacity.
+        layers: narrow a failure to the first part that departs.
+        command: the command line, for the report.
+        progress: called behind each text.
+
+    Raises:
+        RequestError: a prompt without tokens.
+        BundleError: `layers`, and a packed bundle, which has no graphs.
+        BackendError: a graph cannot be narrowed here.
+    """
+    manifest = model.bundle.manifest
+    if layers:
+        model.bundle.require_graphs(fix="narrow down in the bundle that it was packed from")
+    whole = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+    if not all(whole):
+        raise RequestError("prompts", "one has no tokens", wanted="text")
+    prompt_ids = [ids[: max(manifest.max_length // 2, 1)] for ids in whole]
+    threshold, tie_gap = THRESHOLDS[manifest.dtype], TIE_GAP[manifest.dtype]
+    runner, comparison = SessionRunner(model.bundle, model.session), Comparison()
+    disagreements: list[Disagreement] = []
+    agreed: dict[str, int] = dict.fromkeys(_MODES, 0)
+    texts: list[_Text] = []
+
+    def look(text: _Text) -> None:
+        disagreements.extend(_run_text(text, golden, runner, comparison, tie_gap))
+        texts.append(text)
+        progress("checking", len(texts), len(prompts) + 3)
+
+    for index, ids in enumerate(prompt_ids):
+        wanted = golden.generate(ids, min(NEW_TOKENS, manifest.max_length - len(ids)))
+        look(_text(index, [*ids, *wanted.token_ids], len(ids), manifest))
+        for mode in _MODES:
+            given = model.complete(ids, mode=mode, max_new_tokens=len(wanted.token_ids)).token_ids
+            parted = _first_difference(wanted, given)
+            agreed[mode] += parted is None
+            if parted:
+                position, gap = parted
+                is_tie = gap is not None and gap < tie_gap
+                disagreements.append(Disagreement(mode, index, len(ids) + position, gap, is_tie))
+    for text in _joined_texts(prompt_ids, manifest):
+        look(text)
+    tensors = tuple(
+        TensorReport(cast(GraphName, graph), name, cast(Kind, kind), errors, _passes(name, errors, manifest.dtype))
+        for (graph, name, kind), errors in comparison.errors.items()
+    )
+    failed = tuple(graph for graph in GRAPHS if any(t.graph == graph and not t.passed for t in tensors))
+    return CheckReport(
+        **vars(provenance(model, command)),
+        reference=golden.source,
+        exit_layer=manifest.exit_layer,
+        rows_used=max(text.segments[-1].text.stop for text in texts),
+        prompts=len(prompts),
+        prompts_cut=sum(len(ids) > len(cut) for ids, cut in zip(whole, prompt_ids, strict=True)),
+        thresholds=threshold,
+        tie_gap=tie_gap,
+        tensors=tensors,
+        failed_graphs=failed,
+        agreed=agreed,
+        disagreements=tuple(disagreements),
+        departures={graph: _departure(graph, model, golden, texts, tensors) for graph in failed} if layers else None,
+        passed=not failed and all(d.is_tie for d in disagreements),
+    )
+
+
+def _text(prompt: int, token_ids: Sequence[int], length: int, manifest: Manifest) -> _Text:
+    segments = split_text(length, len(token_ids), manifest.prefill_chunk, manifest.num_speculations)
+    return _Text(prompt, tuple(token_ids), tuple(segments))
+
+
+def _joined_texts(prompt_ids: Sequence[list[int]], manifest: Manifest) -> Iterable[_Text]:
+    """A prompt of three tokens; all prompts, decoded from the middle; and up to the last row of the caches."""
+    number, behind = len(prompt_ids), tail(manifest.num_speculations)
+    size = min(manifest.max_length, LONGEST)
+    joined = [i for ids in prompt_ids for i in ids]
+    joined = (joined * -(-size // len(joined)))[:size]
+    for length in (3, size // 2, size - behind):
+        length = max(min(length, size - 1), 1)
+        yield _text(number, joined[: length + behind], length, manifest)
+
+
+def _run_text(
+    text: _Text, golden: Golden, runner: SessionRunner, comparison: Comparison, tie_gap: float
+) -> Iterable[Disagreement]:
+    """Compares a text's calls and the caches it leaves, and yields the tokens that the head picked otherwise."""
+    trace = golden.trace(text.token_ids)
+    for segment in text.segments:
+        outputs, picked = runner.run(segment, trace)
+        wanted = golden_outputs(golden, trace, segment, picked)
+        first = segment.text.stop - len(picked)
+        for graph, tensors in outputs.items():
+            for name, rows in tensors.items():
+                key = (graph, name, segment.kind)
+                comparison.add(key, rows, wanted[graph][name], first if graph == "head" else segment.start)
+        for row, (token, logits) in enumerate(zip(picked.tolist(), wanted["head"]["logits"], strict=True)):
+            if gap := float(logits.max() - logits[token]):
+                yield Disagreement("head", text.prompt, first + row, gap, gap < tie_gap)
+    used = text.segments[-1].text.stop
+    for graph, caches in runner.caches(used):
+        for name, rows in caches.items():
+            comparison.add((graph, name, "cache"), rows, trace.caches[name][:used], 0)
+    comparison.finish_text()
+
+
+def _passes(name: str, errors: Errors, dtype: DType) -> bool:
+    """Within the thresholds; of logits, none may be so far off that it alone could make another token."""
+    return errors.within(THRESHOLDS[dtype]) and (name != "logits" or errors.max_abs < TIE_GAP[dtype])
+
+
+def _first_difference(wanted: GoldenText, given: Sequence[int]) -> tuple[int, float | None] | None:
+    """Where two texts part, and how far the given token's golden logit lies below the top one."""
+    for i, (golden, ours) in enumerate(zip_longest(wanted.token_ids, given)):
+        if golden != ours:
+            if None in (golden, ours):
+                return i, None
+            return i, float(wanted.logits[i].max() - wanted.logits[i][ours])
+    return None
+
+
+def _departure(
+    graph: GraphName, model: Model, golden: Golden, texts: Sequence[_Text], tensors: Sequence[TensorReport]
+) -> Departure | None:
+    """The first part of a graph beyond the thresholds: by its file in ONNX Runtime, else by the session's caches."""
+    session, dtype = model.session, model.bundle.manifest.dtype
+    tapped, comparison = TappedGraph(model.bundle, graph, session.dialect, session.device), Comparison()
+    for text in texts:
+        trace = golden.trace(text.token_ids, layers=True)
+        states = {"draft": trace.embeddings, "verify": trace.exit_states, "head": trace.last_states}[graph]
+        for segment in text.segments:
+            rows = slice(segment.text.stop - 1, segment.text.stop) if graph == "head" else segment.text
+            wanted = golden_taps(golden, trace, graph, rows)
+            for name, found in tapped.run(states[rows], rows.start).items():
+                comparison.add((name,), found, wanted[name], rows.start)
+        comparison.finish_text()
+    in_caches = {t.tensor: t.errors for t in tensors if t.graph == graph and t.kind == "cache"}
+    for name, layer, part in tapped.order():
+        errors = comparison.errors[(name,)]
+        if not _passes(name, errors, dtype):
+            return Departure(graph, layer, part, name, "graph", errors)
+    for name, layer, part in tapped.order():
+        if name in in_caches and not _passes(name, in_caches[name], dtype):
+            return Departure(graph, layer, part, name, "session", in_caches[name])
+    return None

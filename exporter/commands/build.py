@@ -1,0 +1,51 @@
+"""edgeskip build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.bundle.engines import ENGINE_BACKENDS
+from edgeskip.runtime.commands.options import (
+    bundle_argument,
+    require,
+)
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--backend",
+    type=click.Choice(ENGINE_BACKENDS),
+    required=True,
+    help="tensorrt builds on the device that runs it, Jetsons among them; tensorrt-rtx also for another machine.",
+)
+@click.option(
+    "--sm",
+    "compute_capabilities",
+    multiple=True,
+    type=int,
+    help="Build for GPUs of this compute capability, 86 for 8.6; can be given more than once.  [default: the GPU here]",
+)
+@click.option(
+    "--workspace-mb", type=click.IntRange(1, 1 << 20), help="Device memory for a kernel's own use.  [default: all]"
+)
+def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
+    """Build a BUNDLE's TensorRT engines, into the bundle."""
+    require("build")
+    from edgeskip.exporter.engines.build import BuildSettings, build_engines
+    from edgeskip.runtime.bundle.manifest import read_bundle
+    from edgeskip.runtime.terminal import progress_bar
+
+    settings = BuildSettings(backend, compute_capabilities, workspace_mb)
+    with progress_bar() as progress:
+        made = build_engines(read_bundle(bundle), settings, progress)
+    for engines in made:
+        records = engines.build.engines
+        parts = ", ".join(f"{graph} {record.bytes / 1e6:.1f} MB" for graph, record in records.items())
+        peak = max(record.peak_memory_bytes or 0 for record in records.values())
+        seconds = sum(record.seconds for record in records.values())
+        memory = f", with at most {peak / 1e6:.0f} MB of memory" if peak else ""
+        click.echo(f"{engines.folder}: {parts}, in {seconds:.0f} s{memory}.", err=True)

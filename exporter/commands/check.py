@@ -1,0 +1,72 @@
+"""edgeskip check."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.bundle.graphs import DIALECTS
+from edgeskip.runtime.commands.options import (
+    backend_option,
+    bundle_argument,
+    command_line,
+    device_option,
+    json_option,
+    prompts_option,
+    require,
+    threads_option,
+)
+from edgeskip.runtime.commands.reports import check_writable, write_report
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--reference", help="The CHECKPOINT to compare with, a folder or hub id.  [default: the bundle's weights]"
+)
+@prompts_option
+@click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True, help="Use only the first so many.")
+@click.option("--layers", is_flag=True, help="Narrow a failure down to the first layer that departs.")
+@json_option
+@click.option(
+    "--dialect", type=click.Choice(tuple(DIALECTS)), help="Of ONNX Runtime's graphs.  [default: the device's]"
+)
+@backend_option
+@device_option
+@threads_option
+def check(
+    bundle: Path,
+    reference: str | None,
+    prompts: Path | None,
+    num_prompts: int,
+    layers: bool,
+    json_path: Path | None,
+    dialect: str | None,
+    backend: Any,
+    device: Any,
+    threads: int,
+) -> None:
+    """Compare what a BUNDLE's graphs compute here with transformers in fp32, call by call and text by text."""
+    require("check")
+    from edgeskip.exporter.check.golden import Golden
+    from edgeskip.exporter.check.report import print_check
+    from edgeskip.exporter.check.run import run_check
+    from edgeskip.runtime.bench.prompts import load_prompts
+    from edgeskip.runtime.load import load
+    from edgeskip.runtime.terminal import console, progress_bar
+
+    check_writable(json_path)
+    texts = load_prompts(prompts)[:num_prompts]
+    settings: Any = {"backend": backend, "device": device, "threads": threads, "dialect": dialect}
+    with progress_bar() as progress, load(bundle, **settings, progress=progress) as model:
+        golden = Golden(model.bundle, reference, model.session.device, threads)
+        report = run_check(model, golden, texts, layers=layers, command=command_line(), progress=progress)
+    print_check(report, console(stderr=str(json_path) == "-"))
+    if json_path is not None:
+        write_report(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    if not report.passed:
+        raise SystemExit(1)

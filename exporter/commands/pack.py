@@ -1,0 +1,38 @@
+"""edgeskip pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgeskip.runtime.commands.options import (
+    bundle_argument,
+)
+from edgeskip.runtime.errors import BundleError
+
+
+@click.command()
+@bundle_argument
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--sm", "wanted", type=int, multiple=True, help="Only engines for this SM, 87 for 8.7; more than once for more."
+)
+def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
+    """Write to FOLDER what a device needs of a BUNDLE with engines, and no more."""
+    from edgeskip.exporter.pack import pack as write
+    from edgeskip.runtime.bundle.engines import read_engines
+    from edgeskip.runtime.bundle.manifest import read_bundle
+    from edgeskip.runtime.terminal import progress_bar
+
+    opened = read_bundle(bundle)
+    found = read_engines(opened)
+    targets = sorted({engines.build.compute_capability for engines in found})
+    missing = [sm for sm in wanted if sm not in targets]
+    if found and missing:
+        raise BundleError(bundle, f"no engines for SM {missing[0]}", wanted=f"SM {', '.join(map(str, targets))}")
+    chosen = [engines for engines in found if not wanted or engines.build.compute_capability in wanted]
+    with progress_bar() as progress:
+        write(opened, chosen, folder, progress)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    click.echo(f"{folder}: {size / 1e6:.1f} MB, engines {', '.join(one.folder.name for one in chosen)}.", err=True)

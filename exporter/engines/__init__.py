@@ -1,0 +1,1 @@
+"""TensorRT engines, built each in a process of its own."""

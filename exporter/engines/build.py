@@ -1,0 +1,266 @@
+"""A bundle's TensorRT engines: for which GPUs they can be built, and building them, each in a process of its own.
+
+TensorRT-RTX compiles ahead of time for the GPU of another machine, and needs none itself; TensorRT times kernels, so
+it builds on the device that will run them. Both go one way, through Polygraphy's loaders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import edgeskip
+from edgeskip.exporter.engines.process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
+from edgeskip.exporter.folder import sync, whole_or_absent
+from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem
+from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
+from edgeskip.runtime.bundle.engines import (
+    BUILD,
+    BUILD_VERSION,
+    Build,
+    EngineBackend,
+    EngineProfile,
+    EngineRecord,
+    Engines,
+    engine_profiles,
+    engines_folder,
+)
+from edgeskip.runtime.bundle.graphs import GRAPHS, Graph, dimensions
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
+from edgeskip.runtime.errors import BackendError, RequestError
+from edgeskip.runtime.user_cache import cache_folder, keep
+
+KERNEL_BYTES_PER_LAYER = 2_000_000
+"""What an engine holds beside its weights, at most, a decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How to build.
+
+    Args:
+        backend: which TensorRT.
+        compute_capabilities: SMs to build for, 86 for 8.6; none for the GPU present.
+        workspace_mb: device memory that a kernel may use beside weights and activations; by default all there is.
+    """
+
+    backend: EngineBackend
+    compute_capabilities: tuple[int, ...] = ()
+    workspace_mb: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to build for: its SM, and its name where it is present."""
+
+    compute_capability: int
+    gpu: str | None
+
+
+def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = lambda *_: None) -> list[Engines]:
+    """Builds the three engines for each GPU asked for; each folder is replaced whole, or left as it was.
+
+    Raises:
+        BackendError: TensorRT is missing or too old, there is no GPU, or it refuses a graph.
+        RequestError: a GPU or a dtype that the backend does not serve.
+        BundleError: the bundle is packed or not as exported, or the folder cannot be written.
+    """
+    bundle.require_graphs(fix="build where it was packed, and pack it again")
+    library = _library(settings.backend)
+    targets = _targets(library, settings)
+    for target in targets:
+        _check_dtype(bundle, target.compute_capability)
+    verify_hashes(bundle, progress)
+    return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
+
+
+def _library(backend: EngineBackend) -> Any:
+    """The Python module of a backend, found new enough."""
+    library = import_tensorrt(backend)
+    missing = [kind for kind in LAYER_TYPES if not hasattr(library.LayerType, kind)]
+    if missing:
+        place = f"{MODULES[backend]} {library.__version__}"
+        raise BackendError(place, f"has no {', '.join(missing)}", wanted=VERSIONS[backend])
+    return library
+
+
+def _targets(library: Any, settings: BuildSettings) -> list[Target]:
+    if settings.backend == "tensorrt":
+        if settings.compute_capabilities:
+            raise RequestError(
+                "--sm",
+                "given with --backend tensorrt, which times kernels and so builds for the GPU it runs on",
+                fix="run it there without --sm, or give --backend tensorrt-rtx",
+            )
+        return [_present()]
+    served = served_by(library)
+    listed = ", ".join(map(str, served))
+    targets = [Target(sm, None) for sm in dict.fromkeys(settings.compute_capabilities)]
+    targets = targets or [_present(f"give --sm, of {listed}, to build for another machine")]
+    for target in targets:
+        if target.compute_capability not in served:
+            raise RequestError(
+                f"SM {target.compute_capability}",
+                f"not served by TensorRT-RTX {library.__version__}",
+                wanted=listed,
+                fix=RTX_REFUSED,
+            )
+    return targets
+
+
+def _present(fix: str = "") -> Target:
+    """The GPU of this machine."""
+    try:
+        with CudaDevice() as device:
+            return Target(device.compute_capability, device.name)
+    except BackendError as error:
+        raise BackendError(error.place, error.found, wanted=error.wanted, fix=fix or error.fix) from None
+
+
+def _check_dtype(bundle: Bundle, compute_capability: int) -> None:
+    """Refuses a bundle in a dtype that TensorRT or the GPU does not compute."""
+    dtype = bundle.manifest.dtype
+    if wanted := dtype_problem(dtype, compute_capability):
+        found = f"in {dtype}, for SM {compute_capability}"
+        raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
+
+
+def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str, progress: Progress) -> Engines:
+    manifest, sm = bundle.manifest, target.compute_capability
+    weights_sha256, onnx_sha256 = manifest.engine_sources
+    destination = engines_folder(bundle, settings.backend, sm, version)
+    size = manifest.weights_bytes + KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
+    profiles = engine_profiles(manifest)
+    timings = _timing_cache(destination.name) if settings.backend == "tensorrt" else None
+    records: dict[str, EngineRecord] = {}
+    try:
+        with whole_or_absent(destination, size, replace=True) as folder:
+            new_timings = folder / "timings"
+            for graph in GRAPHS:
+                job = Job(
+                    onnx=str(bundle.graph_path(graph, "standard")),
+                    engine=str(folder / f"{graph}.engine"),
+                    decoder_layers=len(manifest.table[graph].layers),
+                    profiles=[_shapes(manifest, manifest.table[graph], profile) for profile in profiles[graph]],
+                    compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
+                    workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
+                    load_timing_cache=str(timings) if timings and timings.is_file() else None,
+                    save_timing_cache=str(new_timings) if timings else None,
+                )
+                start = time.monotonic()
+                built = _run(job, settings.backend, partial(_report, progress, f"{graph} for SM {sm}"))
+                records[graph] = EngineRecord(
+                    onnx_sha256[graph],
+                    built.sha256,
+                    built.bytes,
+                    profiles[graph],
+                    round(time.monotonic() - start, 3),
+                    built.peak_memory_bytes,
+                )
+                if timings and new_timings.is_file():
+                    with suppress(OSError):  # it only saves time; the cache can be on another disk
+                        keep(timings, new_timings.read_bytes())
+            for left in folder.glob("timings*"):
+                left.unlink()
+            build = Build(
+                build_version=BUILD_VERSION,
+                edgeskip_version=edgeskip.__version__,
+                backend=settings.backend,
+                backend_version=version,
+                compute_capability=sm,
+                gpu=target.gpu,
+                dtype=manifest.dtype,
+                weights_sha256=weights_sha256,
+                engines=records,
+            )
+            with (folder / BUILD).open("wb") as file:
+                file.write(build.to_json().encode())
+                sync(file)
+    finally:
+        with suppress(OSError):  # the first build of a bundle failed
+            destination.parent.rmdir()
+    return Engines(destination, build)
+
+
+def _report(progress: Progress, what: str, done: int) -> None:
+    progress(what, done, PROGRESS_STEPS)
+
+
+def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[str, list[list[int]]]:
+    """The least, best and largest shape of each input with rows."""
+    sizes = dimensions(manifest.architecture, manifest.max_length)
+    rows = (profile.min_rows, profile.opt_rows, profile.max_rows)
+    return {
+        tensor.name: [[sizes.get(dim, count) for dim in tensor.shape] for count in rows]
+        for tensor in graph.inputs
+        if "T" in tensor.shape
+    }
+
+
+def _timing_cache(name: str) -> Path | None:
+    """Where TensorRT keeps what it measured on this device, or None where nothing can be kept."""
+    try:
+        folder = cache_folder("timings")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or no home folder
+        return None
+    return folder / f"{name}.cache"
+
+
+def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Built:
+    """Does a job in a process of its own, which ends with this function whatever happens.
+
+    Raises:
+        BackendError: TensorRT refuses the graph, or the process dies.
+    """
+    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == "tensorrt-rtx"))}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgeskip.exporter.engines.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which ends that one
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with suppress(BrokenPipeError), process.stdin as stdin:
+                json.dump(dataclasses.asdict(job), stdin)
+            for line in process.stdout:
+                event = json.loads(line)
+                if "built" in event:
+                    report(PROGRESS_STEPS)
+                    return Built(**event["built"])
+                if "failed" in event:
+                    raise BackendError(job.onnx, event["failed"])
+                report(event["done"])
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if code < 0:
+            memory = "the system does that where memory is short: free some or add swap" if code == -9 else ""
+            raise BackendError(job.onnx, f"building it was ended by {signal.Signals(-code).name}", fix=memory)
+        log.seek(0)
+        last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
+        raise BackendError(job.onnx, f"building it ended with exit code {code} ({last[-500:]})")

@@ -1,0 +1,96 @@
+"""edgeskip export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
+from edgeskip.runtime.commands.options import (
+    first,
+    recipe_option,
+    require,
+)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [BUNDLE]")
+@recipe_option
+@click.option("--device", "-d", "device_name", help="Plan for this device, by name or file, and fit its memory.")
+@click.option("--exit-layer", "-e", type=int, help="E: layers[:E] draft, the rest verify.  [default: the recipe's]")
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(DType)),
+    help="fp32 for a CPU, fp16 or bf16 for a GPU.  [default: the recipe's, the device's, or fp32]",
+)
+@click.option(
+    "--max-length",
+    type=int,
+    help="Capacity in tokens, prompt included.  [default: the recipe's, the device's, or the model's, at most 2048]",
+)
+@click.option(
+    "--num-speculations",
+    "-k",
+    type=int,
+    help=f"Default drafts a round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
+@click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
+def export(
+    paths: tuple[str, ...],
+    recipe: str | None,
+    device_name: str | None,
+    exit_layer: int | None,
+    dtype: Any,
+    max_length: int | None,
+    num_speculations: int | None,
+    revision: str | None,
+    token: str | None,
+    offline: bool,
+) -> None:
+    """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs.
+
+    A --recipe names the checkpoint and how to split it. BUNDLE is then called after recipe and device unless it is
+    given; a CHECKPOINT before it takes the place of the recipe's.
+    """
+    if len(paths) > 2 or (recipe is None and len(paths) < 2):
+        raise click.UsageError("give CHECKPOINT and BUNDLE, or --recipe")
+    require("export")
+    from edgeskip.exporter.bundle import ExportSettings, export_bundle
+    from edgeskip.exporter.checkpoint import open_checkpoint
+    from edgeskip.exporter.folder import check_destination
+    from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
+    from edgeskip.recipes.plan.plan import PlanSettings, fit
+    from edgeskip.runtime.terminal import progress_bar
+
+    device = None if device_name is None else load_device(device_name)
+    source = paths[0] if paths else ""
+    if recipe is not None:
+        chosen, path = load_export_recipe(recipe)
+        source = paths[0] if len(paths) == 2 else checkpoint_source(chosen, path)
+        exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
+        max_length = first(max_length, chosen.max_length)
+        num_speculations = first(num_speculations, chosen.num_speculations)
+    if exit_layer is None:
+        raise click.UsageError("give --exit-layer or --recipe")
+    bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
+    check_destination(bundle)
+    opened = open_checkpoint(source, revision=revision, token=token, offline=offline)
+    if device is not None:
+        wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
+        fitted, problems = fit(opened.architecture, device, wanted)
+        dtype, max_length = fitted.dtype, fitted.max_length
+        for problem in problems:
+            click.echo(f"{device.name}: {problem.found}; {problem.fix}", err=True)
+    settings = ExportSettings(
+        exit_layer, first(dtype, "fp32"), max_length, first(num_speculations, DEFAULT_SPECULATIONS)
+    )
+    with progress_bar() as progress:
+        exported = export_bundle(opened, bundle, settings, progress)
+    weights = exported.manifest.weights_bytes / 1e6
+    click.echo(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.", err=True)
+    click.echo(f'Try it: edgeskip generate {bundle} --prompt "..."', err=True)

@@ -1,0 +1,102 @@
+"""edgeskip plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from edgeskip.runtime.backends.choice import Backend
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
+from edgeskip.runtime.commands.options import (
+    first,
+    recipe_option,
+)
+from edgeskip.runtime.commands.reports import check_writable, write_report
+
+
+@click.command()
+@click.argument("model", required=False)
+@recipe_option
+@click.option("--device", "-d", "device_name", required=True, help="A device, by name or file.")
+@click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
+@click.option(
+    "--num-speculations",
+    "-k",
+    type=click.IntRange(1, MAX_SPECULATIONS),
+    help="K.  [default: the best at a match rate that is known, else the recipe's]",
+)
+@click.option(
+    "--match-rate",
+    "match_rates",
+    multiple=True,
+    metavar="[E=]A",
+    help="Share of greedy tokens that the exit predicts; with E=, that of exit layer E; more than once for more.",
+)
+@click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
+@click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
+@click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
+@click.option("--jetpack", help="The Jetson's JetPack.  [default: the newest]")
+@click.option("--position", type=click.IntRange(0), help="Tokens in the caches when a round is timed.")
+@click.option(
+    "--calibrate",
+    "reports",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="What `edgeskip bench --json` wrote on this device, of any model; more than once for more.",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan here; - is stdout.")
+def plan(
+    model: str | None,
+    recipe: str | None,
+    device_name: str,
+    exit_layer: int | None,
+    num_speculations: int | None,
+    match_rates: tuple[str, ...],
+    backend: Any,
+    dtype: Any,
+    max_length: int | None,
+    jetpack: str | None,
+    position: int | None,
+    reports: tuple[Path, ...],
+    json_path: Path | None,
+) -> None:
+    """Foretell whether a model fits a device and how fast it is there, without its weights.
+
+    MODEL is a checkpoint folder, a hub id, a config.json or a published shape; or give --recipe. The exit code is 1
+    where it will not work.
+    """
+    if (model is None) == (recipe is None):
+        raise click.UsageError("give a MODEL or --recipe")
+    from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
+    from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
+    from edgeskip.recipes.plan.report import print_plan
+    from edgeskip.recipes.shape import load_shape
+    from edgeskip.runtime.bench.measure import read_report
+    from edgeskip.runtime.terminal import console
+
+    check_writable(json_path)
+    device = load_device(device_name)
+    known: dict[int, float] = {}
+    if recipe is not None:
+        chosen, path = load_export_recipe(recipe)
+        shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
+        exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
+        max_length = first(max_length, chosen.max_length)
+    else:
+        shape = load_shape(str(model))
+        exit_layer = first(exit_layer, max(shape.architecture.num_layers // 4, 1))
+    known |= parse_match_rates(match_rates, exit_layer)
+    if recipe is not None and exit_layer not in known:
+        num_speculations = first(num_speculations, chosen.num_speculations)
+    settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
+    made = make_plan(recipe or shape.name, shape.architecture, device, settings, [read_report(p) for p in reports])
+    print_plan(made, console(stderr=str(json_path) == "-"))
+    if json_path is not None:
+        write_report(json_path, json.dumps(dataclasses.asdict(made), indent=2) + "\n")
+    if not made.works:
+        raise SystemExit(1)

@@ -1,0 +1,84 @@
+"""edgeskip recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from edgeskip.runtime.errors import RecipeError
+
+
+@click.group()
+def recipes() -> None:
+    """Models, devices and trainings that edgeskip knows: list, show, copy, validate."""
+
+
+@recipes.command(name="list")
+def list_recipes() -> None:
+    """List the recipes that ship with edgeskip."""
+    from edgeskip.recipes.library import shipped_recipes
+
+    found = list(shipped_recipes())
+    width = max(len(recipe.name) for recipe in found)
+    for recipe in found:
+        click.echo(f"{recipe.kind:9} {recipe.name:{width}}  {recipe.title}")
+
+
+@recipes.command()
+@click.argument("recipe")
+def show(recipe: str) -> None:
+    """Print a RECIPE, by name or file: its text, and what it takes from the one it extends."""
+    from edgeskip.recipes.library import recipe_file
+    from edgeskip.recipes.reader import read_table
+
+    path = recipe_file(recipe)
+    resolved = read_table(path)
+    text = path.read_text(encoding="utf-8")
+    click.echo(text, nl=False)
+    own = read_table(path, extend=False)
+    if inherited := {key: value for key, value in resolved.items() if own.get(key) != value}:
+        click.echo("\n# From what it extends:")
+        for key, value in inherited.items():
+            click.echo(f"#   {key} = {json.dumps(value, ensure_ascii=False)}")
+
+
+@recipes.command()
+@click.argument("recipe")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def copy(recipe: str, file: Path | None) -> None:
+    """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
+    from edgeskip.recipes.library import recipe_file
+    from edgeskip.recipes.library import validate as check_recipe
+
+    path = recipe_file(recipe)
+    check_recipe(path)
+    text = path.read_text(encoding="utf-8")
+    target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
+    try:
+        with target.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise RecipeError(target, "is there already", fix="give another file, or remove it") from None
+    except OSError as error:
+        raise RecipeError(target, f"cannot be written ({error.strerror})", fix="give another file") from None
+    click.echo(f"{target}", err=True)
+
+
+@recipes.command()
+@click.argument("names", nargs=-1, metavar="[RECIPE]...")
+def validate(names: tuple[str, ...]) -> None:
+    """Check RECIPES, by name or file, of any kind.  [default: all that ship with edgeskip]"""
+    from edgeskip.recipes.library import recipe_file, shipped_recipes
+    from edgeskip.recipes.library import validate as check_recipe
+
+    failed = False
+    for path in [recipe_file(name) for name in names] or [recipe.path for recipe in shipped_recipes()]:
+        try:
+            click.echo(f"{path}: a {check_recipe(path)} recipe")
+        except RecipeError as error:
+            click.echo(f"edgeskip: {error}", err=True)
+            failed = True
+    if failed:
+        raise SystemExit(RecipeError.exit_code)

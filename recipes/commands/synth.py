@@ -1,0 +1,47 @@
+"""edgeskip synth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.commands.options import (
+    require,
+)
+from edgeskip.runtime.errors import CheckpointError
+
+
+@click.command()
+@click.argument("shape")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
+@click.option("--match-rate", type=float, required=True, help="Share of greedy tokens that the exit predicts, 0 to 1.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and prompts.")
+@click.option("--dtype", type=click.Choice(get_args(DType)), default="fp16", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
+    """Make a CHECKPOINT with random weights, of a published SHAPE or a config.json, to measure speed with."""
+    require("synth")
+    from edgeskip.exporter.folder import check_destination
+    from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
+    from edgeskip.runtime.terminal import progress_bar
+
+    check_destination(checkpoint, CheckpointError)
+    with progress_bar() as progress:
+        settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device)
+        made = synthesize(shape, checkpoint, settings, progress)
+    spread = made.match_rate_by_prompt
+    click.echo(
+        f"{checkpoint}: random weights; exit layer {exit_layer} matches {made.match_rate:.1%} of the tokens (by prompt "
+        f"{spread.min:.1%} to {spread.max:.1%}, median {spread.median:.1%}) at a damping of {made.damping:.4g}; "
+        f"{made.distinct_tokens:.1%} of the tokens of a text are distinct.",
+        err=True,
+    )
+    if abs(made.match_rate - match_rate) > TOLERANCE:
+        click.echo(f"The nearest to {match_rate:g} that was reached.", err=True)
+    if made.distinct_tokens < DISTINCT_TOKENS:
+        click.echo("Its texts repeat tokens: the shape is too small for others.", err=True)
+    click.echo(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}", err=True)

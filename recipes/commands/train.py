@@ -1,0 +1,27 @@
+"""edgeskip train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgeskip.runtime.commands.options import (
+    require,
+)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the model goes.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
+@click.option("--stop-after-minutes", type=float, help="Save and stop; continue with --resume.")
+@click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
+def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
+    """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
+    require("train")
+    from edgeskip.recipes.train.training import train as run
+
+    result = run(recipe, output, resume, stop_after_minutes, data)
+    done = f"{result.steps} steps, {result.tokens:,} tokens, {result.minutes:.1f} minutes"
+    click.echo(f"{result.output}: {done}" + ("" if result.finished else "; continue with --resume"), err=True)

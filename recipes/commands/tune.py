@@ -1,0 +1,95 @@
+"""edgeskip tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.commands.options import (
+    backend_option,
+    bundle_argument,
+    command_line,
+    device_option,
+    html_option,
+    json_option,
+    max_new_tokens_option,
+    num_prompts_option,
+    prompt_tokens_option,
+    require,
+    threads_option,
+    threshold_option,
+)
+from edgeskip.runtime.commands.reports import check_writable, write_report
+from edgeskip.runtime.errors import RecipeError
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--num-speculations",
+    "-k",
+    "grid",
+    multiple=True,
+    type=int,
+    help="Speculation lengths to choose from; can be given more than once.  [default: 1 to 8]",
+)
+@threshold_option
+@max_new_tokens_option
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them: texts like those you will run.  [default: built in]",
+)
+@num_prompts_option
+@prompt_tokens_option
+@click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice here, a new export recipe.")
+@json_option
+@html_option
+@backend_option
+@device_option
+@threads_option
+def tune(
+    bundle: Path,
+    grid: tuple[int, ...],
+    confidence_threshold: float | None,
+    max_new_tokens: int,
+    prompts: Path | None,
+    num_prompts: int | None,
+    prompt_tokens: int | None,
+    recipe: Path | None,
+    json_path: Path | None,
+    html_path: Path | None,
+    backend: Any,
+    device: Any,
+    threads: int,
+) -> None:
+    """Find the best exit layer and speculation length for your text and this device, from one BUNDLE."""
+    require("tune")
+    if html_path is not None:
+        require("tune --html")
+    check_writable(recipe, json_path, html_path)
+    if recipe is not None and recipe.exists():
+        raise RecipeError(recipe, "is there already", fix="give another file, or remove it")
+    from edgeskip.recipes.tune.report import print_tuning, tuned_recipe, tuning_page
+    from edgeskip.recipes.tune.tune import TuneSettings
+    from edgeskip.recipes.tune.tune import tune as run
+    from edgeskip.runtime.bench.prompts import load_prompts
+    from edgeskip.runtime.load import load
+    from edgeskip.runtime.terminal import console, progress_bar
+
+    settings = TuneSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, confidence_threshold, prompt_tokens)
+    texts = load_prompts(prompts)[:num_prompts]
+    choice: Any = {"backend": backend, "device": device, "threads": threads}
+    with progress_bar() as progress:
+        report = run(lambda: load(bundle, **choice, progress=progress), texts, settings, command_line(), progress)
+    print_tuning(report, console(stderr="-" in map(str, (recipe, json_path, html_path))))
+    if json_path is not None:
+        write_report(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    if html_path is not None:
+        write_report(html_path, tuning_page(report))
+    if recipe is not None:
+        write_report(recipe, tuned_recipe(report, str(recipe)))

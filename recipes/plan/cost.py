@@ -1,0 +1,160 @@
+"""What decoding costs: times of calls from what they read, and of rounds from their calls.
+
+    ms(call) = call + layers x layer + bytes / rate                                      one row
+             + [rows > 1] x layers x several + (rows - 1) x (layers x row + bytes x row_byte)   several
+
+A product of few rows takes the time in which its weights are read; the small kernels between products take theirs
+whatever the model's width. A head is all product and a decoder layer both, so one model's measured calls tell the two
+apart, and what was measured on a 1B foretells an 8B on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import inf
+
+import numpy as np
+
+from edgeskip.exporter.tensors import bundle_tensors
+from edgeskip.runtime.bench.measure import BenchReport
+from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
+from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, graph_table
+from edgeskip.runtime.bundle.weights import bytes_by_graph
+from edgeskip.runtime.decoding.rounds import speculative_round
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A measured call of a graph: decoder layers in it (the head has none), rows, bytes it has to read, and time."""
+
+    layers: int
+    rows: int
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The times of this module's formula in ms, its rate in bytes a ms; `flops_per_ms` bounds calls of many rows."""
+
+    call_ms: float
+    layer_ms: float
+    several_ms: float
+    row_ms: float
+    row_byte_ms: float
+    bytes_per_ms: float
+    flops_per_ms: float = inf
+
+    def time_ms(self, layers: int, rows: int, num_bytes: int, flops: float = 0.0) -> float:
+        """Time of one call."""
+        ms = self.call_ms + layers * self.layer_ms
+        if rows > 1:
+            ms += layers * self.several_ms + (rows - 1) * (layers * self.row_ms + num_bytes * self.row_byte_ms)
+        return ms + max(num_bytes / self.bytes_per_ms, flops / self.flops_per_ms)
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """What one call of a graph reads: weights, and of the caches a row of its layers for each token."""
+
+    layers: int
+    parameters: int
+    weight_bytes: int
+    cache_row_bytes: int
+
+    def read_bytes(self, tokens: int) -> int:
+        """Of a call whose last row stands behind so many tokens."""
+        return self.weight_bytes + self.cache_row_bytes * tokens
+
+
+def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, GraphSize]:
+    """The three graphs of a model split at `exit_layer`."""
+    a, itemsize = architecture, ITEMSIZE[dtype]
+    sizes = {name: int(np.prod(shape, dtype=np.int64)) * itemsize for name, (shape, _) in bundle_tensors(a).items()}
+    weights = bytes_by_graph(sizes, exit_layer, tied=a.tie_word_embeddings)
+    row = 2 * a.num_kv_heads * a.head_dim * itemsize
+    layers = {graph: len(one.layers) for graph, one in graph_table(a.num_layers, exit_layer).items()}
+    return {
+        graph: GraphSize(layers[graph], weights[graph] // itemsize, weights[graph], layers[graph] * row)
+        for graph in GRAPHS
+    }
+
+
+def fit_cost(samples: Sequence[Sample]) -> Cost:
+    """The cost with the least relative error, no part of it negative.
+
+    With six unknowns, every choice of those that are not zero is tried.
+
+    Raises:
+        ValueError: no samples, or one without a time.
+    """
+    if not samples or min(sample.ms for sample in samples) <= 0:
+        raise ValueError("no times of its graphs")
+    rows = [
+        [1, s.layers, s.layers * (s.rows > 1), (s.rows - 1) * s.layers, (s.rows - 1) * s.bytes, s.bytes]
+        for s in samples
+    ]
+    relative = np.array(rows, dtype=float) / np.array([s.ms for s in samples])[:, None]
+    scale = np.maximum(relative.max(axis=0), np.finfo(float).tiny)
+    *others, reading = range(len(scale))
+    best, least = np.zeros(len(scale)), inf
+    for choice in (c for count in range(len(scale)) for c in combinations(others, count)):
+        chosen = [*choice, reading]  # which takes time, always
+        found = np.linalg.lstsq(relative[:, chosen] / scale[chosen], np.ones(len(samples)), rcond=None)[0]
+        error = float(np.square(relative[:, chosen] / scale[chosen] @ found - 1).sum())
+        if (found >= 0).all() and found[-1] > 0 and error < least * (1 - 1e-9):
+            best, least = np.zeros(len(scale)), error
+            best[chosen] = found / scale[chosen]
+    call, layer, several, row, row_byte, byte = best.tolist()
+    return Cost(call, layer, several, row, row_byte, bytes_per_ms=1 / byte)
+
+
+def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
+    """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
+    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(num_speculations).calls]
+    return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
+
+
+def call_ms(cost: Cost, size: GraphSize, rows: int, tokens: int) -> float:
+    """Device time of one call whose last row stands behind so many tokens."""
+    flops = 2.0 * size.parameters * rows
+    return cost.time_ms(size.layers, rows, size.read_bytes(tokens), flops)
+
+
+def tokens_per_round(match_rate: float, num_speculations: int) -> float:
+    """Expected tokens of a round where every draft is right with the same probability: 1 + m + ... + m^K.
+
+    The paper's and everybody's first estimate (arXiv 2211.17192, equation 1).
+    """
+    return sum(match_rate**j for j in range(num_speculations + 1))
+
+
+def break_even(plain_ms: float, rounds_ms: Mapping[int, float]) -> float | None:
+    """The match rate from which the best K of `rounds_ms` (K -> ms) beats plain steps; None where none does."""
+    low, high = 0.0, 1.0
+    if best_speculation(rounds_ms, high)[1] > plain_ms:
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        if best_speculation(rounds_ms, middle)[1] > plain_ms:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def best_speculation(rounds_ms: Mapping[int, float], match_rate: float) -> tuple[int, float]:
+    """The best K at a match rate, and its ms a token."""
+    return min(((k, ms / tokens_per_round(match_rate, k)) for k, ms in rounds_ms.items()), key=lambda pair: pair[1])
+
+
+def samples_of_report(report: BenchReport) -> Iterator[Sample]:
+    """The calls that `edgeskip bench` timed each by itself."""
+    early, all_layers = report.exit_layer, report.num_layers
+    if early >= all_layers:
+        raise ValueError(f"exit layer {early} of {all_layers} layers")
+    layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, "head": 0}
+    for stage in report.stages:
+        yield Sample(layers[stage.graph], stage.rows, stage.bytes, stage.ms)

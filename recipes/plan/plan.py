@@ -1,0 +1,508 @@
+"""Whether a model fits a device and how fast it is there, from its config.json and the device's table alone.
+
+Memory is counted, but for what libraries take. Times are what must be read over the rate at which the device reads it,
+with what its kernels cost beside (see `cost`). Reports of `edgeskip bench` from that device take the table's place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from edgeskip.exporter.tensors import bundle_tensors
+from edgeskip.recipes.deployment import Device
+from edgeskip.recipes.plan.cost import (
+    Cost,
+    GraphSize,
+    best_speculation,
+    break_even,
+    call_ms,
+    fit_cost,
+    graph_sizes,
+    round_ms,
+    samples_of_report,
+    tokens_per_round,
+)
+from edgeskip.runtime.backends.choice import Backend
+from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
+from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
+from edgeskip.runtime.bench.measure import BenchReport
+from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
+from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, GRAPHS, GraphName, check_exit_layer, graph_table
+from edgeskip.runtime.decoding.rounds import prefill_round, speculative_round
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
+
+GRID = tuple(range(1, 9))
+"""Speculation lengths that are looked at."""
+
+MATCH_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PREFILL_CHUNK = 128
+
+CONTEXT_BYTES = 500_000_000
+"""A CUDA context: an H100 with 0.5 GB free refuses one, with 0.6 GB it has room."""
+
+LIBRARIES_BYTES = 300_000_000
+"""What ONNX Runtime and its libraries take of a device: 0.25 to 0.36 GB on an H100 (docs/benchmarks)."""
+
+HOST_BYTES = 200_000_000
+"""Python with the runtime and a tokenizer, where the host's memory is the device's."""
+
+TEXT_BYTES = 20_000_000
+"""Graphs, manifest and tokenizer on disk, at most."""
+
+ENGINE_BYTES, ENGINE_LAYER_BYTES = 5_000_000, 700_000
+"""Kernels that engines hold beside their weights, in all and a layer (TensorRT-RTX 1.7.1)."""
+
+BUILD_BYTES, BUILD_PER_WEIGHT = 230_000_000, 3.1
+"""Host memory at the peak of a graph's build: a part of its own, and over its weights. TensorRT-RTX 1.7.1 took 1.77,
+4.76 and 1.84 GB for the 0.49, 1.47 and 0.53 GB of a 1B's graphs, and 0.23 to 0.34 GB for the shipped model's."""
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What to plan; what is None comes from the device.
+
+    Attributes:
+        exit_layer: E.
+        num_speculations: K; None takes the best where the match rate is known, else the default.
+        match_rates: exit layer -> match rate, as far as known.
+        backend: which of the device's.
+        dtype: of weights, activations and caches.
+        max_length: cache capacity in tokens.
+        jetpack: its version, on a Jetson; None takes the TensorRT that the device's table names.
+        position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
+    """
+
+    exit_layer: int
+    num_speculations: int | None = None
+    match_rates: Mapping[int, float] = field(default_factory=dict)
+    backend: Backend | None = None
+    dtype: DType | None = None
+    max_length: int | None = None
+    jetpack: str | None = None
+    position: int | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why it will not work, building its engines or running them, and what to change."""
+
+    at: Literal["build", "run"]
+    found: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One call of a graph: bytes of weights and caches that it reads, and its time."""
+
+    graph: GraphName
+    rows: int
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """Rounds of K drafts, 0 for plain steps; what depends on the match rate is null where that is not known."""
+
+    num_speculations: int
+    round_ms: float
+    tokens_per_round: float | None
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class RatePlan:
+    """The best K at a match rate; null where plain steps are faster."""
+
+    match_rate: float
+    num_speculations: int | None
+    ms_per_token: float
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """An exit layer.
+
+    `break_even` is the match rate below which it loses to plain steps, null where it always does; `match_rate` is its
+    own where known, with the best K and ms a token there.
+    """
+
+    exit_layer: int
+    break_even: float | None
+    match_rate: float | None
+    num_speculations: int | None
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it.
+
+    Sizes are in bytes, by kind. `build` is the host's memory while each graph's engine is built, null where none is;
+    `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are of
+    device work with `position` tokens in the caches; `efficiency` says where they come from. `best` is the fastest of
+    the exits whose match rate is known.
+    """
+
+    model: str
+    device: str
+    backend: Backend
+    dtype: DType
+    exit_layer: int
+    num_layers: int
+    num_speculations: int
+    max_length: int
+    works: bool
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    disk: dict[str, int]
+    build: dict[GraphName, int] | None
+    memory: dict[str, int]
+    available: int
+    largest_max_length: int
+    efficiency: str
+    cost: Cost
+    position: int
+    stages: tuple[StagePlan, ...]
+    first_token_ms: float
+    ideal_ms_per_token: float
+    plain_ms_per_token: float
+    speeds: tuple[SpeedPlan, ...]
+    rates: tuple[RatePlan, ...]
+    exits: tuple[ExitPlan, ...]
+    best: ExitPlan | None
+
+
+def make_plan(
+    model: str,
+    architecture: Architecture,
+    device: Device,
+    settings: PlanSettings,
+    reports: Sequence[BenchReport] = (),
+) -> Plan:
+    """Plans a model on a device.
+
+    Args:
+        model: its name, for people.
+        architecture: of it.
+        device: to run on.
+        settings: how.
+        reports: bench reports of that device, which replace its table's efficiency.
+
+    Raises:
+        RequestError: an exit layer, a length, a backend or a JetPack that there is not, or reports that tell no times.
+    """
+    a, context = architecture, architecture.max_position_embeddings
+    backend, dtype = settings.backend or device.backends[0], settings.dtype or device.dtype
+    capacity = min(device.max_length, context) if settings.max_length is None else settings.max_length
+    settings = replace(settings, backend=backend, dtype=dtype, max_length=capacity)
+    _check(a, device, settings)
+    libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
+    available = int((device.memory_gb - device.reserved_gb) * 1e9)
+
+    def memory_of(tokens: int) -> dict[str, int]:
+        return _memory(a, held, dtype, tokens, backend, libraries, shared=device.shared_memory)
+
+    held = held_bytes(a, settings.exit_layer, dtype)
+    build = None
+    if backend != "onnxruntime":
+        build = {graph: int(BUILD_BYTES + BUILD_PER_WEIGHT * size) for graph, size in held.items()}
+    largest = _largest(context, lambda tokens: sum(memory_of(tokens).values()) <= available)
+    problems = (
+        *_software_problems(device, settings),
+        *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
+    )
+    cost = _cost(device, reports)
+    sizes = graph_sizes(a, settings.exit_layer, dtype)
+    position = min(capacity // 2, 512) if settings.position is None else settings.position
+    plain = round_ms(cost, sizes, 0, position)
+    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
+    match_rate = settings.match_rates.get(settings.exit_layer)
+    k = settings.num_speculations or (
+        DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
+    )
+    exits = tuple(
+        _exit(a, exit_layer, dtype, cost, position, plain, settings.match_rates.get(exit_layer))
+        for exit_layer in range(1, a.num_layers)
+    )
+    return Plan(
+        model=model,
+        device=device.name,
+        backend=backend,
+        dtype=dtype,
+        exit_layer=settings.exit_layer,
+        num_layers=a.num_layers,
+        num_speculations=k,
+        max_length=capacity,
+        works=not problems,
+        problems=problems,
+        notes=tuple(_notes(device, backend, reports)),
+        disk=_disk(a, dtype, capacity, engines=build is not None),
+        build=build,
+        memory=memory_of(capacity),
+        available=available,
+        largest_max_length=largest,
+        efficiency=_efficiency(device, reports),
+        cost=cost,
+        position=position,
+        stages=tuple(_stages(cost, sizes, k, position)),
+        first_token_ms=_first_token_ms(cost, sizes, position),
+        ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
+        plain_ms_per_token=plain,
+        speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
+        rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
+        exits=exits,
+        best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
+    )
+
+
+def fit(architecture: Architecture, device: Device, settings: PlanSettings) -> tuple[PlanSettings, tuple[Problem, ...]]:
+    """Settings that run on a device: its dtype, and where no capacity was asked for, its own cut to what fits.
+
+    Gives also what stands in the way of building engines, which can be mended there.
+
+    Raises:
+        RequestError: as `make_plan`, and a model that does not fit.
+    """
+    made = make_plan("", architecture, device, settings)
+    if settings.max_length is None and 0 < made.largest_max_length < made.max_length:
+        made = make_plan("", architecture, device, replace(settings, max_length=made.largest_max_length))
+    for problem in made.problems:
+        if problem.at == "run":
+            raise RequestError(device.name, problem.found, fix=problem.fix)
+    return replace(settings, dtype=made.dtype, max_length=made.max_length), made.problems
+
+
+def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]:
+    """Match rates as the command line gives them: `0.8` is that of `exit_layer`, `8=0.9` of exit layer 8.
+
+    Raises:
+        RequestError: something else.
+    """
+    rates = {}
+    for text in texts:
+        layer, equals, rate = text.rpartition("=")
+        try:
+            rates[int(layer) if equals else exit_layer] = float(rate)
+            if not 0 <= float(rate) <= 1:
+                raise ValueError
+        except ValueError:
+            raise RequestError("match rate", f"{text!r}", wanted="a share from 0 to 1, or E=share") from None
+    return rates
+
+
+def held_bytes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, int]:
+    """Weights that each graph holds; both tables of an untied model are the head's."""
+    a = architecture
+    held = {graph: size.weight_bytes for graph, size in graph_sizes(a, exit_layer, dtype).items()}
+    if not a.tie_word_embeddings:
+        held["head"] += a.vocab_size * a.hidden_size * ITEMSIZE[dtype]
+    return held
+
+
+def _check(architecture: Architecture, device: Device, settings: PlanSettings) -> None:
+    context = architecture.max_position_embeddings
+    for exit_layer in (settings.exit_layer, *settings.match_rates):
+        check_exit_layer(exit_layer, architecture.num_layers)
+    if settings.max_length is None or not 2 <= settings.max_length <= context:
+        raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
+    if settings.position is not None and not 0 <= settings.position < settings.max_length:
+        wanted = f"0 to {settings.max_length - 1}, within the capacity"
+        raise RequestError("position", f"{settings.position}", wanted=wanted)
+    if settings.backend not in device.backends:
+        found = f"{settings.backend} does not serve {device.name}"
+        raise RequestError("backend", found, wanted=" or ".join(device.backends))
+    if settings.jetpack is not None and settings.jetpack not in device.jetpacks:
+        wanted = " or ".join(device.jetpacks) or "none, as it is no Jetson"
+        raise RequestError("JetPack", f"{settings.jetpack}, which is not in the table of {device.name}", wanted=wanted)
+
+
+def _memory(
+    architecture: Architecture,
+    held: Mapping[GraphName, int],
+    dtype: DType,
+    capacity: int,
+    backend: Backend,
+    libraries: int,
+    *,
+    shared: bool,
+) -> dict[str, int]:
+    """Device memory at run time by kind; the caches are the same wherever the model is split."""
+    a, chunk = architecture, min(PREFILL_CHUNK, capacity)
+    memory = {f"{graph} weights": size for graph, size in held.items()}
+    memory["caches"] = sum(cache_sizes(a, graph_table(a.num_layers, 1), dtype, capacity).values())
+    memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, dtype, chunk).values())
+    if backend != "onnxruntime":
+        memory["kernels"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
+        values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, beside the mask
+        memory["scratch"] = chunk * (values * ITEMSIZE[dtype] + capacity)
+    memory["libraries"] = libraries
+    memory["CUDA context"] = CONTEXT_BYTES
+    if shared:
+        memory["host"] = HOST_BYTES
+    return memory
+
+
+def _largest(context: int, fits: Callable[[int], bool]) -> int:
+    """The largest capacity that fits, by bisection; 0 where not even two tokens do."""
+    low, high = 0, context
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low if low >= 2 else 0
+
+
+def _disk(architecture: Architecture, dtype: DType, capacity: int, *, engines: bool) -> dict[str, int]:
+    a, itemsize = architecture, ITEMSIZE[dtype]
+    weights = sum(math.prod(shape) for shape, _ in bundle_tensors(a).values()) * itemsize
+    disk = {"weights": weights + capacity * a.head_dim * itemsize, "graphs and texts": TEXT_BYTES}
+    if engines:
+        disk["engines"] = weights + ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
+    return disk
+
+
+def _software_problems(device: Device, settings: PlanSettings) -> Iterator[Problem]:
+    """What the device's TensorRT refuses."""
+    backend, sm = settings.backend, device.compute_capability
+    if backend == "tensorrt":
+        version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
+        if version is not None and version_numbers(version) < LEAST_VERSIONS["tensorrt"]:
+            newer = _jetpacks(device)
+            place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
+            fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
+            yield Problem("build", f"{place} has TensorRT {version}; wanted {VERSIONS['tensorrt']}", fix)
+    if backend == "tensorrt-rtx" and sm not in RTX_SERVES:
+        yield Problem("build", f"TensorRT-RTX does not serve SM {sm}", RTX_REFUSED)
+    assert settings.dtype is not None
+    if backend != "onnxruntime" and (wanted := dtype_problem(settings.dtype, sm)):
+        yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
+
+
+def _memory_problems(
+    device: Device,
+    settings: PlanSettings,
+    memory: Mapping[str, int],
+    build: Mapping[GraphName, int] | None,
+    available: int,
+    largest: int,
+) -> Iterator[Problem]:
+    """What does not fit: at run time, and on a device that builds its own engines at build time."""
+    needed, free = sum(memory.values()) / 1e9, f"{available / 1e9:.1f} GB are free of {device.memory_gb:g}"
+    if needed * 1e9 > available:
+        weights = sum(size for kind, size in memory.items() if kind.endswith("weights")) / 1e9
+        found = f"{needed:.1f} GB are needed to run ({weights:.1f} of weights in {settings.dtype}), {free}"
+        if largest:
+            fix = f"give --max-length {largest} or less"
+        else:
+            half = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
+            fix = f"no length fits: take {half}a smaller model or a larger device"
+        yield Problem("run", found, fix)
+    if build and settings.backend == "tensorrt" and device.shared_memory:
+        peak, graph = max((size, graph) for graph, size in build.items())
+        if peak > available:
+            swap = math.ceil((peak - available) / 1e9)
+            fix = f"add {swap} GB of swap for the build, or move the exit layer so that no graph is so large"
+            yield Problem("build", f"about {peak / 1e9:.1f} GB are needed to build {graph}'s engine, {free}", fix)
+
+
+def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> Iterator[str]:
+    """What to know beside the figures."""
+    if not reports:
+        yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
+    if backend == "tensorrt" and device.jetpacks:
+        served = _jetpacks(device)
+        yield f"Needs JetPack {' or '.join(served)}." if served else "No JetPack has a TensorRT that is new enough yet."
+    if backend != "onnxruntime":
+        yield "Engines have been built for RTX GPUs and have not run on any GPU yet."
+
+
+def _jetpacks(device: Device) -> list[str]:
+    """Those whose TensorRT is new enough."""
+    return [jetpack for jetpack, its in device.jetpacks.items() if version_numbers(its) >= LEAST_VERSIONS["tensorrt"]]
+
+
+def _copy_bytes_per_ms(device: Device, reports: Sequence[BenchReport]) -> float:
+    if reports:
+        return sum(report.copy_gb_per_s for report in reports) / len(reports) * 1e6
+    return device.bandwidth_gb_per_s * device.copy_share * 1e6
+
+
+def _cost(device: Device, reports: Sequence[BenchReport]) -> Cost:
+    """What calls cost: as measured, else by the device's table."""
+    kernels = device.kernels
+    flops_per_ms = device.fp16_tflops * 1e9 * kernels.flops_share
+    if reports:
+        try:
+            fitted = fit_cost([sample for report in reports for sample in samples_of_report(report)])
+        except ValueError as error:
+            raise RequestError("--calibrate", str(error), wanted="reports with times of each graph") from None
+        return replace(fitted, flops_per_ms=flops_per_ms)
+    return Cost(
+        call_ms=kernels.call_us / 1e3,
+        layer_ms=kernels.layer_us / 1e3,
+        several_ms=kernels.several_us / 1e3,
+        row_ms=kernels.row_us / 1e3,
+        row_byte_ms=0.0,
+        bytes_per_ms=_copy_bytes_per_ms(device, reports) * kernels.copy_share,
+        flops_per_ms=flops_per_ms,
+    )
+
+
+def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
+    if reports:
+        return f"measured on {', '.join(dict.fromkeys(report.hardware.device for report in reports))}"
+    return (
+        f"{device.bandwidth_gb_per_s:g} GB/s by data sheet, {device.copy_share:.0%} of it in a copy, "
+        f"{device.kernels.copy_share:.0%} of that in products"
+    )
+
+
+def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
+    """Each kind of call in a plain step and a round of K drafts, once."""
+    calls = {call.key for n in (0, k) for call in speculative_round(n).calls}
+    for graph, rows in sorted(calls, key=lambda call: (GRAPHS.index(call[0]), call[1])):
+        size = sizes[graph]
+        yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))
+
+
+def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
+    """A prompt of so many tokens in chunks, and its first token."""
+    chunks = range(0, max(tokens, 1), PREFILL_CHUNK)
+    rows = min(max(tokens, 1), PREFILL_CHUNK)
+    return sum(
+        call_ms(cost, sizes[call.graph], call.rows, start + rows)
+        for start in chunks
+        for call in prefill_round(rows, last=start == chunks[-1], early_exit=False).calls
+    )
+
+
+def _speed(k: int, ms: float, match_rate: float | None) -> SpeedPlan:
+    if match_rate is None:
+        return SpeedPlan(k, ms, None, None)
+    tokens = tokens_per_round(match_rate, k)
+    return SpeedPlan(k, ms, tokens, ms / tokens)
+
+
+def _rate(rounds: Mapping[int, float], match_rate: float, plain: float) -> RatePlan:
+    k, ms = best_speculation(rounds, match_rate)
+    return RatePlan(match_rate, k, ms) if ms < plain else RatePlan(match_rate, None, plain)
+
+
+def _exit(
+    architecture: Architecture,
+    exit_layer: int,
+    dtype: DType,
+    cost: Cost,
+    position: int,
+    plain: float,
+    match_rate: float | None,
+) -> ExitPlan:
+    sizes = graph_sizes(architecture, exit_layer, dtype)
+    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
+    best = (None, None) if match_rate is None else best_speculation(rounds, match_rate)
+    return ExitPlan(exit_layer, break_even(plain, rounds), match_rate, *best)

@@ -1,0 +1,119 @@
+"""A plan as a person reads it: what fits, how fast, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from edgeskip.recipes.plan.plan import Plan
+from edgeskip.runtime.terminal import table
+
+_WIDTH = 60
+_COLORS = ("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet")
+_EXITS = 6
+"""Exit layers whose match rate is not known that are shown, at most; the JSON has all."""
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Memory as a bar, times as tables, and the verdict."""
+    console.print(
+        f"[bold]{escape(plan.model)}[/bold] on [bold]{escape(plan.device)}[/bold]: {plan.backend}, {plan.dtype}, "
+        f"exit layer {plan.exit_layer} of {plan.num_layers}, K = {plan.num_speculations}, {plan.max_length} tokens\n"
+    )
+    _print_memory(plan, console)
+    console.print(f"On disk: {_sizes(plan.disk)}.")
+    if plan.build:
+        console.print(f"Building engines takes of the builder's memory, at most: {_sizes(plan.build)}.")
+    console.print(f"\nTimes on the device with {plan.position} tokens in the caches; {escape(plan.efficiency)}:")
+    _print_times(plan, console)
+    for note in plan.notes:
+        console.print(f"[dim]{escape(note)}[/dim]")
+    for problem in plan.problems:
+        console.print(f"[bold red]Will not work:[/bold red] {escape(problem.found)}; {escape(problem.fix)}.")
+    if plan.works:
+        fits = f"[bold green]It fits[/bold green], with up to {plan.largest_max_length} tokens."
+        console.print(f"{fits} {_verdict(plan)}")
+
+
+def _print_memory(plan: Plan, console: Console) -> None:
+    total = sum(plan.memory.values())
+    whole = max(total, plan.available)
+    bar = Text()
+    drawn = 0.0
+    for size, color in zip(plan.memory.values(), _COLORS, strict=False):
+        end = drawn + size
+        bar.append("█" * (round(end / whole * _WIDTH) - round(drawn / whole * _WIDTH)), color)
+        drawn = end
+    bar.append("░" * (_WIDTH - round(drawn / whole * _WIDTH)), "dim")
+    over = "" if total <= plan.available else f", [bold red]{(total - plan.available) / 1e9:.2f} too many[/bold red]"
+    console.print(f"To run: {total / 1e9:.2f} GB of {plan.available / 1e9:.2f} that are free{over}")
+    console.print(bar)
+    parts = zip(plan.memory.items(), _COLORS, strict=False)
+    console.print(", ".join(f"[{color}]■[/] {kind} {size / 1e9:.3f}" for (kind, size), color in parts))
+
+
+def _sizes(sizes: Mapping[Any, int]) -> str:
+    return ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items())
+
+
+def _print_times(plan: Plan, console: Console) -> None:
+    stages = table("graph", "rows", "MB", "ms")
+    for stage in plan.stages:
+        stages.add_row(stage.graph, str(stage.rows), f"{stage.bytes / 1e6:.0f}", f"{stage.ms:.2f}")
+    console.print(stages)
+    console.print(
+        f"First token after a prompt of {plan.position} tokens: {plan.first_token_ms:.0f} ms. A token, plain: "
+        f"{plan.plain_ms_per_token:.2f} ms ({1e3 / plan.plain_ms_per_token:.0f} tokens/s); reading the weights at the "
+        f"rate of a copy alone: {plan.ideal_ms_per_token:.2f} ms.\n"
+    )
+    speeds = table("K", "ms a round", "tokens a round", "ms a token", "tokens/s", "speedup")
+    for speed in plan.speeds:
+        cells = [str(speed.num_speculations) if speed.num_speculations else "plain", f"{speed.round_ms:.2f}"]
+        if speed.ms_per_token is not None:
+            cells += [f"{speed.tokens_per_round:.2f}", f"{speed.ms_per_token:.2f}", f"{1e3 / speed.ms_per_token:.0f}"]
+            cells += [f"{plan.plain_ms_per_token / speed.ms_per_token:.2f}x"]
+        chosen = speed.num_speculations == plan.num_speculations
+        speeds.add_row(*cells, style="bold" if chosen else "")
+    console.print(speeds)
+    rates = table("match rate", "best K", "ms a token", "speedup")
+    for rate in plan.rates:
+        k = "plain" if rate.num_speculations is None else str(rate.num_speculations)
+        speedup = f"{plan.plain_ms_per_token / rate.ms_per_token:.2f}x"
+        rates.add_row(f"{rate.match_rate:.1f}", k, f"{rate.ms_per_token:.2f}", speedup)
+    console.print(f"What a match rate gives at exit layer {plan.exit_layer}:")
+    console.print(rates)
+    exits = table("exit layer", "loses below", "match rate", "best K", "ms a token")
+    unknown = [e.exit_layer for e in plan.exits if e.match_rate is None]
+    shown = set(unknown[:: max(1, -(-len(unknown) // _EXITS))]) | {plan.exit_layer}
+    for exit_plan in plan.exits:
+        if exit_plan.match_rate is None and exit_plan.exit_layer not in shown:
+            continue
+        cells = [str(exit_plan.exit_layer), _number(exit_plan.break_even, ".2f", "always")]
+        cells += [_number(exit_plan.match_rate, ".2f", ""), _number(exit_plan.num_speculations, "d", "")]
+        cells.append(_number(exit_plan.ms_per_token, ".2f", ""))
+        exits.add_row(*cells, style="bold" if exit_plan.exit_layer == plan.exit_layer else "")
+    console.print("Exit layers, and the match rate below which self-speculation loses:")
+    console.print(exits)
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.best is None or plan.best.ms_per_token is None:
+        own = next(e for e in plan.exits if e.exit_layer == plan.exit_layer)
+        if own.break_even is None:
+            return f"Self-speculation from exit layer {plan.exit_layer} loses whatever the match rate."
+        return f"Self-speculation from exit layer {plan.exit_layer} pays from a match rate of {own.break_even:.2f}."
+    best, speedup = plan.best, plan.plain_ms_per_token / plan.best.ms_per_token
+    if speedup <= 1:
+        return "Plain decoding is faster than any exit whose match rate is known."
+    return (
+        f"Of the exits whose match rate is known, E = {best.exit_layer} with K = {best.num_speculations} is the "
+        f"fastest: {best.ms_per_token:.2f} ms a token, {speedup:.2f}x plain."
+    )
+
+
+def _number(value: float | None, spec: str, none: str) -> str:
+    return none if value is None else format(value, spec)

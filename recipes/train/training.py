@@ -1,0 +1,532 @@
+"""Train or continue a model with LayerSkip, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from edgeskip.recipes.train.early_exit import (
+    CausalLM,
+    distillation_loss,
+    exit_hidden_states,
+    exit_loss,
+    kept_samples,
+    load_model,
+    run_layer,
+)
+from edgeskip.recipes.train.layerskip import (
+    distillation_weights,
+    dropout_by_layer,
+    dropout_ramp,
+    loss_weights,
+)
+from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
+from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
+from edgeskip.runtime.bundle.architecture import MODEL_TYPES
+from edgeskip.runtime.errors import RecipeError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Files of a checkpoint that travel with its weights.
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*")
+CLOCK = "clock.json"  # the last file of a checkpoint
+_NO_LIMIT = 10**9  # steps, where only time is limited
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of `train` did.
+
+    Attributes:
+        output: the folder of the model, which is there only when `finished`.
+        finished: False where it stopped before the recipe's end; `resume` continues.
+        steps: optimizer steps since the recipe's beginning.
+        tokens: seen since then.
+        minutes: of training since then.
+    """
+
+    output: Path
+    finished: bool
+    steps: int
+    tokens: int
+    minutes: float
+
+
+# Data
+
+
+class Windows(Dataset[int]):
+    """A list, as long as the training, of the places where training sequences begin in the token array.
+
+    It goes through the array epoch after epoch. In each, the array is cut at a new offset into sequences, in a new
+    order, and a share of them is replaced by sequences that begin where a file begins, going through the files in
+    turn. Item i depends on the seed and i alone, so a resumed training sees what it would have seen.
+    """
+
+    def __init__(self, tokens: Array, starts: Array, data: DataRecipe, seed: int, length: int) -> None:
+        self.span = data.context + 1  # one more for the last label
+        self.last_start = len(tokens) - self.span
+        if self.last_start < 0:
+            raise RecipeError("data.context", f"{len(tokens)} tokens of text", wanted=f"at least {self.span}")
+        self.starts = starts[starts <= self.last_start]
+        self.context, self.share = data.context, data.file_start_share
+        self.seed, self.length = seed, length
+        self.per_epoch = max(1, self.last_start // self.context)
+        self.places = lru_cache(maxsize=1)(self._places)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self.per_epoch)
+        return int(self.places(epoch)[place])
+
+    def _places(self, epoch: int) -> Array:
+        """The places of one epoch [per_epoch]."""
+        random = np.random.default_rng((self.seed, epoch))
+        offset = random.integers(min(self.context, self.last_start + 1))
+        places: Array = offset + self.context * random.permutation(self.per_epoch)
+        at_file = random.random(self.per_epoch) < self.share
+        files = np.random.default_rng(self.seed).permutation(self.starts)
+        turn = epoch * round(self.share * self.per_epoch) + np.arange(at_file.sum())
+        places[at_file] = files[turn % len(files)]
+        return places
+
+
+def device_tokens(tokens: Array, device: torch.device) -> Tensor:
+    """The token array on the device, in half the bytes where it is uint16: as int16 of the same bits [tokens]."""
+    bits = tokens.view(np.int16 if tokens.dtype == np.uint16 else np.int32)
+    return torch.from_numpy(np.array(bits)).to(device)
+
+
+# The trainer
+
+
+class Stopwatch:
+    """Seconds of training, across resumes; stopped while the decoder is compiled and while files are written."""
+
+    def __init__(self, before_s: float = 0.0) -> None:
+        self._sum_s = before_s
+        self._since: float | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds so far."""
+        return self._sum_s + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def start(self) -> None:
+        """Count from now on."""
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def stop(self, device: torch.device) -> None:
+        """Stop counting, once the device has done what it was given."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._sum_s, self._since = self.elapsed_s, None
+
+
+class LayerSkipTrainer(Trainer):
+    """transformers' Trainer with LayerSkip's forward pass and loss, and schedules that follow `progress`.
+
+    It never waits for the device between two lines of the log: batches are cut on the device, and weights
+    and probabilities are numbers of the host.
+    """
+
+    def __init__(
+        self, recipe: TrainingRecipe, model: CausalLM, tokens: Array, eos_id: int, watch: Stopwatch, **kwargs: Any
+    ) -> None:
+        run = recipe.run
+        total = (run.max_steps or _NO_LIMIT) * run.batch_size * run.gradient_accumulation
+        self.windows = Windows(tokens, file_starts(tokens, eos_id), recipe.data, run.seed, total)
+        super().__init__(model=model, train_dataset=self.windows, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the mean over a batch is divided by the accumulation steps
+        self.recipe, self.watch = recipe, watch
+        device = self.args.device
+        self.tokens = device_tokens(tokens, device)
+        self.token_mask = 0xFFFF if tokens.dtype == np.uint16 else -1
+        self.span = torch.arange(self.windows.span, device=device)
+        layers = len(model.model.layers)
+        self.dropout = torch.tensor([dropout_by_layer(layer, layers) for layer in range(layers)], device=device)
+        self.last_layer_loss = torch.zeros((), device=device)  # summed since the last line of the log
+        self.losses_summed = 0
+        compiled: Callable[[Any], Any] = torch.compile if run.compile else lambda function: function
+        self.run_layer, self.exit_loss = compiled(run_layer), compiled(exit_loss)
+        self.distillation_loss = compiled(distillation_loss)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of places in the order of the list, which is random already."""
+        loader: DataLoader[Any] = DataLoader(
+            self.windows,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=lambda starts: {"starts": torch.tensor(starts)},
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def progress(self, step: int) -> float:
+        """How far the training is at this step and now, 0 to 1: in steps or in time, whichever is further."""
+        run = self.recipe.run
+        by_steps = step / max(1, run.max_steps - 1) if run.max_steps else 0.0
+        by_time = self.watch.elapsed_s / (60 * run.max_minutes) if run.max_minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def compute_loss(
+        self, model: CausalLM, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The LayerSkip loss of the sequences that begin at inputs["starts"] [B]."""
+        sequences = self.tokens[inputs["starts"][:, None] + self.span].long() & self.token_mask  # [B, T+1]
+        bf16 = self.recipe.run.precision == "bf16"
+        with torch.autocast(sequences.device.type, torch.bfloat16, enabled=bf16):
+            loss = self.layerskip_loss(model, sequences[:, :-1], sequences[:, 1:])
+        return (loss, {}) if return_outputs else loss
+
+    def layerskip_loss(self, model: CausalLM, token_ids: Tensor, labels: Tensor) -> Tensor:
+        """Sum over the layers of weight times loss, for token ids and labels [B, T]."""
+        recipe, layers, step = self.recipe.layerskip, len(model.model.layers), self.state.global_step
+        progress = self.progress(step)
+        kept = None
+        if model.training and recipe and recipe.p_max > 0:
+            ramp = dropout_ramp(progress, from_scratch=self.recipe.model is not None)
+            kept = kept_samples(ramp * recipe.p_max * self.dropout, len(token_ids))
+        states = exit_hidden_states(model, token_ids, kept, self.run_layer)
+        shared = (model.model.norm, model.lm_head)
+        loss = torch.zeros((), device=token_ids.device)
+        for layer, weight in loss_weights(recipe, layers, step, progress).items():
+            text_loss = self.exit_loss(states[layer], labels, *shared)
+            loss = loss + weight * text_loss
+            if layer == layers - 1:
+                self.last_layer_loss += text_loss.detach()
+                self.losses_summed += 1
+        for layer, weight in distillation_weights(recipe).items():
+            loss = loss + weight * self.distillation_loss(states[layer], states[-1].detach(), *shared)
+        return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The learning rate as a function of progress."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(
+                optimizer, lambda step: rate_factor(self.recipe.optimizer, self.progress(step))
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the time and the last layer's loss (the total changes its meaning as exits rotate)."""
+        if self.losses_summed:
+            logs["last_layer_loss"] = self.last_layer_loss.item() / self.losses_summed
+            self.last_layer_loss.zero_()
+            self.losses_summed = 0
+        logs["minutes"] = self.watch.elapsed_s / 60
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise RecipeError("optimizer.learning_rate", f"the loss is {logs['loss']} by now", fix="lower the rate")
+
+
+def rate_factor(recipe: OptimizerRecipe, progress: float) -> float:
+    """The learning rate at a progress of 0 to 1, as a share of its peak."""
+    if progress < recipe.warmup:
+        return progress / recipe.warmup
+    if recipe.schedule == "cosine":
+        falling = (progress - recipe.warmup) / (1 - recipe.warmup) if recipe.warmup < 1 else 0.0
+        falling = (1 - math.cos(math.pi * falling)) / 2
+    else:
+        falling = max(0.0, progress - (1 - recipe.decay)) / recipe.decay if recipe.decay else 0.0
+    return 1 - (1 - recipe.final_rate) * falling
+
+
+class Limits(TrainerCallback):
+    """Ends the training at its limits of steps and time, and writes checkpoints before and at the end."""
+
+    def __init__(self, recipe: TrainingRecipe, watch: Stopwatch, stop_at: float | None) -> None:
+        self.recipe, self.watch, self.stop_at = recipe, watch, stop_at
+        self.saved_at_s, self.first_step = watch.elapsed_s, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember where this call began."""
+        self.first_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at step and time."""
+        if state.global_step == self.first_step + 1:  # the step that compiled is over
+            self.watch.stop(args.device)
+            self.watch.start()
+        run, step, elapsed_s = self.recipe.run, state.global_step, self.watch.elapsed_s
+        end = is_over(self.recipe, step, elapsed_s)
+        end = end or (self.stop_at is not None and time.monotonic() >= self.stop_at)
+        due = run.checkpoint_steps is not None and step % run.checkpoint_steps == 0
+        due |= run.checkpoint_minutes is not None and elapsed_s - self.saved_at_s >= 60 * run.checkpoint_minutes
+        if end or due:
+            control.should_training_stop = control.should_training_stop or end
+            control.should_save = control.should_log = True
+            self.watch.stop(args.device)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the checkpoint with the clock; one without it is not resumed from."""
+        self.saved_at_s = self.watch.elapsed_s
+        clock = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK
+        clock.write_text(json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
+        if not control.should_training_stop:
+            self.watch.start()
+
+
+class Lines(TrainerCallback):
+    """A line on the console for each entry of the log."""
+
+    def __init__(self, recipe: TrainingRecipe, watch: Stopwatch) -> None:
+        self.recipe, self.watch, self.console = recipe, watch, Console(highlight=False)
+        self.step, self.elapsed_s = 0, watch.elapsed_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here, less the first step, which the stopwatch leaves out."""
+        self.step = state.global_step + 1
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print loss, rate and speed."""
+        logs, step, elapsed_s, run = kwargs["logs"], state.global_step, self.watch.elapsed_s, self.recipe.run
+        if "loss" not in logs or step <= self.step:
+            return
+        rate = (step - self.step) * tokens_per_step(self.recipe) / (elapsed_s - self.elapsed_s)
+        steps = f"{step}/{run.max_steps}" if run.max_steps else f"{step}"
+        minutes = f"{elapsed_s / 60:.2f}" + (f"/{run.max_minutes:g}" if run.max_minutes else "")
+        self.console.print(
+            f"step {steps}  {minutes} min  loss {logs['loss']:.4f}  last layer {logs['last_layer_loss']:.4f}  "
+            f"lr {logs['learning_rate']:.2e}  {rate:,.0f} tokens/s",
+            soft_wrap=True,
+        )
+        self.step, self.elapsed_s = step, elapsed_s
+
+
+# The stages
+
+
+def train(
+    recipe_path: str | Path,
+    output: str | Path | None = None,
+    resume: bool = False,
+    stop_after_minutes: float | None = None,
+    data: str | Path | None = None,
+) -> TrainingResult:
+    """Train as the recipe says and write the model to `output`.
+
+    Args:
+        recipe_path: the recipe, TOML.
+        output: folder of the finished model; "runs/<name of the recipe>" where None. Checkpoints are in
+            `output`/training, the tokenized text beside `output`, so that trainings share it.
+        resume: continue from the latest checkpoint in `output`, if there is one.
+        stop_after_minutes: write a checkpoint and stop after so many minutes of this call; `resume` continues.
+        data: the corpus folder, in place of the recipe's.
+
+    Raises:
+        RecipeError: the recipe, the data or the output folder cannot be used.
+    """
+    stop_at = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
+    recipe = load_recipe(recipe_path)
+    if data is not None:
+        recipe = replace(recipe, data=replace(recipe.data, folder=Path(data)))
+    output = Path(output or Path("runs") / Path(recipe_path).stem)
+    folder = output / "training"
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint and not resume:
+        raise RecipeError(output, "holds an earlier training", fix="resume it, or choose another output folder")
+    if not checkpoint and (output / "config.json").exists():
+        raise RecipeError(output, "holds a finished model", fix="choose another output folder")
+    tokenizer = load_tokenizer(recipe.checkpoint or recipe.data.folder / recipe.data.tokenizer)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+    if checkpoint is None or not is_over(recipe, *read_clock(checkpoint)):
+        tokens = token_array(recipe.data.folder / recipe.data.train, recipe.data.files, tokenizer, output.parent)
+        run_training(recipe, tokenizer, tokens, folder, checkpoint, stop_at)
+        checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None  # a training ends with one
+    step, elapsed_s = read_clock(checkpoint)
+    result = TrainingResult(
+        output,
+        finished=is_over(recipe, step, elapsed_s),
+        steps=step,
+        tokens=step * tokens_per_step(recipe),
+        minutes=elapsed_s / 60,
+    )
+    if result.finished:
+        model = load_model(checkpoint)
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise RecipeError(recipe_path, "the weights are no longer finite", fix="lower optimizer.learning_rate")
+        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        summary = {"steps": step, "tokens": result.tokens, "minutes": result.minutes, "log": log}
+        notes = {
+            "recipe.toml": Path(recipe_path).read_text(encoding="utf-8"),
+            "training.json": json.dumps(summary, indent=1),
+        }
+        write_model(model, tokenizer, DTYPES[recipe.run.output_dtype], output, notes)
+    return result
+
+
+def run_training(
+    recipe: TrainingRecipe,
+    tokenizer: TextTokenizer,
+    tokens: Array,
+    folder: Path,
+    checkpoint: Path | None,
+    stop_at: float | None,
+) -> None:
+    """Train on `tokens` from the beginning or from a `checkpoint`; leave checkpoints in `folder`, one at the end.
+
+    It ends early when time.monotonic() reaches `stop_at`.
+    """
+    set_seed(recipe.run.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16
+    watch = Stopwatch(read_clock(checkpoint)[1] if checkpoint else 0.0)
+    trainer = LayerSkipTrainer(
+        recipe,
+        starting_model(recipe, tokenizer),
+        tokens,
+        tokenizer.eos_id,
+        watch,
+        args=training_arguments(recipe, folder),
+        callbacks=[Limits(recipe, watch, stop_at), Lines(recipe, watch)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM:
+    """The model that the training begins with, fp32: newly initialized, or the checkpoint to be continued.
+
+    Raises:
+        RecipeError: the checkpoint is none, or of an architecture or size that does not fit the recipe.
+    """
+    if recipe.model:
+        config = LlamaConfig(
+            **asdict(recipe.model),
+            vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
+        )
+        config._attn_implementation = "sdpa"
+        return LlamaForCausalLM(config)
+    assert recipe.checkpoint is not None  # the recipe has one of the two
+    try:
+        config = json.loads((recipe.checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(recipe.checkpoint, "no config.json here", wanted="a Llama-family model") from error
+    if config.get("model_type") not in MODEL_TYPES:
+        found = f"model_type {config.get('model_type')!r}"
+        raise RecipeError(recipe.checkpoint, found, wanted=" or ".join(MODEL_TYPES))
+    try:
+        model = load_model(recipe.checkpoint)
+    except (OSError, SafetensorError) as error:  # both say what is missing or damaged
+        raise RecipeError(recipe.checkpoint, str(error)) from error
+    if tokenizer.vocab_size > model.config.vocab_size:
+        found = f"{tokenizer.vocab_size} tokens in tokenizer.json"
+        raise RecipeError(recipe.checkpoint, found, wanted=f"at most the model's {model.config.vocab_size}")
+    longest = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or _NO_LIMIT)
+    if recipe.data.context > longest:
+        raise RecipeError("data.context", f"found {recipe.data.context}", wanted=f"at most the model's {longest}")
+    if recipe.layerskip:
+        check_focus(recipe.layerskip, model.config.num_hidden_layers)
+    return model
+
+
+def training_arguments(recipe: TrainingRecipe, folder: Path) -> TrainingArguments:
+    """The recipe in the words of transformers; checkpoints, autocast and the schedule are the trainer's here."""
+    run, optimizer = recipe.run, recipe.optimizer
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=run.max_steps or _NO_LIMIT,
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        max_grad_norm=optimizer.gradient_clip,
+        optim="adamw_torch_fused",
+        seed=run.seed,
+        save_strategy="no",
+        save_total_limit=2,
+        logging_steps=run.log_steps,
+        logging_nan_inf_filter=False,  # it waits for the device at every step
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # or each batch waits for the last step
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # transformers would wrap the model in DataParallel
+    return arguments
+
+
+def write_model(
+    model: CausalLM, tokenizer: TextTokenizer, dtype: torch.dtype, output: Path, notes: dict[str, str]
+) -> None:
+    """Write the model as a checkpoint of its own: one weights file, configuration, tokenizer, and `notes` (texts).
+
+    config.json comes last, so a folder that has it is whole.
+    """
+    partial = output / "training" / "finished"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.use_cache = True  # the trainer switches it off
+    model.to(dtype).save_pretrained(partial, max_shard_size="1000GB")
+    for pattern in COMPANIONS:
+        for path in tokenizer.folder.glob(pattern):
+            shutil.copyfile(path, partial / path.name)
+    for name, text in notes.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        path.chmod(0o644)  # safetensors writes 0600
+        path.replace(output / path.name)
+    partial.rmdir()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    clocks = folder.glob(f"checkpoint-*/{CLOCK}")
+    return max((clock.parent for clock in clocks), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def read_clock(checkpoint: Path) -> tuple[int, float]:
+    """Steps and seconds of training up to this checkpoint."""
+    clock = json.loads((checkpoint / CLOCK).read_text())
+    return clock["step"], clock["elapsed_s"]
+
+
+def is_over(recipe: TrainingRecipe, step: int, elapsed_s: float) -> bool:
+    """Whether the recipe's training ends here."""
+    run = recipe.run
+    return step >= (run.max_steps or _NO_LIMIT) or (run.max_minutes is not None and elapsed_s >= 60 * run.max_minutes)
+
+
+def tokens_per_step(recipe: TrainingRecipe) -> int:
+    """Tokens in an optimizer step."""
+    return recipe.run.batch_size * recipe.run.gradient_accumulation * recipe.data.context

@@ -1,0 +1,192 @@
+"""What a tuning found, for people: tables, the choice as an export recipe, and a page with plots."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgeskip.recipes.tune.tune import Pair, TuneReport
+from edgeskip.runtime.bench.page import no_plots, render
+from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BUSY = 1.3
+"""A scale beyond this is not the model's: idle machines show 1.0 to 1.1."""
+_TOP = 5
+_CROWDED = 40
+"""Exit layers from which on plots leave out figures."""
+
+
+def print_tuning(report: TuneReport, console: Console) -> None:
+    """The best pair of every exit layer, and the best of all."""
+    best, present, measured = report.best, report.present, report.measured
+    synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
+    console.print(
+        f"{escape(report.source)}{synthetic}, {report.num_layers} layers; {escape(report.backend)}; "
+        f"{escape(report.hardware.device)}"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in ("exit layer", "match", "best K", "ms", "speedup", "accept", "per round"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for exit_layer, match_rate in report.match_rates.items():
+        pair = min((p for p in report.pairs if p.exit_layer == exit_layer), key=lambda p: p.ms_per_token)
+        table.add_row(
+            str(exit_layer),
+            f"{match_rate:.0%}",
+            str(pair.num_speculations),
+            f"{pair.ms_per_token:.3f}",
+            f"{pair.speedup:.2f}x",
+            f"{pair.acceptance_rate:.0%}",
+            f"{pair.tokens_per_round:.2f}",
+            style="bold" if pair == best else "",
+        )
+    console.print(table)
+    threshold = report.settings.confidence_threshold
+    console.print(
+        f"{report.prompts} prompts, {report.new_tokens} new tokens; match: the share that an exit drafts right; ms "
+        "a token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "K drafts always\n")
+    )
+    top = sorted(report.pairs, key=lambda p: p.ms_per_token)[:_TOP]
+    console.print("Fastest: " + ", ".join(f"E={p.exit_layer} K={p.num_speculations} {p.ms_per_token:.3f}" for p in top))
+    console.print(
+        f"Measured here: plain {measured.plain_ms_per_token:.3f} ms a token, the bundle's exit layer "
+        f"{present.exit_layer} with {_drafts(present)} {present.ms_per_token:.3f}: {report.scale:.2f} times what its "
+        "calls add up to, as is taken for all."
+    )
+    if report.scale > BUSY:
+        console.print("[bold]The machine was busy[/bold]: run this again when it is idle.")
+    if report.departures:
+        console.print(f"{report.departures} of the tokens are ties, which the probe rounds another way.")
+    console.print(f"[bold]{verdict(report)}[/bold]")
+
+
+def verdict(report: TuneReport) -> str:
+    """The choice in a sentence."""
+    best, present = report.best, report.present
+    if best.speedup <= 1:
+        return (
+            f"No pair beats plain decoding here: at best exit layer {best.exit_layer} with {_drafts(best)}, "
+            f"{best.speedup:.2f} times as fast."
+        )
+    gain = present.ms_per_token / best.ms_per_token
+    same = (best.exit_layer, best.num_speculations) == (present.exit_layer, present.num_speculations)
+    return (
+        f"Exit layer {best.exit_layer} with {_drafts(best)} a round: {best.ms_per_token:.3f} ms a token, "
+        f"{best.speedup:.2f} times as fast as plain decoding, "
+        + ("as the bundle is." if same else f"{gain:.2f} times as fast as the bundle's pair.")
+    )
+
+
+def tuned_recipe(report: TuneReport, file: str) -> str:
+    """The choice as an export recipe in TOML, for `edgeskip export --recipe`."""
+    best, text = report.best, _toml_text
+    source = (
+        f"edgeskip tune, {report.hardware.device}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
+        f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms a token, plain "
+        f"{figure(report.measured.plain_ms_per_token)}"
+    )
+    rates = (f"{exit_layer} = {rate:.3f}" for exit_layer, rate in report.match_rates.items())
+    lines = [
+        _comment(f"Made by: {report.command}"),
+        _comment(f"Used by: edgeskip export --recipe {shlex.quote(file)} [CHECKPOINT] BUNDLE"),
+        "",
+        f"checkpoint = {text(report.source)}",
+        f"exit_layer = {best.exit_layer}",
+        f"num_speculations = {best.num_speculations}",
+        f"dtype = {text(report.dtype)}",
+        f"max_length = {report.max_length}",
+        f"source = {text(source)}",
+        "",
+        "[match_rates]  # exit layer -> share of the greedy tokens that it predicts",
+        *rates,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    return "# " + "".join(character if character.isprintable() else " " for character in text)
+
+
+def _toml_text(text: str) -> str:
+    """A basic string: JSON's, which but for one character TOML reads as it is."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _drafts(pair: Pair) -> str:
+    return f"{pair.num_speculations} draft{'s' * (pair.num_speculations > 1)}"
+
+
+def tuning_page(report: TuneReport) -> str:
+    """The page: ms a token over exit layer and speculation length, and match rates.
+
+    Raises:
+        BackendError: matplotlib is missing.
+    """
+    try:
+        plots = {name: svg(name, *plot) for name, plot in (("surface", _surface(report)), ("match", _match(report)))}
+    except ImportError as error:
+        raise no_plots("tune page", error) from None
+    return render("tune.html.jinja", report=report, verdict=verdict(report), plots=plots)
+
+
+def _surface(report: TuneReport) -> Plot:
+    ks = sorted({pair.num_speculations for pair in report.pairs})
+    layers, best, present = list(report.match_rates), report.best, report.present
+    plain, at_best = report.measured.plain_ms_per_token, report.best.ms_per_token
+
+    def color(ms: float) -> tuple[str, float]:
+        if ms >= plain:
+            return GREY, 0.15
+        return BLUE, 0.12 + 0.75 * (plain - ms) / (plain - at_best)
+
+    def draw(ax: Axes) -> None:
+        for pair in report.pairs:
+            x, y = ks.index(pair.num_speculations), layers.index(pair.exit_layer)
+            ax.barh(y, 0.94, 0.9, left=x - 0.47, color=color(pair.ms_per_token))
+            if len(layers) < _CROWDED:
+                weight = "bold" if pair == best else "normal"
+                ax.annotate(figure(pair.ms_per_token), (x, y), ha="center", va="center", weight=weight)
+        for pair, edge in ((present, GREY), (best, ORANGE)):
+            if pair.num_speculations in ks:
+                x, y = ks.index(pair.num_speculations), layers.index(pair.exit_layer)
+                ax.barh(y, 0.94, 0.9, left=x - 0.47, fill=False, edgecolor=edge, linewidth=2)
+        ax.set(xlim=(-0.5, len(ks) - 0.5), ylim=(len(layers) - 0.5, -0.5), xlabel="drafts a round, K")
+        ax.set(ylabel="exit layer, E", title="ms per token")
+        ax.set_xticks(range(len(ks)), [str(k) for k in ks])
+        _layer_ticks(ax.set_yticks, layers)
+        ax.tick_params(length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+
+    return 0.9 + 0.26 * min(len(layers), _CROWDED), draw
+
+
+def _match(report: TuneReport) -> Plot:
+    layers, rates = list(report.match_rates), list(report.match_rates.values())
+
+    def draw(ax: Axes) -> None:
+        colors = [BLUE if layer == report.best.exit_layer else GREY for layer in layers]
+        ax.bar(range(len(layers)), rates, width=0.8, color=colors)
+        for x, rate in enumerate(rates if len(layers) < _CROWDED else ()):
+            ax.annotate(f"{100 * rate:.0f}", (x, rate), (0, 3), textcoords="offset points", ha="center")
+        ax.set(ylim=(0, 1.08), xlim=(-0.6, max(len(layers), 12) - 0.4), xlabel="exit layer, E", title="% drafted right")
+        _layer_ticks(ax.set_xticks, layers)
+        ax.set_yticks([0, 0.5, 1], ["0", "50", "100"])
+        ax.tick_params(axis="x", length=0)
+        ax.grid(axis="y")
+
+    return 2.3, draw
+
+
+def _layer_ticks(set_ticks: Any, layers: Sequence[int]) -> None:
+    step = 1 + len(layers) // _CROWDED
+    set_ticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])

@@ -1,0 +1,416 @@
+"""Which exit layer E and speculation length K: for this model, this text and this device, from one bundle.
+
+    the bundle's session: plain decoding --> texts                    each call of a round, timed
+                                               |                                   |
+    the probe: what every layer would have drafted for them         carried to every E by the cost's fit
+                                               |                                   |
+                    rounds, simulated for every E and K  --------->  ms a token for every E and K
+
+Only the texts are decoded, so an exit layer costs no export of its own. The simulation follows the runtime's loop round
+by round: drafts are right in runs, and the threshold ends rounds where they tend to be wrong, so no formula in a match
+rate alone would do.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeskip.exporter.probe import Exits, Probe, check_probed
+from edgeskip.recipes.plan.cost import Sample, call_ms, fit_cost, graph_sizes
+from edgeskip.runtime.bench.prompts import encoded_prompts
+from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, check_num_speculations
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
+from edgeskip.runtime.decoding.model import Generation, Model
+from edgeskip.runtime.decoding.rounds import Round, draft_round, speculative_round, verification_round
+from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.decoding.statistics import Statistics
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.provenance import Provenance, provenance
+
+_TIMED_ROUNDS = 24  # of each length, over all prompts
+_REPEATS = 30
+_WARM_UP_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Speculation lengths to choose from, new tokens a prompt at most, and when drafting ends early.
+
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`
+    where it is given.
+    """
+
+    grid: tuple[int, ...]
+    max_new_tokens: int
+    confidence_threshold: float | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class CallTime:
+    """A graph over `rows` tokens within a round, at the bundle's exit layer: lower quartile of the times."""
+
+    graph: GraphName
+    rows: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What decoding costs at the bundle's exit layer.
+
+    `calls` are those of rounds with 0 to K drafts, their rows at about `position`; around them the host takes
+    `host_round_ms` a round and `host_draft_ms` more for each draft. These are lower quartiles: what else runs on a
+    machine only ever adds to a time. `plain_ms_per_token` is plain decoding's, by the wall and the median prompt.
+    """
+
+    calls: tuple[CallTime, ...]
+    position: int
+    host_round_ms: float
+    host_draft_ms: float
+    plain_ms_per_token: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and its plain continuation, of two tokens or more.
+
+    `speculative_ms` is what the bundle's own pair took for it, behind the first token.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    speculative_ms: float
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What an exit drafts for the m tokens behind a text's first: which are right, and its probability for each [m].
+
+    `room` is the number of cache rows behind the prompt.
+    """
+
+    right: npt.NDArray[np.bool_]
+    confidences: npt.NDArray[np.float32]
+    room: int
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of a decoding: `by_drafts[d]` of them made d drafts; the rest counts as `Statistics` does.
+
+    The last round of a text may draft beyond its end; the statistics leave that out, `by_drafts` does not.
+    """
+
+    by_drafts: tuple[int, ...]
+    tokens: int
+    drafted: int
+    tested: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An exit layer and a speculation length, and what decoding with them costs; `speedup` is over plain decoding."""
+
+    exit_layer: int
+    num_speculations: int
+    ms_per_token: float
+    speedup: float
+    tokens_per_round: float
+    acceptance_rate: float
+    match_rate: float
+
+
+@dataclass(frozen=True)
+class TuneReport(Provenance):
+    """The best pair, the bundle's `present` one, and all `pairs`.
+
+    `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
+    `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: ties, told apart by
+    rounding. Rounds take `scale` times what their calls and the host add up to: so it was for the median text, decoded
+    whole with the present pair, and so it is taken to be for all.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    departures: int
+    settings: TuneSettings
+    best: Pair
+    present: Pair
+    match_rates: dict[int, float]
+    pairs: tuple[Pair, ...]
+    scale: float
+    measured: Measured
+
+
+def tune(
+    open_model: Callable[[], Model],
+    prompts: Sequence[str],
+    settings: TuneSettings,
+    command: str = "",
+    progress: Progress = lambda *_: None,
+) -> TuneReport:
+    """Measures a bundle on its device, closes it, probes its layers, and weighs every pair.
+
+    Args:
+        open_model: loads the bundle; its exit layer does not matter.
+        prompts: texts to continue.
+        settings: what to choose from.
+        command: to be kept in the report.
+        progress: told of the work.
+
+    Raises:
+        RequestError: a setting that cannot be served, or prompts that are too long or give no text.
+        BundleError: the bundle is packed, so that it has no weights.
+        BackendError: ONNX Runtime is missing, or cannot run the probe.
+    """
+    for k in settings.grid:
+        check_num_speculations(k)
+    with open_model() as model:
+        bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
+        device, head = session.device, provenance(model, command)
+        check_probed(bundle, device)
+        if settings.confidence_threshold is None:
+            settings = replace(settings, confidence_threshold=session.confidence_threshold)
+        prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
+        texts, measured = _measure(model, prompt_ids, settings, progress)
+    probed = _probe(bundle, device, texts, progress)
+    drafts = {
+        exit_layer: [drafts_of_exit(*one, exit_layer, manifest.max_length) for one in zip(probed, texts, strict=True)]
+        for exit_layer in range(1, manifest.architecture.num_layers)
+    }
+    own, threshold = (manifest.exit_layer, manifest.num_speculations), settings.confidence_threshold or 0.0
+    costs = {exit_layer: carried(measured, manifest, exit_layer) for exit_layer in drafts}
+    scale = statistics.median(
+        text.speculative_ms / rounds_ms(measured, simulate([one], own[1], threshold))
+        for text, one in zip(texts, drafts[own[0]], strict=True)
+    )
+
+    def pair(exit_layer: int, k: int) -> Pair:
+        rounds = simulate(drafts[exit_layer], k, threshold)
+        ms = scale * rounds_ms(costs[exit_layer], rounds) / rounds.tokens
+        return Pair(
+            exit_layer=exit_layer,
+            num_speculations=k,
+            ms_per_token=ms,
+            speedup=measured.plain_ms_per_token / ms,
+            tokens_per_round=rounds.tokens / sum(rounds.by_drafts),
+            acceptance_rate=rounds.accepted / max(rounds.drafted, 1),
+            match_rate=rounds.accepted / max(rounds.tested, 1),
+        )
+
+    pairs = tuple(pair(exit_layer, k) for exit_layer in drafts for k in sorted(set(settings.grid)))
+    return TuneReport(
+        **vars(head),
+        prompts=len(texts),
+        prompt_tokens=int(statistics.median(len(text.prompt_ids) for text in texts)),
+        new_tokens=sum(len(text.token_ids) for text in texts),
+        departures=sum(int((one.token_ids[-1] != t.token_ids).sum()) for one, t in zip(probed, texts, strict=True)),
+        settings=settings,
+        best=min(pairs, key=lambda one: one.ms_per_token),
+        present=pair(*own),
+        match_rates={e: float(np.concatenate([d.right for d in kept]).mean()) for e, kept in drafts.items()},
+        pairs=pairs,
+        scale=scale,
+        measured=measured,
+    )
+
+
+def _probe(bundle: Bundle, device: Literal["cpu", "cuda"], texts: Sequence[Text], progress: Progress) -> list[Exits]:
+    found = []
+    with Probe(bundle, device) as probe:
+        for done, text in enumerate(texts):
+            progress("probing", done, len(texts))
+            found.append(probe.exits(text.prompt_ids, text.token_ids))
+    progress("probing", len(texts), len(texts))
+    return found
+
+
+def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, capacity: int) -> Drafts:
+    """What of a probed text concerns one exit layer."""
+    row = exit_layer - 1
+    right = exits.token_ids[row, 1:] == np.array(text.token_ids[1:])
+    return Drafts(right, exits.confidences[row, 1:], capacity - len(text.prompt_ids))
+
+
+def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshold: float) -> Rounds:
+    """The rounds in which these texts would be decoded, as `runtime.decode` makes them.
+
+    Rounds, tokens, tested and accepted drafts are exact. What is drafted behind a confident wrong draft nobody knows:
+    there, and beyond a text's end, the text's own confidences and certainty stand in, and only the number of drafts
+    made can differ.
+    """
+    by_drafts = [0] * (num_speculations + 1)
+    tokens = drafted = tested = accepted = 0
+    for text in texts:
+        left, at = len(text.right), 0
+        runs = _runs(text.right, end=0)
+        sure = _runs(text.confidences >= confidence_threshold, end=num_speculations)
+        while left:
+            k = min(num_speculations, text.room - at - 1)
+            made = min(sure[at] + 1, k)
+            by_drafts[made] += 1
+            good = min(runs[at], made)
+            if good == left:  # a stop drops the rest of its round, from the statistics too
+                made = left
+            new = min(good + 1, left)
+            tokens, drafted, accepted = tokens + new, drafted + made, accepted + good
+            tested += min(good + 1, made)
+            at, left = at + new, left - new
+    return Rounds(tuple(by_drafts), tokens, drafted, tested, accepted)
+
+
+def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
+    """At each place, how many flags from there on are set without a gap; `end` more where none stops them."""
+    runs = [end]
+    for flag in reversed(flags.tolist()):
+        runs.append(runs[-1] + 1 if flag else 0)
+    return runs[::-1]
+
+
+def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
+    """What would have been measured at another exit layer: the same calls, scaled by a cost that is fitted to them."""
+    a, dtype = manifest.architecture, manifest.dtype
+    here, there = (graph_sizes(a, layer, dtype) for layer in (manifest.exit_layer, exit_layer))
+
+    def sample(call: CallTime) -> Sample:
+        size = here[call.graph]
+        return Sample(size.layers, call.rows, size.read_bytes(measured.position), call.ms)
+
+    cost = fit_cost([sample(call) for call in measured.calls])
+
+    def moved(call: CallTime) -> CallTime:
+        fitted, wanted = (call_ms(cost, sizes[call.graph], call.rows, measured.position) for sizes in (here, there))
+        return replace(call, ms=call.ms * wanted / fitted)
+
+    return replace(measured, calls=tuple(map(moved, measured.calls)))
+
+
+def rounds_ms(measured: Measured, rounds: Rounds) -> float:
+    """Time of all these rounds, the host's included."""
+    calls = {(call.graph, call.rows): call.ms for call in measured.calls}
+
+    def round_ms(drafts: int) -> float:
+        on_device = sum(calls[call.key] for call in speculative_round(drafts).calls)
+        return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
+
+    return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One prompt decoded plainly and with the bundle's own speculation length, and rounds timed in its caches."""
+
+    plain: Generation
+    speculative: Statistics
+    position: int
+    times: tuple[_Times, ...]
+
+
+def _measure(
+    model: Model, prompt_ids: Sequence[list[int]], settings: TuneSettings, progress: Progress
+) -> tuple[list[Text], Measured]:
+    """Decodes the prompts and times calls, in turns: a device that slows down slows both."""
+    session, manifest = model.session, model.bundle.manifest
+    largest = min(max(*settings.grid, manifest.num_speculations), manifest.max_length - 1)
+    in_situ = set(session.stage_ns or ()) == set(GRAPHS)
+    repeats = -(-_TIMED_ROUNDS // len(prompt_ids)) if in_situ else 0
+
+    def turn(ids: list[int], max_new_tokens: int) -> _Turn:
+        plain = model.complete(ids, mode="autoregressive", max_new_tokens=max_new_tokens)
+        speculative = model.complete(
+            ids, confidence_threshold=settings.confidence_threshold, max_new_tokens=max_new_tokens
+        )
+        position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - largest), 0)
+        times = tuple(_times_in_rounds(session, largest, position) for _ in range(repeats))
+        return _Turn(plain, speculative.statistics, position, times)
+
+    if not in_situ:  # a device captures a round on its second run, and that is no decoding
+        for round_ in [speculative_round(k) for k in range(largest + 1) for _ in range(3)]:
+            session.bind(round_)(0)()
+    turn(prompt_ids[0], min(settings.max_new_tokens, _WARM_UP_TOKENS))
+    turns = []
+    for done, ids in enumerate(prompt_ids):
+        progress("measuring", done, len(prompt_ids))
+        turns.append(turn(ids, settings.max_new_tokens))
+    progress("measuring", len(prompt_ids), len(prompt_ids))
+    turns = [one for one in turns if len(one.plain.token_ids) > 1]
+    if not turns:
+        raise RequestError("prompts", "the model ends behind the first token of each", wanted="one that it continues")
+    position = int(statistics.median(one.position for one in turns))
+    times: dict[tuple[GraphName, int], list[float]] = defaultdict(list)
+    for timed in [t for one in turns for t in one.times] or [_times_alone(session, largest, position)]:
+        for key, ms in timed:
+            times[key].append(ms)
+    calls = sorted(times, key=lambda key: (GRAPHS.index(key[0]), key[1]))
+    plain, speculative = [one.plain.statistics for one in turns], [one.speculative for one in turns]
+    host_ms, drafting_ms = (_quiet(map(_host_ms, runs)) for runs in (plain, speculative))
+    drafts = sum(s.drafted for s in speculative) / sum(s.rounds for s in speculative)
+    texts = [Text(one.plain.prompt_token_ids, one.plain.token_ids, _wall_ms(one.speculative)) for one in turns]
+    return texts, Measured(
+        calls=tuple(CallTime(*key, _quiet(times[key])) for key in calls),
+        position=position,
+        host_round_ms=host_ms,
+        host_draft_ms=max(drafting_ms - host_ms, 0.0) / max(drafts, 1.0),
+        plain_ms_per_token=statistics.median(_wall_ms(s) / (s.new_tokens - 1) for s in plain),
+    )
+
+
+def _quiet(times: Iterable[float]) -> float:
+    """The lower quartile."""
+    return float(np.quantile(list(times), 0.25))
+
+
+_Times = Sequence[tuple[tuple[GraphName, int], float]]
+"""Calls by graph and rows, and ms."""
+
+
+def _times_in_rounds(session: Session, largest: int, position: int) -> _Times:
+    """Every call of a round of each K from 0 to `largest`, by the session's clock of its graphs.
+
+    A graph run alone in a loop finds its weights in the processor's caches; here it finds what a round leaves there.
+    """
+    times: list[tuple[tuple[GraphName, int], float]] = []
+    for k in range(largest + 1):
+        for part in (*map(draft_round, range(k)), verification_round(k)):
+            times += _lap(session, part, position)
+        session.carry(0)
+    return times
+
+
+def _lap(session: Session, part: Round, position: int) -> Iterator[tuple[tuple[GraphName, int], float]]:
+    """Runs a part of a round, in which no graph comes twice."""
+    before = session.stage_ns
+    session.bind(part)(position)()
+    after = session.stage_ns
+    assert before is not None
+    assert after is not None
+    for call in part.calls:
+        yield call.key, (after[call.graph] - before[call.graph]) / 1e6
+
+
+def _times_alone(session: Session, largest: int, position: int) -> _Times:
+    """Each call of these rounds by itself, for a device that hides what runs within one: there the sum is the same."""
+    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(k).calls}
+    return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
+
+
+def _host_ms(s: Statistics) -> float:
+    """Time of a round outside the graphs, where the session tells."""
+    if not s.stage_ms:
+        return 0.0
+    return max(_wall_ms(s) - sum(s.stage_ms.values()), 0.0) / s.rounds
+
+
+def _wall_ms(s: Statistics) -> float:
+    """Time of all rounds."""
+    return (s.ms_per_token or 0.0) * (s.new_tokens - 1)

@@ -1,0 +1,117 @@
+"""Which session serves a bundle on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgeskip.runtime.bundle.engines import EngineBackend, Engines
+    from edgeskip.runtime.bundle.manifest import Bundle, Progress
+    from edgeskip.runtime.decoding.session import Session
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[BackendChoice, ...] = get_args(BackendChoice)
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DEVICES: tuple[DeviceChoice, ...] = get_args(DeviceChoice)
+
+
+def open_session(
+    bundle: Bundle,
+    *,
+    backend: BackendChoice = "auto",
+    device: DeviceChoice = "auto",
+    threads: int = 0,
+    dialect: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Session:
+    """Loads a bundle on a device.
+
+    Args:
+        bundle: what to load.
+        backend: `auto` takes TensorRT engines that fit this machine, else ONNX Runtime.
+        device: of ONNX Runtime; `auto` takes the GPU where library and machine have one, else the CPU. The session's
+            description says why not.
+        threads: of the CPU; 0 means one a core.
+        dialect: of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
+        progress: called while engines are checked.
+
+    Raises:
+        BundleError: there are no engines for the backend, or they do not fit this machine.
+        BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
+    """
+    from edgeskip.runtime.bundle.engines import find_engines
+
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        return _open_engines(bundle, backend, *find_engines(bundle), progress)
+    why: list[str] = []
+    if backend == "auto" and device != "cpu" and dialect is None:
+        found, problems = find_engines(bundle)
+        refusals: list[EdgeskipError] = []
+        for name in dict.fromkeys(engines.build.backend for engines in found):
+            try:
+                return _open_engines(bundle, name, found, problems, progress)
+            except EdgeskipError as error:
+                refusals.append(error)
+                why.append(f"not {name}: {error}")
+        why += map(str, problems)
+        if bundle.manifest.packed:  # it has nothing else
+            raise next(iter([*refusals, *problems]), BundleError(bundle.folder, "packed, without engines"))
+    session = _open_onnxruntime(bundle, device, threads, dialect, why)
+    session.description = "; ".join([session.description, *why])
+    return session
+
+
+def _open_engines(
+    bundle: Bundle,
+    backend: EngineBackend,
+    found: Sequence[Engines],
+    problems: Sequence[BundleError],
+    progress: Progress,
+) -> Session:
+    from edgeskip.runtime.backends.device import CudaDevice
+    from edgeskip.runtime.backends.trt import import_tensorrt
+    from edgeskip.runtime.backends.trt_session import TrtSession, why_not
+    from edgeskip.runtime.bundle.engines import build_command
+
+    built = [engines for engines in found if engines.build.backend == backend]
+    if not built:
+        raise next(
+            iter(problems), BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
+        )
+    library, device = import_tensorrt(backend), CudaDevice()
+    try:
+        sm = device.compute_capability
+        reasons = {engines.folder: why_not(engines, sm, library.__version__) for engines in built}
+        fitting = next((engines for engines in built if not reasons[engines.folder]), None)
+        if fitting is None:
+            folder, reason = next(iter(reasons.items()))
+            raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
+        return TrtSession(bundle, fitting, device, library, progress)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _open_onnxruntime(
+    bundle: Bundle, device: DeviceChoice, threads: int, dialect: str | None, why: list[str]
+) -> Session:
+    from edgeskip.runtime.backends.cpu_session import OrtCpuSession
+    from edgeskip.runtime.backends.device import CudaDevice
+    from edgeskip.runtime.backends.ort import onnxruntime
+    from edgeskip.runtime.backends.ort_cuda_session import OrtCudaSession
+
+    if device == "cuda":
+        return OrtCudaSession(bundle, CudaDevice(), dialect=dialect)
+    if device == "auto" and "CUDAExecutionProvider" in onnxruntime().get_available_providers():
+        try:
+            gpu = CudaDevice()
+        except BackendError as error:
+            why.append(f"not the GPU: {error}")
+        else:
+            return OrtCudaSession(bundle, gpu, dialect=dialect)
+    return OrtCpuSession(bundle, threads=threads, dialect=dialect or "ort")

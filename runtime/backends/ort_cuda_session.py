@@ -1,0 +1,103 @@
+"""A session on ONNX Runtime's CUDA provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from edgeskip.runtime.backends.cuda_session import CudaSession
+from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
+from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
+from edgeskip.runtime.bundle.graphs import Tensor
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
+from edgeskip.runtime.errors import BackendError, BundleError
+
+_LIBRARIES_BYTES = 256 << 20
+"""About what cuBLAS, cuDNN and the kernels take beside the weights."""
+
+
+class OrtCudaSession(CudaSession):
+    """ONNX Runtime's CUDA provider on a stream of ours: nothing in a round waits for the host.
+
+    Args:
+        bundle: what to load.
+        device: where to; the session closes it.
+        dialect: `ort` for fp16 and bf16 and `standard` for fp32, by default: the fused attention has no fp32.
+
+    Raises:
+        BackendError: ONNX Runtime lacks its CUDA provider, CUDA libraries are missing, the driver is too old, an
+            operator has no kernel for CUDA, or device memory does not suffice.
+    """
+
+    def __init__(self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None) -> None:
+        manifest = bundle.manifest
+        dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
+        self._graphs: OrtGraphs | None = None
+        try:
+            ort = onnxruntime()
+            if dialect == "ort" and manifest.dtype == "fp32":
+                found = "in fp32, which the ort dialect's attention lacks on CUDA"
+                raise BackendError(bundle.folder, found, wanted="the standard dialect")
+            check_cuda_provider(ort, device.driver_cuda_version)
+            super().__init__(bundle, device, manifest.weights_bytes)
+        except BaseException:
+            device.close()
+            raise
+        try:
+            self._run_options = ort.RunOptions()
+            self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            self._graphs = OrtGraphs(ort, bundle, dialect, _cuda_options(ort), [_cuda_provider(device)])
+            self._warm_up(manifest.prefill_chunk)
+        except BaseException as error:
+            short = _is_out_of_memory(error, device)
+            self.close()
+            if short:
+                raise out_of_memory(
+                    bundle.folder, self.planned_bytes + _LIBRARIES_BYTES, device.free_at_start
+                ) from None
+            raise
+        self.dialect = dialect
+        self.description = f"ONNX Runtime {ort.__version__}, {device.name}, {dialect} dialect, {manifest.dtype}"
+
+    def _enqueued(self, call: Call) -> Callable[[], None]:
+        assert self._graphs is not None
+        return self._graphs.bound(call, "cuda", self._place, self._run_options)
+
+    def _place(self, place: Tensor | View) -> int:
+        return self._caches[place.name].address if isinstance(place, Tensor) else self._address(place)
+
+    def _release(self) -> None:
+        if self._graphs is None:
+            return
+        # What runs left unsynchronized lent from the host goes back with one that is: left to its destructor, ONNX
+        # Runtime frees it in a callback of the stream, where CUDA permits no such call, and aborts the process.
+        with suppress(Exception):
+            for call in speculative_round(0).calls:
+                self._graphs.bound(call, "cuda", self._place)()
+            self._device.stream.sync()
+        self._graphs.close()
+
+
+def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
+    """Whether it was memory: what the libraries say then is anything from an allocation to an internal error."""
+    words = ("out of memory", "failed to allocate memory", "available memory of", "resource allocation failed")
+    text = str(error).lower()
+    if not isinstance(error, Exception) or isinstance(error, BundleError) or "out of device memory" in text:
+        return False  # no error of memory, or said already
+    return any(word in text for word in words) or device.free_bytes() < _LIBRARIES_BYTES
+
+
+def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
+    name, options = CUDA_PROVIDER
+    stream = str(int(device.stream.handle))
+    more = {"device_id": "0", "user_compute_stream": stream, "arena_extend_strategy": "kSameAsRequested"}
+    return name, options | more
+
+
+def _cuda_options(ort: Any) -> Any:
+    ort.set_default_logger_severity(4)  # it warns of providers that nobody asked for
+    options = cpu_options(ort, 0)  # a process that has one pool of threads must share it
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
+    return options

@@ -1,0 +1,34 @@
+"""What each flavour of TensorRT serves: its first version with the operators, its GPUs, and their dtypes."""
+
+from __future__ import annotations
+
+from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.engines import EngineBackend
+
+VERSIONS: dict[EngineBackend, str] = {
+    "tensorrt": "TensorRT 10.15 or later (JetPack 7.2 has 10.16, JetPack 6 has 10.3)",
+    "tensorrt-rtx": "TensorRT-RTX 1.4 or later",
+}
+"""The first with the layers that a graph becomes: TensorRT's release notes of 10.15.1; RTX 1.4 to 1.7 build the
+shipped bundle."""
+
+RTX_SERVES = (75, 80, 86, 89, 120, 121)
+"""SMs of TensorRT-RTX 1.7, as its `ComputeCapability` lists them."""
+
+RTX_REFUSED = "Jetsons (87, 110) and data center GPUs (90, 100) are served by --backend tensorrt, run on them"
+
+LEAST_DTYPE_SM: dict[DType, int] = {"fp16": 75, "bf16": 80}
+"""The least compute capability for a dtype. fp32 is served by none: fused attention has no such kernel.
+
+Table 1 of TensorRT-RTX's support matrix; for fp32, RTX 1.7.1 says "Attention operation was not supported by a dedicated
+kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
+"""
+
+
+def dtype_problem(dtype: DType, compute_capability: int) -> str:
+    """What TensorRT wants in place of a dtype that it or the GPU does not compute; empty where it does."""
+    if dtype not in LEAST_DTYPE_SM:
+        return "fp16 or bf16: TensorRT has no attention in fp32"
+    if compute_capability < LEAST_DTYPE_SM[dtype]:
+        return f"SM {LEAST_DTYPE_SM[dtype]} or later for {dtype}"
+    return ""

@@ -1,0 +1,238 @@
+"""A session on TensorRT engines, of either flavour: `tensorrt` and `tensorrt_rtx` have one interface."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgeskip.runtime.backends.cuda_session import CudaSession
+from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.trt import make_logger
+from edgeskip.runtime.bundle.engines import Engines, build_command, verify_engines
+from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.manifest import Bundle, Progress
+from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
+from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.user_cache import cache_folder, keep
+
+DECODE, PREFILL = 0, 1
+"""Optimization profiles of draft and verify: up to HEAD_ROWS rows, and up to a prompt's chunk. Head has the first."""
+
+
+def why_not(engines: Engines, compute_capability: int, version: str) -> str:
+    """What keeps engines from running on a GPU of this SM with this TensorRT; empty if nothing does."""
+    build = engines.build
+    if build.compute_capability != compute_capability:
+        return f"built for SM {build.compute_capability}, this GPU is SM {compute_capability}"
+    if build.backend_version != version:
+        return f"built by {build.backend} {build.backend_version}, {version} is installed"
+    return ""
+
+
+class TrtSession(CudaSession):
+    """TensorRT engines on a stream of ours.
+
+    One execution context for each graph and number of rows, all of them sharing one block of scratch memory: they run
+    in turn. Caches are bound past and present to one address, which the engine itself must expect.
+
+    Args:
+        bundle: what the engines are of.
+        engines: built for this GPU by the installed version.
+        device: where to; the session closes it.
+        library: the TensorRT module.
+        progress: called while the engines are checked.
+
+    Raises:
+        BundleError: the engines are of another GPU or version, damaged, or not of this bundle's tensors.
+        BackendError: TensorRT refuses an engine, or device memory does not suffice.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Engines,
+        device: CudaDevice,
+        library: Any,
+        progress: Progress = lambda *_: None,
+    ) -> None:
+        self._library, self._build = library, engines.build
+        self._engines: dict[GraphName, Any] = {}
+        self._contexts: dict[tuple[GraphName, int], Any] = {}
+        self._aligned: dict[View, DeviceArray] = {}
+        self._runtime_caches: dict[Path, Any] = {}
+        try:
+            super().__init__(bundle, device, sum(record.bytes for record in engines.build.engines.values()))
+            again = build_command(bundle, engines.build.backend, device.compute_capability)
+            if reason := why_not(engines, device.compute_capability, library.__version__):
+                raise BundleError(engines.folder, reason, fix=again)
+            verify_engines(engines, progress)
+            self._logger = make_logger(library)
+            self._runtime = library.Runtime(self._logger)
+            for graph in GRAPHS:
+                self._engines[graph] = self._deserialized(engines.path(graph), again)
+                self._check_tensors(engines.path(graph), graph, again)
+            self._scratch = self._shared_scratch(bundle)
+            self._warm_up(bundle.manifest.prefill_chunk)
+            k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
+            for _ in range(2):  # enqueued, then captured
+                self.bind(speculative_round(k))(0)()
+        except BaseException:
+            self.close()
+            raise
+        self.description = f"{engines.build.backend} {library.__version__}, {device.name}, {bundle.manifest.dtype}"
+
+    def _deserialized(self, path: Path, again: str) -> Any:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            engine = self._runtime.deserialize_cuda_engine(mapped)
+        if engine is None:
+            raise BackendError(path, f"TensorRT refuses it ({self._logger.last})", fix=again)
+        return engine
+
+    def _check_tensors(self, path: Path, graph: GraphName, again: str) -> None:
+        """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
+        engine, dtypes = self._engines[graph], self._library.DataType
+        names = {"float": {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[self._dtype], "int64": "INT64"}
+        tensors = (*self._table[graph].inputs, *self._table[graph].outputs)
+        wanted = {t.name: (getattr(dtypes, names[t.dtype]), self._engine_shape(t)) for t in tensors}
+        found_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in found_names}
+        if found != wanted:
+            raise BundleError(path, "its tensors are not those of the manifest", fix=again)
+        for past in (tensor.name for tensor in self._table[graph].inputs if tensor.is_cache):
+            alias = engine.get_aliased_input_tensor(present_name(past))
+            if alias != past:
+                raise BundleError(path, f"{present_name(past)} is not {past} updated in place but {alias}", fix=again)
+
+    def _engine_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(-1 if dim == "T" else self._dims[dim] for dim in tensor.shape)
+
+    def _shared_scratch(self, bundle: Bundle) -> DeviceArray:
+        """One block for the activations of whichever context runs."""
+        size = max(
+            engine.get_device_memory_size_for_profile_v2(profile)
+            for engine in self._engines.values()
+            for profile in range(engine.num_optimization_profiles)
+        )
+        free = self._device.free_bytes()
+        if size > free:
+            raise out_of_memory(bundle.folder, size, free, "for scratch and activations")
+        (scratch,) = self._device.zeros([(max(size, ALIGNMENT), 1)])
+        self._workspace_bytes += scratch.bytes
+        self.planned_bytes += scratch.bytes
+        return scratch
+
+    def _enqueued(self, call: Call) -> Callable[[], None]:
+        rows = call.rows
+        context = self._context(call.graph, rows)
+        addresses, before, after = self._placed(call)
+        shapes = {
+            tensor.name: self._shape(tensor, rows) for tensor in self._table[call.graph].inputs if "T" in tensor.shape
+        }
+        stream = int(self._device.stream.handle)
+
+        def enqueue() -> None:
+            for copy in before:
+                copy()
+            taken = all(context.set_input_shape(name, shape) for name, shape in shapes.items())
+            taken = taken and all(context.set_tensor_address(name, at) for name, at in addresses.items())
+            if not (taken and context.execute_async_v3(stream)):
+                raise BackendError(f"the {call.graph} engine", f"does not run ({self._logger.last})")
+            for copy in after:
+                copy()
+
+        return enqueue
+
+    def _context(self, graph: GraphName, rows: int) -> Any:
+        """The context of a graph for so many rows; prompts, which come in any length, share one."""
+        key = (graph, rows if rows <= HEAD_ROWS else 0)
+        if key not in self._contexts:
+            engine = self._engines[graph]
+            strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+            if hasattr(engine, "create_runtime_config"):
+                context = engine.create_execution_context(self._runtime_config(graph, strategy, is_fixed=bool(key[1])))
+            else:
+                context = engine.create_execution_context(strategy)
+            if context is None:
+                raise BackendError(f"the {graph} engine", f"gives no context ({self._logger.last})")
+            context.set_device_memory(self._scratch.address, self._scratch.bytes)
+            profile = DECODE if key[1] else PREFILL
+            if profile and not context.set_optimization_profile_async(profile, int(self._device.stream.handle)):
+                raise BackendError(f"the {graph} engine", f"has no profile for {rows} rows", fix="build it again")
+            self._contexts[key] = context
+        return self._contexts[key]
+
+    def _runtime_config(self, graph: GraphName, strategy: Any, *, is_fixed: bool) -> Any:
+        """TensorRT for RTX compiles kernels on the device: at once for shapes that stay, in the background for others.
+
+        What it compiled is kept in the user's cache folder, so that the next start has it.
+        """
+        config = self._engines[graph].create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        specialization = getattr(self._library, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
+            return config
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER if is_fixed else specialization.LAZY
+        path = _cache_path(self._build.engines[graph].sha256)
+        if path not in self._runtime_caches:
+            cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                cache.deserialize(path.read_bytes())  # what does not fit this machine it leaves alone
+            self._runtime_caches[path] = cache
+        config.set_runtime_cache(self._runtime_caches[path])
+        return config
+
+    def _placed(self, call: Call) -> tuple[dict[str, int], list[Callable[[], None]], list[Callable[[], None]]]:
+        """Addresses by tensor, each on a 256-byte boundary: a row that starts on none is copied to one that does."""
+        addresses: dict[str, int] = {}
+        before: list[Callable[[], None]] = []
+        after: list[Callable[[], None]] = []
+        for tensor in self._table[call.graph].inputs:
+            if tensor.is_cache:
+                address = self._caches[tensor.name].address
+                addresses[tensor.name] = addresses[present_name(tensor.name)] = address
+        for copies, views in ((before, call.inputs), (after, call.outputs)):
+            for name, view in views:
+                address = addresses[name] = self._address(view)
+                if address % ALIGNMENT:
+                    staged = self._staged(view)
+                    addresses[name] = staged.address
+                    pair = (staged.address, address) if copies is before else (address, staged.address)
+                    copies.append(self._device.copier(*pair, staged.bytes))
+        misplaced = [name for name, address in addresses.items() if address % ALIGNMENT]
+        if misplaced:
+            raise BackendError(f"the {call.graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
+        return addresses, before, after
+
+    def _staged(self, view: View) -> DeviceArray:
+        if view not in self._aligned:
+            size = self._buffers[view.buffer].row_bytes * view.rows
+            (self._aligned[view],) = self._device.zeros([(size, 1)])
+        return self._aligned[view]
+
+    def _is_capturable(self, round_: Round) -> bool:
+        contexts = [self._context(*call.key) for call in round_.calls]
+        stream = int(self._device.stream.handle)
+        return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
+
+    def _release(self) -> None:
+        for path, cache in self._runtime_caches.items():
+            with contextlib.suppress(Exception):  # it only saves time
+                keep(path, bytes(cache.serialize()))
+        self._contexts.clear()
+        self._runtime_caches.clear()
+        self._engines.clear()
+
+
+def _cache_path(engine_sha256: str) -> Path:
+    """Where kernels compiled for an engine are kept: the user's cache, or a temporary folder where there is no home."""
+    try:
+        folder = cache_folder("kernels")
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / "edgeskip" / "kernels"
+    key = hashlib.sha256(engine_sha256.encode()).hexdigest()[:32]
+    return folder / f"{key}.bin"

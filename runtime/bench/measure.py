@@ -1,0 +1,357 @@
+"""Speed, measured: every way of decoding takes turns on the same prompts in one process; medians over repeats.
+
+Beside the tokens' times stand those of each graph by itself, what it has to read, and the rate at which the same
+memory copies. The line to beat is the time of a plain decoder that did nothing but read its weights at that rate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+from edgeskip.runtime.bench.prompts import encoded_prompts
+from edgeskip.runtime.bundle.architecture import ITEMSIZE, Size
+from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, check_num_speculations
+from edgeskip.runtime.bundle.manifest import Bundle, Progress
+from edgeskip.runtime.bundle.weights import read_bytes
+from edgeskip.runtime.decoding.decode import prefill
+from edgeskip.runtime.decoding.model import Generation, Model
+from edgeskip.runtime.decoding.rounds import Call, speculative_round
+from edgeskip.runtime.decoding.session import Memory
+from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
+from edgeskip.runtime.errors import RequestError, reason
+from edgeskip.runtime.provenance import Provenance, provenance
+from edgeskip.runtime.structure import Range, structure
+
+TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
+"""Kernels round differently for one row and for many: a token may differ where the logits of both candidates lie
+within this of the top one."""
+
+
+_STAGE_REPEATS = 30
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Speculation lengths to measure, tokens a prompt, how often, and when drafting ends early.
+
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`
+    where it is given.
+    """
+
+    grid: tuple[int, ...]
+    max_new_tokens: int
+    repeats: int
+    confidence_threshold: float | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contestant on one prompt: `seconds` are those after the first token."""
+
+    token_ids: tuple[int, ...]
+    first_token_seconds: float
+    seconds: float
+    statistics: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way of decoding: prompt ids and a number of tokens -> run."""
+
+    mode: str
+    num_speculations: int
+    run: Callable[[list[int], int], Run]
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One contestant over all prompts.
+
+    Rates are over the tokens after each first one. `rounds` (of one repeat), `acceptance_histogram`,
+    `stage_ms_per_round` (mean time in each graph, or of the whole round on a device that hides them),
+    `host_ms_per_round` (mean of the rest) and `host_share` (the rest over the stages) are null for other runtimes.
+    `distinct_tokens` and `distinct_4grams` are shares of the texts: a model that loops flatters every rate.
+    """
+
+    mode: str
+    num_speculations: int
+    tokens_per_second: float
+    ms_per_token: float
+    speedup: float
+    time_to_first_token_ms: float
+    acceptance_rate: float | None
+    match_rate: float | None
+    tokens_per_round: float | None
+    distinct_tokens: float
+    distinct_4grams: float
+    rounds: int | None
+    acceptance_histogram: tuple[int, ...] | None
+    stage_ms_per_round: dict[str, float] | None
+    host_ms_per_round: float | None
+    host_share: float | None
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A graph by itself over `rows` tokens: median time, and the bytes of weights and caches that it has to read."""
+
+    graph: GraphName
+    rows: Size
+    ms: Annotated[float, Range(1e-9, 1e9)]
+    bytes: Annotated[int, Range(1)]
+    gb_per_s: float
+    share_of_copy: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A contestant's first token that is not plain decoding's.
+
+    `gap` is how far below the top logit the lower of the two tokens' lies.
+    """
+
+    mode: str
+    num_speculations: int
+    prompt: int
+    position: int
+    gap: float
+    is_tie: bool
+
+
+@dataclass(frozen=True)
+class BenchReport(Provenance):
+    """`faults` are the differences that are no ties, other runtimes left out: there must be none.
+
+    `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` are what one call of each graph reads, and
+    `ideal_ms_per_token` their sum at that rate. `prompt_tokens` is a median.
+    """
+
+    exit_layer: Size
+    prompts: int
+    prompt_tokens: int
+    settings: BenchSettings
+    copy_gb_per_s: Annotated[float, Range(1e-9, 1e9)]
+    weight_bytes: dict[GraphName, int]
+    ideal_ms_per_token: float
+    memory_bytes: Memory
+    stages: tuple[StageTime, ...]
+    rows: tuple[BenchRow, ...]
+    differences: tuple[Difference, ...]
+    faults: int
+
+
+def read_report(path: Path) -> BenchReport:
+    """Reads what `edgeskip bench --json` wrote.
+
+    Raises:
+        RequestError: no such file, or no such report.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(path, f"not readable ({reason(error)})", wanted="a report of `edgeskip bench`") from None
+    return structure(BenchReport, table, path, RequestError)
+
+
+def run_bench(
+    model: Model,
+    prompts: Sequence[str],
+    settings: BenchSettings,
+    others: Callable[[], Sequence[Contestant]] = tuple,
+    command: str = "",
+    progress: Progress = lambda *_: None,
+) -> BenchReport:
+    """Measures plain decoding, self-speculation for each length of the grid, and other runtimes.
+
+    Each contestant warms up on the first prompt. Other runtimes are made when ours are done, so that they share no time
+    and no memory with them, and being far slower they run every prompt once.
+
+    Raises:
+        RequestError: a setting that cannot be served, or prompts too long for the bundle.
+    """
+    for k in settings.grid:
+        check_num_speculations(k)
+    manifest, session = model.bundle.manifest, model.session
+    prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
+    longest = max(map(len, prompt_ids))
+    if settings.confidence_threshold is None:
+        settings = replace(settings, confidence_threshold=session.confidence_threshold)
+    copy_rate = session.copy_bytes_per_second()
+    contestants = [_ours(model, k, settings) for k in (0, *settings.grid)]
+    measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
+    weights, memory = read_bytes(model.bundle), session.memory()
+    stages = tuple(_time_stages(model, settings.grid, longest, weights, copy_rate))
+    foreign = others()
+    contestants += foreign
+    measured += _take_turns(foreign, prompt_ids, settings.max_new_tokens, 1, progress, "measuring other runtimes")
+    plain_ms = _ms_per_token(measured[0])
+    rows = tuple(_row(c, kept, plain_ms) for c, kept in zip(contestants, measured, strict=True))
+    differences = tuple(
+        dict.fromkeys(
+            difference
+            for contestant, kept in zip(contestants[1:], measured[1:], strict=True)
+            for runs_of_repeat in kept
+            for difference in _differences(model, contestant, prompt_ids, measured[0][0], runs_of_repeat)
+        )
+    )
+    foreign_modes = {other.mode for other in foreign}
+    return BenchReport(
+        **vars(provenance(model, command)),
+        exit_layer=manifest.exit_layer,
+        prompts=len(prompts),
+        prompt_tokens=int(statistics.median(map(len, prompt_ids))),
+        settings=settings,
+        copy_gb_per_s=copy_rate / 1e9,
+        weight_bytes=weights,
+        ideal_ms_per_token=1e3 * sum(weights.values()) / copy_rate,
+        memory_bytes=memory,
+        stages=stages,
+        rows=rows,
+        differences=differences,
+        faults=sum(not d.is_tie and d.mode not in foreign_modes for d in differences),
+    )
+
+
+def _take_turns(
+    contestants: Sequence[Contestant],
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    repeats: int,
+    progress: Progress,
+    what: str = "measuring",
+) -> list[list[list[Run]]]:
+    """Runs by contestant, repeat and prompt, after a run of each that warms up."""
+    total, done = len(contestants) * (1 + repeats * len(prompts)), 0
+
+    def run(contestant: Contestant, ids: list[int]) -> Run:
+        nonlocal done
+        made = contestant.run(ids, max_new_tokens)
+        done += 1
+        progress(what, done, total)
+        return made
+
+    for contestant in contestants:
+        run(contestant, prompts[0])
+    runs: list[list[list[Run]]] = [[[] for _ in range(repeats)] for _ in contestants]
+    for repeat in range(repeats):
+        for ids in prompts:
+            for kept, contestant in zip(runs, contestants, strict=True):
+                kept[repeat].append(run(contestant, ids))
+    return runs
+
+
+def _time_stages(
+    model: Model, grid: Sequence[int], position: int, weights: dict[GraphName, int], copy_rate: float
+) -> Iterator[StageTime]:
+    """Every graph in the shapes of these rounds, its first row at `position`."""
+    calls: dict[tuple[int, int], Call] = {}
+    for k in (0, *grid):
+        for call in speculative_round(k).calls:
+            calls[GRAPHS.index(call.graph), call.rows] = call
+    position = max(min(position, model.bundle.manifest.max_length - 1 - max(grid, default=0)), 0)
+    for (_, rows), call in sorted(calls.items(), key=lambda item: item[0]):
+        if rows > model.bundle.manifest.max_length:
+            continue  # such a round is never run
+        ms = model.session.time_call_ms(call, position, _STAGE_REPEATS)
+        size = weights[call.graph] + _cache_bytes(model.bundle, call.graph, position + rows)
+        rate = size / ms * 1e3
+        yield StageTime(call.graph, rows, ms, size, rate / 1e9, rate / copy_rate)
+
+
+def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
+    """Keys and values of that many rows in a graph's layers."""
+    manifest = bundle.manifest
+    a = manifest.architecture
+    return len(manifest.table[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
+
+
+def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
+    """How far below the top logit the lower of two candidates lies behind these tokens: what rounding must bridge.
+
+    Infinite where one of them is -1, no token: a text that ends and one that goes on are no tie.
+    """
+    if -1 in (ours, theirs):
+        return math.inf
+    prefill(model.session, model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk)
+    logits = model.session.read_logits(1)[0]
+    return float(logits.max() - min(logits[ours], logits[theirs]))
+
+
+def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
+    mode = "self-speculative" if k else "autoregressive"
+
+    def run(ids: list[int], max_new_tokens: int) -> Run:
+        generation: Generation = model.complete(
+            ids,
+            mode=mode,
+            num_speculations=k or None,
+            confidence_threshold=settings.confidence_threshold,
+            max_new_tokens=max_new_tokens,
+        )
+        s = generation.statistics
+        seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3
+        return Run(generation.token_ids, s.time_to_first_token_ms / 1e3, seconds, s)
+
+    return Contestant(mode, k, run)
+
+
+def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
+    """Median over repeats of time over tokens."""
+    return statistics.median(
+        1e3 * sum(run.seconds for run in runs) / max(sum(len(run.token_ids) - 1 for run in runs), 1) for runs in repeats
+    )
+
+
+def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: float) -> BenchRow:
+    runs = [run for kept in repeats for run in kept]
+    ms = _ms_per_token(repeats)
+    stats = [run.statistics for run in runs if run.statistics and run.statistics.rounds]
+    histogram = np.sum([s.acceptance_histogram for s in stats], axis=0) if stats else np.zeros(0, int)
+    rounds = sum(s.rounds for s in stats)
+    accepted, drafted, tested = (sum(getattr(s, n) for s in stats) for n in ("accepted", "drafted", "tested"))
+    stages = [s.stage_ms for s in stats if s.stage_ms]
+    seconds = sum(run.seconds for run in runs)
+    stage_ms = {g: sum(s[g] for s in stages) / rounds for g in stages[0]} if stages else None
+    host_ms = None if stage_ms is None else seconds * 1e3 / rounds - sum(stage_ms.values())
+    texts = [run.token_ids for run in repeats[0]]
+    return BenchRow(
+        mode=contestant.mode,
+        num_speculations=contestant.num_speculations,
+        tokens_per_second=1e3 / ms if ms else 0.0,
+        ms_per_token=ms,
+        speedup=plain_ms / ms if ms else 0.0,
+        time_to_first_token_ms=1e3 * statistics.median(run.first_token_seconds for run in runs),
+        acceptance_rate=accepted / drafted if drafted else None,
+        match_rate=accepted / tested if tested else None,
+        tokens_per_round=sum(s.new_tokens - 1 for s in stats) / rounds if rounds else None,
+        distinct_tokens=float(np.mean([len(set(ids)) / len(ids) for ids in texts])),
+        distinct_4grams=distinct_4grams(texts),
+        rounds=rounds // len(repeats) if stats else None,
+        acceptance_histogram=tuple(int(n) // len(repeats) for n in histogram) if stats else None,
+        stage_ms_per_round=stage_ms,
+        host_ms_per_round=host_ms,
+        host_share=None if host_ms is None or stage_ms is None else host_ms / sum(stage_ms.values()),
+    )
+
+
+def _differences(
+    model: Model, contestant: Contestant, prompts: Sequence[list[int]], plain: Sequence[Run], runs: Sequence[Run]
+) -> Iterator[Difference]:
+    for index, (ids, ours, theirs) in enumerate(zip(prompts, plain, runs, strict=True)):
+        pairs = zip_longest(ours.token_ids, theirs.token_ids, fillvalue=-1)
+        parted = next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
+        if parted is not None:
+            position, a, b = parted
+            gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b)
+            tie = gap < TIE_GAP[model.bundle.manifest.dtype]
+            yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)

@@ -1,0 +1,88 @@
+"""What people see: streamed text, statistics, tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from edgeskip.runtime.bench.measure import BenchReport, BenchRow
+from edgeskip.runtime.terminal import memory_sizes, table
+
+
+def print_bench(report: BenchReport, console: Console) -> None:
+    """The tables of a bench, and what differed."""
+    settings, plain = report.settings, report.rows[0]
+    best = max((row for row in report.rows if row.num_speculations), key=lambda row: row.speedup, default=None)
+    synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
+    console.print(
+        f"{escape(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
+        f"{escape(report.backend)}; {escape(report.hardware.device)}"
+    )
+    speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
+    for row in report.rows:
+        speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
+    console.print(speed)
+    console.print(
+        f"{report.prompts} prompts, {settings.max_new_tokens} tokens each, medians of {settings.repeats} interleaved "
+        f"repeats; ms a token; {plain.distinct_tokens:.0%} of tokens and {plain.distinct_4grams:.0%} of 4-grams "
+        "distinct; "
+        + (
+            f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
+            if settings.confidence_threshold
+            else "K drafts always\n"
+        )
+    )
+    console.print(
+        f"An ideal plain decoder, which only reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
+        f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms a token"
+        + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
+    )
+    _print_rounds(report, console)
+    stages = table("graph", "rows", "ms", "MB", "GB/s", "of a copy")
+    for stage in report.stages:
+        cells = (f"{stage.ms:.3f}", f"{stage.bytes / 1e6:.1f}", f"{stage.gb_per_s:.0f}", f"{stage.share_of_copy:.0%}")
+        stages.add_row(stage.graph, str(stage.rows), *cells)
+    console.print("Each graph by itself, and what it has to read:")
+    console.print(stages)
+    console.print(memory_sizes(report.memory_bytes) + "\n")
+    for d in report.differences:
+        what = "a tie, legal" if d.is_tie else "NOT a tie"
+        console.print(
+            f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
+            f"the lower of their logits lies {d.gap:.2g} below the top: {what}"
+        )
+    if not report.differences:
+        console.print("Every mode gave exactly the tokens of plain decoding.")
+
+
+def _print_rounds(report: BenchReport, console: Console) -> None:
+    """Where a round's time goes, for each K."""
+    names = list(report.rows[0].stage_ms_per_round or ())
+    rounds = table("K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
+    for row in report.rows:
+        if row.stage_ms_per_round is not None:
+            times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
+            rounds.add_row(
+                str(row.num_speculations),
+                *(f"{ms:.3f}" for ms in times),
+                f"{row.host_share:.1%}",
+                f"{row.time_to_first_token_ms:.1f}",
+            )
+    console.print("Where a round's time goes:")
+    console.print(rounds)
+
+
+def _speed_cells(row: BenchRow) -> list[str]:
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    return [
+        row.mode,
+        str(row.num_speculations or ""),
+        f"{row.tokens_per_second:.0f}",
+        f"{row.ms_per_token:.3f}",
+        f"{row.speedup:.2f}x",
+        share(row.acceptance_rate),
+        share(row.match_rate),
+        "" if row.tokens_per_round is None else f"{row.tokens_per_round:.2f}",
+    ]

@@ -1,0 +1,1 @@
+"""What is on disk: the contract between exporter and runtime."""

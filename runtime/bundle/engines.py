@@ -1,0 +1,197 @@
+"""A bundle's TensorRT engines: what build.json says of them, and whether they are what it says and fit this machine.
+
+    bundle/engines/
+      tensorrt-rtx-sm86-1.7.1.116/   {draft,verify,head}.engine, build.json
+      tensorrt-sm87-10.16.0.72/      ...
+
+An engine holds kernels, so it is code: it is loaded only where its sha256 is that of build.json. Its weights are the
+bundle's, so an engine is stale as soon as the bundle's graphs or weights are others than those it was built from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from edgeskip.runtime.bundle.architecture import DType, Size
+from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, counted, verify_hash
+from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.structure import Range, structure
+
+EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
+ENGINE_BACKENDS: tuple[EngineBackend, ...] = get_args(EngineBackend)
+
+FOLDER = "engines"
+BUILD = "build.json"
+BUILD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """Rows T that an engine serves in one optimization profile: the least, the one it is tuned for, the most."""
+
+    min_rows: Size
+    opt_rows: Size
+    max_rows: Size
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One engine: the graph file it was built from, its own hash and size, and what building it took.
+
+    `peak_memory_bytes` is of the host, of the process that built it; null where the system does not tell.
+    """
+
+    onnx_sha256: str
+    sha256: str
+    bytes: int
+    profiles: tuple[EngineProfile, ...]
+    seconds: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Build:
+    """What build.json says: which TensorRT built these engines, for which GPU, from which weights.
+
+    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the one that was present, or null where
+    they were built ahead of time for another machine.
+    """
+
+    build_version: int
+    edgeskip_version: str
+    backend: EngineBackend
+    backend_version: str
+    compute_capability: Annotated[int, Range(50, 999)]
+    gpu: str | None
+    dtype: DType
+    weights_sha256: str
+    engines: dict[str, EngineRecord]
+
+    def to_json(self) -> str:
+        """The text of build.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A folder of engines and its build.json, read and found to belong to its bundle."""
+
+    folder: Path
+    build: Build
+
+    def path(self, graph: GraphName) -> Path:
+        """Where a graph's engine is."""
+        return self.folder / f"{graph}.engine"
+
+
+def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
+    """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
+
+    A round runs draft one row at a time, verify on all its rows, and the head both ways; see rounds.py.
+    """
+    most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
+    rows = min(manifest.num_speculations + 1, most)
+    prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
+    return {
+        "draft": (EngineProfile(1, 1, most), *prefill),
+        "verify": (EngineProfile(1, rows, most), *prefill),
+        "head": (EngineProfile(1, rows, most),),
+    }
+
+
+def engines_folder(bundle: Bundle, backend: EngineBackend, compute_capability: int, version: str) -> Path:
+    """Where engines of this backend, GPU and version belong."""
+    return bundle.folder / FOLDER / f"{backend}-sm{compute_capability}-{version}"
+
+
+def build_command(bundle: Bundle, backend: EngineBackend, compute_capability: int | None = None) -> str:
+    """The command that builds engines anew."""
+    target = f" --sm {compute_capability}" if backend == "tensorrt-rtx" and compute_capability else ""
+    return f"edgeskip build {bundle.folder} --backend {backend}{target}"
+
+
+def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
+    """Every set of engines in a bundle, without looking into the engines themselves, and what is wrong with the others:
+    a malformed build.json, one that is not of this bundle's graphs and weights, an engine missing or of another size.
+    """
+    root = bundle.folder / FOLDER
+    found: list[Engines] = []
+    problems: list[BundleError] = []
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    except OSError as error:
+        return [], [BundleError(root, f"cannot be read ({reason(error)})")]
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue  # left by a build that was killed
+        try:
+            if (folder / BUILD).is_file():
+                found.append(_read(bundle, folder))
+        except BundleError as error:
+            problems.append(error)
+        except OSError as error:
+            problems.append(BundleError(folder, f"cannot be read ({reason(error)})"))
+    return found, problems
+
+
+def read_engines(bundle: Bundle) -> list[Engines]:
+    """Every set of engines in a bundle.
+
+    Raises:
+        BundleError: something is wrong with one of them.
+    """
+    found, problems = find_engines(bundle)
+    if problems:
+        raise problems[0]
+    return found
+
+
+def verify_engines(engines: Engines, progress: Progress = lambda *_: None) -> None:
+    """Compares every engine with its sha256.
+
+    Raises:
+        BundleError: an engine was cut short or changed.
+    """
+    records = engines.build.engines
+    count = counted("checking the engines", sum(record.bytes for record in records.values()), progress)
+    for graph in GRAPHS:
+        sha256 = records[graph].sha256
+        wanted, fix = f"{sha256[:12]}..., as built", "copy it again or build it again"
+        verify_hash(engines.path(graph), sha256, count, wanted, fix)
+
+
+def _read(bundle: Bundle, folder: Path) -> Engines:
+    path = folder / BUILD
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({reason(error)})") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(path, f"not valid JSON ({error})", fix="build the engines again") from None
+    if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
+        found = data.get("build_version") if isinstance(data, dict) else data
+        raise BundleError(
+            path, f"build version {found!r:.40}", wanted=f"{BUILD_VERSION}", fix="build the engines again"
+        )
+    build = structure(Build, data, path, BundleError)
+    if set(build.engines) != set(GRAPHS):
+        raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(GRAPHS))
+    again = build_command(bundle, build.backend, build.compute_capability)
+    weights_sha256, onnx_sha256 = bundle.manifest.engine_sources
+    for graph in GRAPHS:
+        record = build.engines[graph]
+        if build.weights_sha256 != weights_sha256 or record.onnx_sha256 != onnx_sha256[graph]:
+            raise BundleError(path, f"built from another {graph} graph or other weights", fix=again)
+        engine = folder / f"{graph}.engine"
+        size = engine.stat().st_size if engine.is_file() else None
+        if size != record.bytes:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise BundleError(
+                engine, found, wanted=f"{record.bytes} bytes, as built", fix=f"copy it again or run {again}"
+            )
+    return Engines(folder, build)

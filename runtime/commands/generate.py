@@ -1,0 +1,82 @@
+"""edgeskip generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.commands.options import (
+    backend_option,
+    bundle_argument,
+    device_option,
+    threads_option,
+    threshold_option,
+)
+from edgeskip.runtime.decoding.rounds import MODES
+from edgeskip.runtime.errors import RequestError
+
+
+@click.command()
+@bundle_argument
+@click.option("--prompt", "-p", help="The text to continue.")
+@click.option("--prompt-file", "-f", type=click.File("r", encoding="utf-8"), help="A file with the text; - is stdin.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
+@click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
+@click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
+@threshold_option
+@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="Tokens at most.")
+@click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@backend_option
+@device_option
+@threads_option
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Any,
+    chat: bool,
+    mode: Any,
+    num_speculations: int | None,
+    confidence_threshold: float | None,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    as_json: bool,
+    backend: Any,
+    device: Any,
+    threads: int,
+) -> None:
+    """Continue a prompt. On a terminal, text that the early layers drafted is green."""
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    text = prompt if prompt is not None else _read_text(prompt_file)
+    from edgeskip.runtime.load import load
+    from edgeskip.runtime.terminal import console, print_model, print_statistics, progress_bar, stream
+
+    with progress_bar() as progress:
+        model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
+    with model:
+        settings = {
+            "mode": mode,
+            "num_speculations": num_speculations,
+            "confidence_threshold": confidence_threshold,
+            "max_new_tokens": max_new_tokens,
+            "stop": stop,
+        }
+        asked: Any = [{"role": "user", "content": text}] if chat else text
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
+        else:
+            generation = stream(model.generate(asked, **settings), console())
+            print_model(model, console(stderr=True))
+            print_statistics(generation, console(stderr=True))
+
+
+def _read_text(file: Any) -> str:
+    try:
+        return str(file.read())
+    except UnicodeDecodeError as error:
+        raise RequestError(file.name, f"not UTF-8 text ({error.reason})", wanted="a text file") from None

@@ -1,0 +1,73 @@
+"""The options that verbs share, and what is looked at before a verb begins."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
+from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.packages import NEEDS, missing_modules
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+threshold_option = click.option(
+    "--confidence-threshold",
+    type=click.FloatRange(0, 1),
+    help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
+)
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="auto: TensorRT engines that fit this machine, else ONNX Runtime.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime's; auto: the GPU where there is one.",
+)
+threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
+max_new_tokens_option = click.option(
+    "--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2."
+)
+num_prompts_option = click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
+prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout."
+)
+html_option = click.option(
+    "--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout."
+)
+recipe_option = click.option(
+    "--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them."
+)
+prompts_option = click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="A text file a prompt, or a folder of them.  [default: built in]",
+)
+
+
+def first(given: Any, otherwise: Any) -> Any:
+    """What was given, else something other."""
+    return otherwise if given is None else given
+
+
+def command_line() -> str:
+    """What was typed, for a report."""
+    return shlex.join(["edgeskip", *sys.argv[1:]])
+
+
+def require(verb: str) -> None:
+    """Refuses a verb, or an option of one, whose extra is not installed."""
+    need = NEEDS[verb]
+    if missing := missing_modules(need.modules):
+        place = f"edgeskip {click.get_current_context().info_name}"
+        raise BackendError(place, f"{', '.join(missing)} not installed", fix=need.fix)

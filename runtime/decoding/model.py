@@ -1,0 +1,244 @@
+"""A loaded model, and generation as a stream of text."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from edgeskip.runtime.bundle.graphs import check_num_speculations
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import embedding_table
+from edgeskip.runtime.decoding.decode import Step, decode, prefill
+from edgeskip.runtime.decoding.rounds import MODES, Mode
+from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.decoding.statistics import RoundRecord, Statistics, summarize
+from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
+from edgeskip.runtime.errors import RequestError
+
+StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation. `token_ids` holds the EOS token or the last token of a stop string; `text` does not."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    stop_reason: StopReason
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Streamed text; `drafted` where an early exit proposed it. The last piece carries the whole generation."""
+
+    text: str
+    drafted: bool = False
+    generation: Generation | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """A bundle on a device, serving one sequence at a time; a context manager.
+
+    Get one from `edgeskip.load`.
+    """
+
+    def __init__(self, bundle: Bundle, session: Session) -> None:
+        self.bundle, self.session = bundle, session
+        self.tokenizer: Tokenizer = load_tokenizer(bundle)
+        self.embeddings = embedding_table(bundle)
+        self._busy = self._closed = False
+        self._steps_under_way: Generator[Step, None, None] | None = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self._closed = True
+        if self._steps_under_way is not None:  # it holds what the session must free
+            self._steps_under_way.close()
+        self.session.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        mode: Mode = "self-speculative",
+        num_speculations: int | None = None,
+        confidence_threshold: float | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Continues a prompt greedily, yielding text as it is certain.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
+            num_speculations: K, drafts a round at most; the bundle's default if not given.
+            confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
+                It changes the speed, never the tokens. By default what suits the backend.
+            max_new_tokens: by default, until the caches are full.
+            stop: texts that end the generation.
+
+        Raises:
+            RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
+        """
+        if num_speculations is None:
+            num_speculations = self.bundle.manifest.num_speculations
+        if confidence_threshold is None:
+            confidence_threshold = self.session.confidence_threshold
+        if mode not in MODES:
+            raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
+        check_num_speculations(num_speculations)
+        if not 0 <= confidence_threshold <= 1:
+            raise RequestError("confidence threshold", f"{confidence_threshold}", wanted="0 to 1")
+        if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
+            raise RequestError("max new tokens", f"{max_new_tokens}", wanted="a whole number from 1")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise RequestError("stop", "an empty text", wanted="at least one character")
+        k = num_speculations if mode == "self-speculative" else 0
+        return self._generate(_Request(self._encode(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
+
+    def complete(self, prompt: Prompt, **settings: object) -> Generation:
+        """As `generate`, in one piece."""
+        *_, last = self.generate(prompt, **settings)  # type: ignore[arg-type]
+        assert last.generation is not None
+        return last.generation
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        manifest = self.bundle.manifest
+        ids = encode_prompt(self.tokenizer, prompt, self.bundle)
+        if len(ids) > manifest.max_length:
+            raise RequestError(
+                "prompt",
+                f"{len(ids)} tokens",
+                wanted=f"at most {manifest.max_length}, the bundle's capacity",
+                fix="shorten it or export with a larger --max-length",
+            )
+        return ids
+
+    def _generate(self, request: _Request) -> Iterator[Piece]:
+        if self._closed:
+            raise _closed_error()
+        if self._busy:
+            raise RequestError(
+                "model", "is already generating", fix="finish or close() the first generator, or load a second model"
+            )
+        self._busy = True
+        try:
+            yield from self._pieces(request)
+        finally:
+            self._busy = False
+
+    def _pieces(self, request: _Request) -> Iterator[Piece]:
+        stream = TextStream(self.tokenizer, request.prompt_ids, request.stop)
+        token_ids: list[int] = []
+        spans: list[Span] = []
+        records: list[RoundRecord] = []
+        reason: StopReason | None = None
+        steps = self._steps_under_way = self._steps(request)
+        while reason is None:
+            if self._closed:
+                raise _closed_error()
+            start, device_start = perf_counter(), self._session_seconds()
+            step = next(steps, None)
+            if step is None:
+                reason, released = "capacity", stream.finish()
+            else:
+                kept, released = 0, []
+                while reason is None and kept < len(step.token_ids):
+                    token_ids.append(step.token_ids[kept])
+                    released += stream.push(token_ids[-1], drafted=kept < step.accepted)
+                    kept += 1
+                    reason = self._stop_reason(request, token_ids, stream)
+                released += stream.finish() if reason else []
+                # a device works on while the caller holds a piece: that time counts too
+                seconds = max(perf_counter() - start, self._session_seconds() - device_start)
+                records.append(_record(step, kept, seconds))
+                if len(records) == 1:
+                    clock, captured = self.session.stage_ns, self.session.captured_rounds
+            spans += released
+            yield from (Piece(span.text, span.drafted) for span in released)
+        first, *rounds = records
+        stage_ms = _elapsed_ms(clock, self.session.stage_ns)
+        replayed = self.session.captured_rounds
+        statistics = summarize(
+            request.mode,
+            request.num_speculations,
+            len(request.prompt_ids),
+            first.seconds,
+            rounds,
+            stage_ms,
+            None if replayed is None or captured is None else replayed - captured,
+        )
+        text = "".join(span.text for span in spans)
+        generation = Generation(tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics)
+        yield Piece("", generation=generation)
+
+    def _session_seconds(self) -> float:
+        """Time spent in rounds so far, as far as the session tells."""
+        return sum((self.session.stage_ns or {}).values()) / 1e9
+
+    def _stop_reason(self, request: _Request, token_ids: Sequence[int], stream: TextStream) -> StopReason | None:
+        """Why the text ends with its last token, if it does."""
+        if token_ids[-1] in self.bundle.manifest.eos_token_ids:
+            return "eos"
+        if stream.stopped:
+            return "stop_string"
+        return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
+
+    def _steps(self, request: _Request) -> Generator[Step, None, None]:
+        manifest, early_exit = self.bundle.manifest, request.mode == "early-exit"
+        embeddings = self.embeddings[request.prompt_ids]
+        yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
+        new_tokens = request.max_new_tokens
+        yield from decode(
+            self.session,
+            len(embeddings),
+            manifest.max_length,
+            request.num_speculations,
+            end=None if new_tokens is None else len(embeddings) + new_tokens - 1,
+            confidence_threshold=request.confidence_threshold,
+            early_exit=early_exit,
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, found servable; K is 0 where nothing is drafted."""
+
+    prompt_ids: list[int]
+    mode: Mode
+    num_speculations: int
+    confidence_threshold: float
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+
+
+def _closed_error() -> RequestError:
+    return RequestError("model", "is closed", fix="generate within its `with` block")
+
+
+def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
+    """A round cut to its first `kept` tokens: the drafts that a stop dropped were never made."""
+    if kept < len(step.token_ids):
+        return RoundRecord(kept, kept, kept, seconds)
+    return RoundRecord(kept, step.drafted, step.accepted, seconds)
+
+
+def _elapsed_ms(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, float] | None:
+    """Time in each graph between two readings of a session's clock."""
+    return {graph: (after[graph] - before[graph]) / 1e6 for graph in after} if before and after else None

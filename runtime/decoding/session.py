@@ -1,0 +1,131 @@
+"""The session interface: what a backend does for the loop, and nothing more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from edgeskip.runtime.decoding.rounds import Call, Round, View
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a round gave: K draft ids, and the target ids."""
+
+    draft_ids: list[int]
+    target_ids: list[int]
+
+
+BoundRound = Callable[[int], Callable[[], RoundResult]]
+"""Hands the device a round whose first row stands at the given position; what it returns waits for the ids.
+
+A device works on its own from then on, a CPU begins when somebody waits. One round at a time is under way.
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a session holds, by kind; `other` is the backend's own, null where it cannot be told."""
+
+    weights: int
+    caches: int
+    workspace: int
+    other: int | None
+
+
+class Session(ABC):
+    """The three graphs of one bundle on one device, with their caches and workspace; a context manager.
+
+    A session owns its memory and frees it in `close`. It serves one sequence at a time: the caches hold whatever was
+    last written, and rows at or past the current position are hidden by position.
+    """
+
+    description: str
+    """Backend, device and dialect, for people."""
+
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    """The chip's own name."""
+
+    dialect = "standard"
+    """Of the graph files that it runs, or that its engines were built from."""
+
+    confidence_threshold = 0.0
+    """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
+    as a device wants that the host must not wait for."""
+
+    @property
+    @abstractmethod
+    def stage_ns(self) -> Mapping[str, int] | None:
+        """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
+
+    @property
+    def captured_rounds(self) -> int | None:
+        """Rounds so far that the device replayed as one captured graph; None where there is no such thing."""
+        return None
+
+    _bound: dict[Round, BoundRound]
+
+    def bind(self, round_: Round) -> BoundRound:
+        """Fixes shapes and memory of a round's calls; the same round is bound once."""
+        if round_ not in self._bound:
+            self._bound[round_] = self._bind(round_)
+        return self._bound[round_]
+
+    @abstractmethod
+    def _bind(self, round_: Round) -> BoundRound:
+        """Binds a round that has not been bound before."""
+
+    @abstractmethod
+    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+        """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
+
+    @abstractmethod
+    def read(self, view: View) -> npt.NDArray[Any]:
+        """Rows of a workspace buffer, when all that was started is done: ids as they are, all else in fp32."""
+
+    @abstractmethod
+    def read_cache(self, name: str) -> npt.NDArray[Any]:
+        """A whole cache, [N,C,D] in fp32, by its input's name (`past_key_values.0.key`)."""
+
+    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
+        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
+        self.write("inputs_embeds", rows)
+
+    @abstractmethod
+    def carry(self, row: int) -> None:
+        """Makes the token that target row `row` picked the next round's first input."""
+
+    @abstractmethod
+    def draft_confidence(self, row: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row."""
+
+    def read_logits(self, rows: int) -> npt.NDArray[Any]:
+        """The first `rows` rows of the last head call's logits, [rows,V]."""
+        return self.read(View("logits", 0, rows))
+
+    @abstractmethod
+    def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
+        """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
+
+    @abstractmethod
+    def copy_bytes_per_second(self) -> float:
+        """Rate of copies within the memory that holds the weights, bytes read plus bytes written."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """What is held now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees everything; the session is of no use afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,42 @@
+"""A bundle loaded: read, checked, put on a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_session
+from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
+from edgeskip.runtime.decoding.model import Model
+
+
+def load(
+    bundle: str | Path,
+    *,
+    backend: BackendChoice = "auto",
+    device: DeviceChoice = "auto",
+    threads: int = 0,
+    dialect: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> Model:
+    """Loads a bundle: reads and checks it, and takes the memory it needs.
+
+    Args:
+        bundle: the folder that `edgeskip export` wrote.
+        backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: engines that fit this machine, else ONNX Runtime.
+        device: of ONNX Runtime: `cpu`, `cuda`, or `auto`: the GPU where there is one.
+        threads: of the CPU; 0 means one a core.
+        dialect: `ort` or `standard`; by default what suits the device.
+        progress: called while the files are checked.
+
+    Raises:
+        BundleError: the bundle is damaged, foreign or not there.
+        BackendError: no backend can run it here.
+    """
+    opened = read_bundle(bundle)
+    verify_hashes(opened, progress)
+    session = open_session(opened, backend=backend, device=device, threads=threads, dialect=dialect, progress=progress)
+    try:
+        return Model(opened, session)
+    except BaseException:
+        session.close()
+        raise

@@ -1,0 +1,148 @@
+"""What people see of a model: streamed text, statistics, tables."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from edgeskip.runtime.bundle.graphs import DIALECTS
+from edgeskip.runtime.bundle.manifest import Bundle, Progress
+from edgeskip.runtime.decoding.model import Generation, Model, Piece
+from edgeskip.runtime.decoding.session import Memory
+from edgeskip.runtime.decoding.statistics import Statistics
+
+DRAFTED = "green"
+
+
+def stream(pieces: Iterable[Piece], console: Console) -> Generation:
+    """Prints text as it comes, accepted drafts in colour; returns the generation."""
+    generation = None
+    for piece in pieces:
+        if console.is_terminal:  # the model must not drive the terminal
+            console.out(piece.text.replace("\x1b", "\u241b"), style=DRAFTED if piece.drafted else None, end="")
+        else:
+            console.file.write(piece.text)
+        console.file.flush()
+        generation = piece.generation
+    console.file.write("\n")
+    assert generation is not None
+    return generation
+
+
+def print_model(model: Model, console: Console) -> None:
+    """What was chosen to run the bundle, and the memory it holds."""
+    weights = "[bold]synthetic weights[/bold]; " if model.bundle.manifest.synthetic else ""
+    console.print(f"[dim]{weights}{escape(model.session.description)}; {memory_sizes(model.session.memory())}[/dim]")
+
+
+def memory_sizes(memory: Memory) -> str:
+    """Bytes by kind, in MB."""
+    kinds = {"weights": memory.weights, "caches": memory.caches, "workspace": memory.workspace, "other": memory.other}
+    return "MB: " + ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in kinds.items() if size is not None)
+
+
+def print_statistics(generation: Generation, console: Console) -> None:
+    """Two or three lines behind a streamed text."""
+    s = generation.statistics
+    rate = f"{s.tokens_per_second:.0f} tokens/s" if s.tokens_per_second else "one token"
+    console.print(
+        f"[dim]{s.new_tokens} tokens, {rate}, first after {s.time_to_first_token_ms:.0f} ms; "
+        f"ended by {generation.stop_reason}[/dim]"
+    )
+    if s.acceptance_rate is not None:
+        console.print(
+            f"[dim]{s.tokens_per_round:.2f} tokens a round with {s.num_speculations} drafts; "
+            f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
+        )
+
+
+def histogram(s: Statistics) -> str:
+    """Rounds by accepted drafts, as bars: `0 ▂ 1 ▁ 2 ▃ 3 █`."""
+    most = max(s.acceptance_histogram, default=0) or 1
+    bars = " ▁▂▃▄▅▆▇█"
+    return "accepted " + " ".join(f"{a}{bars[-(-n * 8 // most)]}" for a, n in enumerate(s.acceptance_histogram))
+
+
+def table(first: str, *others: str) -> Table:
+    """A table of a name and figures behind it."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1))
+    made.add_column(first)
+    for name in others:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def print_bundle(bundle: Bundle, console: Console) -> None:
+    """What a bundle holds."""
+    m, a = bundle.manifest, bundle.manifest.architecture
+    console.print(
+        f"[bold]{escape(str(bundle.folder))}[/bold]: {escape(m.source)}, {escape(a.model_type)}, {m.dtype}, "
+        f"by edgeskip {escape(m.edgeskip_version)}"
+    )
+    if m.synthetic:
+        console.print("[bold]synthetic[/bold]: random weights, made to measure speed; its texts mean nothing")
+    console.print(
+        f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "
+        f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, "
+        f"vocabulary {a.vocab_size}{', tied' if a.tie_word_embeddings else ''}"
+    )
+    console.print(
+        f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "
+        f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {', '.join(map(str, m.eos_token_ids)) or 'none'}"
+    )
+    for chain, graphs in m.chains.items():
+        console.print(f"{chain} subgraph: {' -> '.join(graphs)}")
+    graphs_table = Table(box=None, pad_edge=False)
+    for name in ("graph", "layers", "inputs", "outputs"):
+        graphs_table.add_column(name)
+    for name, graph in m.table.items():
+        layers = f"{graph.first_layer}-{graph.last_layer - 1}" if graph.layers else "none"
+        cells = []
+        for tensors in (graph.inputs, graph.outputs):
+            plain = [f"{t.name} \\[{','.join(t.shape)}]" for t in tensors if not t.is_cache]
+            caches = sum(t.is_cache for t in tensors)
+            cells.append(", ".join(plain + ([f"{caches} caches \\[B,N,C,D]"] if caches else [])))
+        graphs_table.add_row(name, layers, *cells)
+    console.print(graphs_table)
+    files = Table(box=None, pad_edge=False)
+    files.add_column("file")
+    files.add_column("MB", justify="right")
+    files.add_column("sha256")
+    for name, record in m.files.items():
+        files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
+    console.print(files)
+    dialects = (f"{dialect} ({pattern.format('draft')}, ...)" for dialect, pattern in DIALECTS.items())
+    console.print(f"dialects: {', '.join(dialects)}")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """What people read: standard output, or standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="replace")  # bars and arrows are not in every encoding
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on a terminal's stderr, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,501 @@
+"""Building engines, with TensorRT-RTX, which needs no GPU: that they are whole and what was asked for. None is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+import tensorrt_rtx
+from click.testing import CliRunner
+from tests.conftest import VARIANTS, edit_json
+from tests.standin import with_engines
+
+import edgeskip
+from edgeskip.cli import main
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.exporter.engines import build as engine
+from edgeskip.exporter.engines.build import BuildSettings, build_engines
+from edgeskip.exporter.engines.process import Fraction
+from edgeskip.exporter.folder import whole_or_absent
+from edgeskip.exporter.pack import pack
+from edgeskip.runtime.bundle.engines import BUILD, FOLDER, EngineProfile, engine_profiles, read_engines, verify_engines
+from edgeskip.runtime.bundle.graphs import GRAPHS
+from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
+from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError, RequestError
+
+SHIPPED = Path(edgeskip.__file__).parent / "recipes" / "checkpoints" / "python-10m"
+TARGETS = (75, 80, 86, 89, 120, 121)
+ATTENTION = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory):
+    """The checkpoint that ships with edgeskip, in fp16, split where it was trained to be."""
+    folder = tmp_path_factory.mktemp("shipped") / "python-10m"
+    return export_bundle(open_checkpoint(str(SHIPPED)), folder, ExportSettings(3, "fp16"))
+
+
+@pytest.fixture
+def bundle(bundles, tmp_path):
+    """A copy of a tiny bundle, to build in or to spoil."""
+    return copied(bundles("llama-gqa", dtype="fp16"), tmp_path / "bundle")
+
+
+def copied(bundle, folder):
+    return read_bundle(shutil.copytree(bundle.folder, folder))
+
+
+def build(bundle, *sms, backend="tensorrt-rtx", **settings):
+    return build_engines(bundle, BuildSettings(backend, sms, **settings))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def spoil_graph(bundle, change):
+    """Changes draft.onnx and has the manifest agree."""
+    path = bundle.graph_path("draft", "standard")
+    model = onnx.load(path, load_external_data=False)
+    path.write_bytes(change(model) or model.SerializeToString())
+    record = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit_json(bundle.path(MANIFEST), lambda manifest: manifest["files"].update({path.name: record}))
+    return read_bundle(bundle.folder)
+
+
+class Log(tensorrt_rtx.ILogger):
+    """Keeps warnings and errors; the first logger of a process is the one that TensorRT uses to its end."""
+
+    def __init__(self):
+        tensorrt_rtx.ILogger.__init__(self)
+        self.kept = []
+
+    def log(self, severity, message):
+        if severity <= tensorrt_rtx.Logger.WARNING:
+            self.kept.append(message)
+
+
+LOG = Log()
+
+
+def parsed(path):
+    """The layers that TensorRT's own parser makes of a graph, and what it warns of."""
+    LOG.kept.clear()
+    builder = tensorrt_rtx.Builder(LOG)
+    network = builder.create_network(1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = tensorrt_rtx.OnnxParser(network, LOG)
+    assert parser.parse_from_file(str(path)), LOG.kept
+    return Counter(layer.type.name for layer in network), list(LOG.kept)
+
+
+def assert_engines_are_whole(bundle, sm):
+    """They are read back, as heavy as their weights and little more, and nothing else is there."""
+    (engines,) = (found for found in read_engines(bundle) if found.build.compute_capability == sm)
+    verify_engines(engines)
+    assert {path.name for path in engines.folder.iterdir()} == {BUILD, *(f"{graph}.engine" for graph in GRAPHS)}
+    layers, records = bundle.manifest.architecture.num_layers, engines.build.engines.values()
+    # beside the weights an engine holds its kernels' sources: for a layer, and once for a graph
+    assert sum(record.bytes for record in records) <= 1.01 * bundle.manifest.weights_bytes + 1e6 * layers + 6e6
+    for graph, record in engines.build.engines.items():
+        assert record.profiles == engine_profiles(bundle.manifest)[graph]
+        assert 0 < record.seconds < 100
+        assert 50e6 < record.peak_memory_bytes < 4e9
+    assert (engines.build.backend, engines.build.backend_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
+    assert (engines.build.gpu, engines.build.dtype) == (None, bundle.manifest.dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_model_builds(variant, bundles, tmp_path):
+    bundle = copied(bundles(variant, dtype="fp16"), tmp_path / "bundle")
+    build(bundle, 86)
+    assert_engines_are_whole(bundle, 86)
+
+
+@pytest.mark.parametrize(("dtype", "sms"), [("fp16", TARGETS), ("bf16", TARGETS[1:])])
+def test_every_gpu_builds(dtype, sms, bundles, tmp_path):
+    """With chunks longer than a round, so with two profiles."""
+    bundle = copied(bundles("llama-gqa", dtype=dtype, prefill_chunk=32), tmp_path / "bundle")
+    assert [made.build.compute_capability for made in build(bundle, *sms)] == list(sms)
+    for sm in sms:
+        assert_engines_are_whole(bundle, sm)
+
+
+def test_the_targets_are_the_librarys_own():
+    """Where a release brings others, `test_every_gpu_builds` and the README want them too."""
+    members = tensorrt_rtx.ComputeCapability.__members__
+    assert tuple(sorted(int(name[2:]) for name in members if name.startswith("SM"))) == TARGETS
+
+
+@pytest.mark.parametrize("sm", [75, 120])
+def test_the_shipped_checkpoint_builds(sm, shipped):
+    build(shipped, sm)
+    assert_engines_are_whole(shipped, sm)
+
+
+def test_every_decoder_layer_is_two_cache_updates_two_rotations_and_one_attention(shipped, bundles):
+    for bundle in (shipped, bundles("llama-mha", dtype="bf16"), bundles("qwen3", dtype="fp16", exit_layer=1)):
+        for graph in GRAPHS:
+            layers, warnings = parsed(bundle.graph_path(graph, "standard"))
+            count = len(bundle.manifest.table[graph].layers)
+            assert [layers[kind] for kind in ATTENTION] == [2 * count, 2 * count, count, count]
+            assert not [warning for warning in warnings if "unused" in warning.lower()]
+
+
+def test_a_mask_that_the_parser_passes_over_is_refused(bundle):
+    """The number of valid cache rows, beside is_causal: TensorRT attends to the whole cache and says nothing."""
+
+    def plant(model):
+        first = next(node.output[0] for node in model.graph.node if node.op_type == "Squeeze")
+        for node in model.graph.node:
+            if node.op_type == "Attention":
+                node.input[:] = [*node.input[:3], "", "", "", first]
+                node.attribute.append(onnx.helper.make_attribute("is_causal", 1))
+
+    spoiled = spoil_graph(bundle, plant)
+    layers, warnings = parsed(spoiled.graph_path("draft", "standard"))
+    assert layers["ATTENTION_INPUT"] == 2
+    assert all("Int64 binding" in warning for warning in warnings)
+    with pytest.raises(
+        BackendError, match=r"draft.onnx: TensorRT reads 0 attention mask from it; wanted 2, 1 for each"
+    ):
+        build(spoiled, 86)
+    assert not (spoiled.folder / FOLDER).exists()
+
+
+def test_an_input_that_tensorrt_leaves_out_is_refused(bundle):
+    def plant(model):
+        model.graph.input.append(onnx.helper.make_tensor_value_info("valid_rows", onnx.TensorProto.INT64, [1]))
+
+    with pytest.raises(BackendError, match=r"draft.onnx: TensorRT leaves out an input: Unused Input: valid_rows"):
+        build(spoil_graph(bundle, plant), 86)
+    assert not (bundle.folder / FOLDER).exists()
+
+
+def test_a_graph_that_is_parsed_into_other_layers_is_refused(bundle):
+    spoiled = spoil_graph(bundle, lambda _: bundle.graph_path("head", "standard").read_bytes())
+    message = "draft.onnx: TensorRT reads 0 KV_CACHE_UPDATE from it; wanted 4, 2 for each of 2 decoder layers"
+    with pytest.raises(BackendError, match=message):
+        build(spoiled, 86)
+
+
+def test_a_graph_that_tensorrt_refuses_is_one_line_with_its_reason(bundle):
+    spoiled = spoil_graph(bundle, lambda model: model.SerializeToString()[:-100])
+    result = run("build", spoiled.folder, "--backend", "tensorrt-rtx", "--sm", 86)
+    assert result.exit_code == 6
+    assert result.stderr.startswith(f"edgeskip: {spoiled.graph_path('draft', 'standard')}: ")
+    assert "INVALID_PROTOBUF" in result.stderr or "arse" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"prefill_chunk": 48, "num_speculations": 6}, ([(1, 1, 17), (1, 48, 48)], [(1, 7, 17), (1, 48, 48)])),
+        ({"prefill_chunk": 17}, ([(1, 1, 17)], [(1, 5, 17)])),  # a round's profile serves such chunks too
+        ({"prefill_chunk": 8, "num_speculations": 16}, ([(1, 1, 17)], [(1, 17, 17)])),
+        ({"max_length": 4}, ([(1, 1, 4)], [(1, 4, 4)])),  # no more rows than the caches have
+    ],
+)
+def test_profiles(settings, wanted, bundles):
+    profiles = engine_profiles(bundles("llama-gqa", **settings).manifest)
+    draft, verify = (tuple(EngineProfile(*profile) for profile in graph) for graph in wanted)
+    assert (profiles["draft"], profiles["verify"], profiles["head"]) == (draft, verify, verify[:1])
+
+
+def test_caches_shorter_than_a_round_build(bundles, tmp_path):
+    bundle = copied(bundles("llama-gqa", dtype="fp16", max_length=4), tmp_path / "bundle")
+    build(bundle, 86)
+    assert_engines_are_whole(bundle, 86)
+
+
+def test_building_again_replaces_the_folder_and_leaves_the_others(bundle):
+    (other,), (first,) = build(bundle, 80), build(bundle, 86)
+    (first.folder / "draft.engine").write_bytes(b"damaged")
+    (first.folder / "stray").write_text("x")
+    kept = (other.folder / BUILD).read_bytes()
+    build(bundle, 86)
+    assert_engines_are_whole(bundle, 86)
+    assert (other.folder / BUILD).read_bytes() == kept
+    assert {path.name for path in (bundle.folder / FOLDER).iterdir()} == {other.folder.name, first.folder.name}
+
+
+def test_the_command_says_what_it_made(bundle):
+    result = run("build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", 86, "--sm", 89, "--workspace-mb", 64)
+    assert (result.exit_code, result.stdout) == (0, "")
+    lines = result.stderr.splitlines()
+    for sm, line in zip((86, 89), lines, strict=True):
+        assert line.startswith(f"{bundle.folder}/engines/tensorrt-rtx-sm{sm}-{tensorrt_rtx.__version__}: draft 1.")
+
+
+def test_progress_rises_to_the_end_for_each_graph(bundle):
+    seen = {}
+    build_engines(
+        bundle, BuildSettings("tensorrt-rtx", (86,)), lambda what, *done: seen.setdefault(what, []).append(done)
+    )
+    assert list(seen) == ["checking the bundle", "draft for SM 86", "verify for SM 86", "head for SM 86"]
+    for events in list(seen.values())[1:]:
+        assert len(events) > 10
+        assert events == sorted(events)
+        assert events[-1] == (1000, 1000)
+
+
+def test_the_fraction_of_nested_phases():
+    fraction = Fraction()
+    fraction.start("build", None, 2)
+    fraction.start("parse", "build", 4)
+    fraction.step("parse", 0)
+    assert fraction.done == pytest.approx(1 / 8)
+    fraction.step("build", 0)
+    assert fraction.done == pytest.approx(1 / 2)
+    for _ in range(2):  # a phase that comes twice within one step does not go back
+        fraction.start("time", "build", 2)
+        fraction.step("time", 0)
+        assert fraction.done == pytest.approx(3 / 4)
+    fraction.step("build", 1)
+    assert fraction.done == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_build_leaves_nothing_and_the_old_engines(number, code, shipped, tmp_path):
+    bundle = copied(shipped, tmp_path / "bundle")
+    shutil.rmtree(bundle.folder / FOLDER, ignore_errors=True)
+    for old in (False, True):
+        wanted = {path: path.read_bytes() for path in bundle.folder.rglob("*") if path.is_file()}
+        command = [
+            sys.executable,
+            "-m",
+            "edgeskip.cli",
+            "build",
+            bundle.folder,
+            "--backend",
+            "tensorrt-rtx",
+            "--sm",
+            "86",
+        ]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not list(bundle.folder.glob(f"{FOLDER}/.*/draft.engine")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert stderr == ("edgeskip: interrupted\n" if number == signal.SIGINT else "")
+        assert not [child for child in children if Path(f"/proc/{child}").exists()]
+        assert {path: path.read_bytes() for path in bundle.folder.rglob("*") if path.is_file()} == wanted
+        assert old or not (bundle.folder / FOLDER).exists()
+        if not old:
+            with_fake_engines(bundle)
+
+
+def with_fake_engines(bundle):
+    """A folder where engines for SM 86 would be."""
+    folder = bundle.folder / FOLDER / f"tensorrt-rtx-sm86-{tensorrt_rtx.__version__}"
+    folder.mkdir(parents=True)
+    (folder / BUILD).write_text("old")
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "arguments", "code", "message"),
+    [
+        ("llama-gqa", "fp16", ["--sm", "90"], 5, "SM 90: not served by TensorRT-RTX 1.7.1"),
+        ("llama-gqa", "fp16", ["--sm", "86", "--sm", "87"], 5, "served by --backend tensorrt, run on them"),
+        ("llama-gqa", "bf16", ["--sm", "75"], 5, "in bf16, for SM 75; wanted SM 80 or later for bf16"),
+        ("llama-gqa", "fp32", ["--sm", "86"], 5, "in fp32, for SM 86; wanted fp16 or bf16"),
+        (
+            "llama-gqa",
+            "fp16",
+            [],
+            6,
+            "no GPU here; give --sm, of 75, 80, 86, 89, 120, 121, to build for another machine",
+        ),
+        ("llama-gqa", "fp16", ["--sm", "x"], 2, "'x' is not a valid integer"),
+        ("llama-gqa", "fp16", ["--sm", "86", "--workspace-mb", "0"], 2, "0 is not in the range"),
+    ],
+)
+def test_what_cannot_be_built_is_told_before_anything_is(
+    variant, dtype, arguments, code, message, bundles, monkeypatch
+):
+    monkeypatch.setattr(engine, "CudaDevice", no_gpu)
+    bundle = bundles(variant, dtype=dtype)
+    result = run("build", bundle.folder, "--backend", "tensorrt-rtx", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert code == 2 or (result.stderr.startswith("edgeskip: ") and result.stderr.count("\n") == 1)
+    assert not (bundle.folder / FOLDER).exists()
+
+
+def no_gpu():
+    raise BackendError("CUDA", "no GPU here")
+
+
+def test_tensorrt_without_the_library(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r'tensorrt: not usable .*pip install "edgeskip\[tensorrt\]"'):
+        build(bundle, backend="tensorrt")
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    result = run("build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", 86)
+    assert result.exit_code == 6
+    assert 'polygraphy not installed; pip install "edgeskip[build]"' in result.stderr
+
+
+def test_tensorrt_without_the_operators(bundle, monkeypatch):
+    old = types.SimpleNamespace(__version__="10.3.0", LayerType=types.SimpleNamespace(ATTENTION_INPUT=1))
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    message = r"tensorrt 10.3.0: has no KV_CACHE_UPDATE, ROTARY_EMBEDDING, ATTENTION_OUTPUT; wanted TensorRT 10.15 or"
+    with pytest.raises(BackendError, match=message):
+        build(bundle, backend="tensorrt")
+
+
+@pytest.fixture
+def as_tensorrt(tmp_path, monkeypatch):
+    """TensorRT-RTX under the name of TensorRT, in this process and those it starts, and a GPU that it is for."""
+    (tmp_path / "path" / "tensorrt").mkdir(parents=True)
+    code = "from tensorrt_rtx import *\n__version__ = '10.16.0.72'\n"
+    (tmp_path / "path" / "tensorrt" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here = types.ModuleType("tensorrt")
+    here.__dict__.update(vars(tensorrt_rtx) | {"__version__": "10.16.0.72"})
+    monkeypatch.setitem(sys.modules, "tensorrt", here)
+
+    class Gpu:
+        name, compute_capability = "Orin", 87
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(engine, "CudaDevice", Gpu)
+
+
+@pytest.mark.usefixtures("as_tensorrt")
+def test_tensorrt_refuses_to_build_for_another_machine(bundle):
+    with pytest.raises(RequestError, match="--sm: given with --backend tensorrt, which times kernels"):
+        build(bundle, 86, backend="tensorrt")
+
+
+@pytest.mark.usefixtures("as_tensorrt")
+def test_the_way_of_tensorrt(bundle, tmp_path):
+    """All of it but TensorRT: its name, its config, its cache of timings, the GPU that is present."""
+    for _ in range(2):  # the second reads what the first measured
+        (made,) = build(bundle, backend="tensorrt", workspace_mb=64)
+        assert made.folder.name == "tensorrt-sm87-10.16.0.72"
+        assert (made.build.gpu, made.build.compute_capability) == ("Orin", 87)
+        assert (tmp_path / f"cache/edgeskip/timings/{made.folder.name}.cache").is_file()
+        assert len(list(made.folder.iterdir())) == 4
+    (engines,) = read_engines(bundle)
+    verify_engines(engines)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by SIGKILL; the system does that where memory is short"),
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV$"),
+        ("raise ZeroDivisionError('a bug')", r"ended with exit code 1 \(ZeroDivisionError: a bug\)"),
+        ("import nothing_like_it", "No module named 'nothing_like_it'"),
+    ],
+)
+def test_a_process_that_dies_is_one_line(code, message, bundle, tmp_path, monkeypatch):
+    (tmp_path / "path" / "polygraphy").mkdir(parents=True)
+    (tmp_path / "path" / "polygraphy" / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with pytest.raises(BackendError, match=message) as caught:
+        build(bundle, 86)
+    assert "\n" not in str(caught.value)
+    assert not (bundle.folder / FOLDER).exists()
+
+
+def test_a_changed_graph_is_refused(bundle):
+    path = bundle.graph_path("verify", "standard")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"verify.onnx: sha256 is"):
+        build(bundle, 86)
+
+
+def test_a_folder_that_cannot_be_written(bundle):
+    (bundle.folder / FOLDER).write_text("in the way")
+    with pytest.raises(BundleError, match="cannot be written"):
+        build(bundle, 86)
+
+
+def test_a_full_disk_is_refused_before_the_work(bundle, monkeypatch):
+    usage = shutil.disk_usage(bundle.folder)._replace(free=10**7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BundleError, match="10 MB free on the disk; wanted 16 MB"):
+        build(bundle, 86)
+    assert not (bundle.folder / FOLDER).exists()
+
+
+def test_a_packed_bundle_has_nothing_to_build_from(bundle, tmp_path):
+    made = with_engines(bundle, tmp_path / "whole")
+    packed = pack(made, read_engines(made), tmp_path / "packed")
+    with pytest.raises(BundleError, match="packed: it has engines, no graphs"):
+        build(packed, 86)
+
+
+def test_a_folder_is_replaced_at_the_end_or_left(tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "old").touch()
+    with pytest.raises(ZeroDivisionError), whole_or_absent(place, 0, replace=True):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "old"]
+
+    rename = Path.rename
+
+    def fail(source, target):
+        if target == place and not source.name.endswith(".old"):
+            raise OSError(5, "Input/output error")
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(EdgeskipError, match="Input/output error"), whole_or_absent(place, 0, replace=True):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "old"]
+    with whole_or_absent(place, 0, replace=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["place", "new"]
+
+
+def test_building_loads_only_what_a_device_has(bundle):
+    """No torch, no onnx: a Jetson builds with TensorRT and Polygraphy alone; and Polygraphy only where it builds."""
+    code = "import sys; from edgeskip.cli import main; main(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
+    arguments = ["build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", "86"]
+    out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in out.stdout.split()}
+    assert "tensorrt_rtx" in loaded
+    assert loaded & {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "polygraphy"} == set()
+    code = (
+        "import sys; from edgeskip.exporter.engines.process import main; main(); print(*sys.modules, file=sys.stderr)"
+    )
+    job = {"onnx": "x", "engine": "x", "decoder_layers": 0, "profiles": [], "compute_capability": [8, 6]}
+    job |= dict.fromkeys(("workspace_bytes", "load_timing_cache", "save_timing_cache"))
+    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(job), capture_output=True, text=True, check=True, env=environment
+    )
+    assert "failed" in json.loads(out.stdout.splitlines()[-1])
+    loaded = {name.partition(".")[0] for name in out.stderr.split()}
+    assert {"tensorrt_rtx", "polygraphy"} <= loaded
+    assert loaded & {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime"} == set()

@@ -1,0 +1,94 @@
+"""The cost model: it finds back what made its samples, and its rounds and rates are what counting gives."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.recipes.plan import cost
+from edgeskip.recipes.plan.cost import Cost, Sample
+from edgeskip.runtime.bundle.weights import read_bytes
+
+KNOWN = Cost(call_ms=0.02, layer_ms=0.03, several_ms=0.004, row_ms=0.0005, row_byte_ms=0.0, bytes_per_ms=2.5e9)
+
+
+def samples(known, layers=(0, 4, 12), rows=(1, 2, 4, 9)):
+    sizes = {0: 500_000_000, 4: 490_000_000, 12: 1_470_000_000}
+    return [Sample(n, t, sizes[n], known.time_ms(n, t, sizes[n])) for n in layers for t in rows]
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        KNOWN,
+        Cost(0.0, 0.1, 0.0, 0.0, 0.0, 1e9),
+        Cost(0.05, 0.0, 0.0, 0.0, 2e-10, 3e7),  # a CPU: every row computes
+    ],
+)
+def test_a_fit_finds_back_what_made_the_samples(known):
+    fitted = cost.fit_cost(samples(known))
+    for layers, rows, size in ((32, 1, 16_000_000_000), (8, 5, 3_000_000_000), (0, 3, 1_000_000_000)):
+        assert fitted.time_ms(layers, rows, size) == pytest.approx(known.time_ms(layers, rows, size), rel=1e-6)
+
+
+def test_no_part_of_a_fit_is_negative():
+    rng = np.random.default_rng(0)
+    noisy = [Sample(s.layers, s.rows, s.bytes, s.ms * rng.uniform(0.8, 1.2)) for s in samples(KNOWN)]
+    fitted = cost.fit_cost(noisy)
+    assert min(fitted.call_ms, fitted.layer_ms, fitted.several_ms, fitted.row_ms, fitted.row_byte_ms) >= 0
+    assert fitted.bytes_per_ms > 0
+
+
+def test_no_samples_tell_nothing():
+    with pytest.raises(ValueError, match="no times of its graphs"):
+        cost.fit_cost([])
+
+
+def test_arithmetic_bounds_calls_of_many_rows():
+    bounded = Cost(0.0, 0.0, 0.0, 0.0, 0.0, bytes_per_ms=1e9, flops_per_ms=1e9)
+    assert bounded.time_ms(1, 1, 10**9, flops=10**8) == 1
+    assert bounded.time_ms(1, 1, 10**9, flops=7 * 10**9) == 7
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "qwen2", "qwen3"])
+def test_graph_sizes_are_those_of_a_bundle(variant, checkpoints, tmp_path):
+    checkpoint = open_checkpoint(str(checkpoints(variant)))
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(exit_layer=1, dtype="fp16"))
+    sizes = cost.graph_sizes(checkpoint.architecture, 1, "fp16")
+    assert {graph: size.weight_bytes for graph, size in sizes.items()} == read_bytes(bundle)
+    assert [sizes[graph].layers for graph in ("draft", "verify", "head")] == [1, 3, 0]
+
+
+def test_a_round_is_the_sum_of_its_calls():
+    sizes = {
+        "draft": cost.GraphSize(2, 0, 100, 3),
+        "verify": cost.GraphSize(4, 0, 200, 5),
+        "head": cost.GraphSize(0, 0, 50, 0),
+    }
+    reading = Cost(0.0, 0.0, 0.0, 0.0, 0.0, bytes_per_ms=1.0)  # ms are bytes
+    # Drafts at rows 10, 11, 12 see 11, 12, 13 tokens, two of them with a head; then verify sees all 13, and a head.
+    wanted = 3 * 100 + 3 * (11 + 12 + 13) + 2 * 50 + 200 + 5 * 13 + 50
+    assert cost.round_ms(reading, sizes, 2, position=10) == wanted
+
+
+def test_tokens_a_round_are_what_counting_all_outcomes_gives():
+    m, k = 0.7, 4
+    expected = 0.0
+    for outcome in itertools.product((True, False), repeat=k):
+        probability = np.prod([m if right else 1 - m for right in outcome])
+        expected += probability * (1 + len(list(itertools.takewhile(bool, outcome))))
+    assert cost.tokens_per_round(m, k) == pytest.approx(expected)
+    assert cost.tokens_per_round(1.0, 3) == 4
+    assert cost.tokens_per_round(0.0, 3) == 1
+
+
+def test_break_even_is_where_the_best_length_costs_a_plain_step():
+    rounds = {1: 1.5, 2: 2.0, 4: 3.0}
+    rate = cost.break_even(1.0, rounds)
+    assert cost.best_speculation(rounds, rate)[1] == pytest.approx(1.0, abs=1e-6)
+    assert cost.best_speculation(rounds, rate - 0.05)[1] > 1
+    assert cost.break_even(1.0, {1: 2.5, 2: 3.5}) is None

@@ -1,0 +1,279 @@
+"""Planning: memory as sessions take it, times as they were measured, every pair of recipe and device, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edgeskip.cli import main
+from edgeskip.recipes.deployment import DEVICES, MODELS, load_device, load_export_recipe, recipe_shape
+from edgeskip.recipes.plan import plan as planning
+from edgeskip.recipes.plan.cost import fit_cost, samples_of_report
+from edgeskip.recipes.plan.plan import PlanSettings, make_plan
+from edgeskip.recipes.shape import load_shape
+from edgeskip.runtime.backends.targets import RTX_SERVES
+from edgeskip.runtime.bench.measure import read_report
+from edgeskip.runtime.bundle.weights import stored_tensors
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.load import load
+
+DOCS = Path(__file__).parents[2] / "docs"
+RECIPES = sorted(path.stem for path in MODELS.glob("*.toml"))
+NAMES = sorted(path.stem for path in DEVICES.glob("*.toml"))
+ONE_B, EIGHT_B = load_shape("llama3.2-1b").architecture, load_shape("llama3-8b").architecture
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+
+
+def test_all_published_models_and_devices_have_a_recipe():
+    assert {
+        "llama2-7b",
+        "llama2-13b",
+        "llama2-70b",
+        "codellama-7b",
+        "codellama-34b",
+        "llama3-8b",
+        "llama3.2-1b",
+    } <= set(RECIPES)
+    assert {"orin-nano-8gb", "orin-nx-16gb", "agx-orin-32gb", "agx-orin-64gb", "thor"} <= set(NAMES)
+    assert {"rtx-4060", "rtx-4090", "rtx-5090", "h100"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("device", NAMES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_pair_is_planned(recipe, device):
+    chosen, path = load_export_recipe(recipe)
+    machine, architecture = load_device(device), recipe_shape(chosen, path).architecture
+    settings = PlanSettings(chosen.exit_layer, max_length=chosen.max_length, match_rates=chosen.match_rates)
+    plan = make_plan(recipe, architecture, machine, settings)
+    total = sum(plan.memory.values())
+    assert (total > plan.available) == any(problem.at == "run" for problem in plan.problems)
+    assert plan.works == (not plan.problems)
+    weights = sum(size for kind, size in plan.memory.items() if kind.endswith("weights"))
+    assert plan.disk["weights"] >= weights
+    assert plan.plain_ms_per_token > plan.ideal_ms_per_token
+    if plan.largest_max_length:  # one token more does not fit, or the model has no more
+        longest = replace(settings, max_length=plan.largest_max_length)
+        assert not any(p.at == "run" for p in make_plan(recipe, architecture, machine, longest).problems)
+        if plan.largest_max_length < architecture.max_position_embeddings:
+            longer = replace(settings, max_length=plan.largest_max_length + 1)
+            assert any(p.at == "run" for p in make_plan(recipe, architecture, machine, longer).problems)
+
+
+def test_what_is_known_to_fit_and_what_is_not():
+    nano = load_device("orin-nano-8gb")
+    assert make_plan("", ONE_B, nano, PlanSettings(4)).works
+    seven = make_plan("", load_shape("llama2-7b").architecture, nano, PlanSettings(8))
+    assert "GB are needed to run (13.5 of weights in fp16)" in seven.problems[0].found
+    seventy = load_shape("llama2-70b").architecture
+    assert not any(make_plan("", seventy, load_device(name), PlanSettings(10)).works for name in NAMES)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "qwen3"])
+def test_memory_is_counted_as_a_session_takes_it(variant, bundles):
+    bundle = bundles(variant)
+    m = bundle.manifest
+    settings = PlanSettings(m.exit_layer, dtype="fp32", max_length=m.max_length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "PREFILL_CHUNK", m.prefill_chunk)
+        plan = make_plan("", m.architecture, load_device("h100"), settings)
+    with load(bundle.folder, device="cpu") as model:
+        memory = model.session.memory()
+    assert (plan.memory["caches"], plan.memory["workspace"]) == (memory.caches, memory.workspace)
+    rope = sum(tensor.bytes for name, tensor in stored_tensors(bundle).items() if name.startswith("rope."))
+    held = sum(size for kind, size in plan.memory.items() if kind.endswith("weights"))
+    assert held == sum(tensor.bytes for tensor in stored_tensors(bundle).values()) - rope
+    assert plan.disk["weights"] == held + rope
+
+
+def test_the_foretold_times_and_memory_are_near_the_measured_ones():
+    """The bars of docs/planning.md, from the reports in docs/benchmarks: 15% and 5%."""
+    tables = runpy.run_path(str(DOCS / "planning" / "tables.py"))
+    rows = tables["compare"]()
+    assert {row.report.rpartition("-")[0] for row in rows} == {"llama2-7b", "llama3-8b"}
+    assert len(rows) == 8 * 6
+    for row in rows:
+        assert abs(row.error) < (0.05 if row.what == "memory" else 0.15), row
+    page = (DOCS / "planning.md").read_text()
+    assert tables["page"](page) == page
+
+
+def test_the_kernels_of_the_table_are_the_measured_ones():
+    reports = [read_report(path) for path in sorted((DOCS / "benchmarks").glob("llama3.2-1b-*.json"))]
+    fitted = fit_cost([sample for report in reports for sample in samples_of_report(report)])
+    kernels = load_device("h100").kernels
+    copy = sum(report.copy_gb_per_s for report in reports) / len(reports) * 1e6
+    assert kernels.copy_share == pytest.approx(fitted.bytes_per_ms / copy, abs=0.02)
+    assert kernels.layer_us == pytest.approx(fitted.layer_ms * 1e3, rel=0.05)
+    assert kernels.call_us == pytest.approx(fitted.call_ms * 1e3, rel=0.05)
+    assert kernels.several_us == pytest.approx(fitted.several_ms * 1e3, rel=0.05)
+    assert kernels.row_us == pytest.approx(fitted.row_ms * 1e3, rel=0.05)
+
+
+def test_the_sms_of_rtx_are_those_of_the_library():
+    import tensorrt_rtx
+
+    served = {int(name[2:]) for name in tensorrt_rtx.ComputeCapability.__members__ if name.startswith("SM")}
+    assert set(RTX_SERVES) == served
+
+
+def test_the_best_pair_is_the_fastest_of_the_known_exits():
+    rates = {2: 0.5, 4: 0.8, 8: 0.82}
+    plan = make_plan("", ONE_B, load_device("h100"), PlanSettings(4, match_rates=rates))
+    known = {e.exit_layer: e.ms_per_token for e in plan.exits if e.match_rate is not None}
+    assert known.keys() == rates.keys()
+    assert plan.best.exit_layer == min(known, key=known.get)
+    own = next(e for e in plan.exits if e.exit_layer == 4)
+    assert plan.num_speculations == own.num_speculations
+    speeds = {speed.num_speculations: speed.ms_per_token for speed in plan.speeds}
+    assert own.ms_per_token == min(ms for k, ms in speeds.items() if k)
+
+
+def test_below_the_break_even_rate_speculation_loses():
+    machine = load_device("orin-nano-8gb")
+    rate = next(e for e in make_plan("", ONE_B, machine, PlanSettings(8)).exits if e.exit_layer == 8).break_even
+    for sign, better in ((-1, False), (1, True)):
+        plan = make_plan("", ONE_B, machine, PlanSettings(8, match_rates={8: rate + sign * 0.01}))
+        assert (plan.best.ms_per_token < plan.plain_ms_per_token) == better
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "found", "fix"),
+    [
+        ("orin-nano-8gb", {"jetpack": "6.2"}, "JetPack 6.2 has TensorRT 10.3", "install JetPack 7.2"),
+        ("orin-nano-8gb", {"dtype": "fp32"}, "fp32 on SM 87; wanted fp16 or bf16", "give --dtype fp16"),
+        ("rtx-4060", {"dtype": "fp32"}, "fp32 on SM 89", "give --dtype fp16"),
+        ("orin-nano-8gb", {"max_length": 131072}, "GB are needed to run", "give --max-length"),
+    ],
+)
+def test_what_does_not_work_is_said_with_what_to_change(device, changes, found, fix):
+    plan = make_plan("", ONE_B, load_device(device), PlanSettings(4, **changes))
+    assert not plan.works
+    assert any(found in problem.found and fix in problem.fix for problem in plan.problems), plan.problems
+
+
+def test_an_old_gpu_has_no_bf16():
+    old = replace(load_device("rtx-4060"), compute_capability=75)
+    plan = make_plan("", ONE_B, old, PlanSettings(4, dtype="bf16"))
+    assert [problem.found for problem in plan.problems] == ["bf16 on SM 75; wanted SM 80 or later for bf16"]
+    unserved = replace(old, compute_capability=90)
+    assert "does not serve SM 90" in make_plan("", ONE_B, unserved, PlanSettings(4)).problems[0].found
+
+
+def test_a_build_that_needs_more_than_the_device_has_is_said():
+    machine = replace(load_device("orin-nano-8gb"), memory_gb=5.6)
+    (problem,) = make_plan("", ONE_B, machine, PlanSettings(4)).problems
+    assert problem.at == "build"
+    assert "needed to build verify's engine" in problem.found
+    assert "1 GB of swap" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_layer": 16}, "exit layer: 16; wanted 1 to 15: the model has 16 layers"),
+        ({"match_rates": {20: 0.5}}, "exit layer: 20; wanted 1 to 15"),
+        ({"max_length": 1}, "max length: 1; wanted 2 to 131072"),
+        ({"backend": "tensorrt-rtx"}, "backend: tensorrt-rtx does not serve H100"),
+        ({"jetpack": "7.2"}, "JetPack: 7.2, which is not in the table of H100"),
+    ],
+)
+def test_bad_settings_are_one_line(changes, message):
+    with pytest.raises(RequestError) as caught:
+        make_plan("", ONE_B, load_device("h100"), PlanSettings(**({"exit_layer": 4} | changes)))
+    assert str(caught.value).startswith(message)
+
+
+def test_the_command_prints_a_plan_and_its_json(tmp_path):
+    done = run("--recipe", "llama3.2-1b", "--device", "orin-nano-8gb", "--match-rate", "0.8", "--json", tmp_path / "p")
+    assert done.exit_code == 0, done.output
+    assert "It fits" in done.output
+    plan = json.loads((tmp_path / "p").read_text())
+    assert plan["exit_layer"] == 4
+    assert next(e for e in plan["exits"] if e["exit_layer"] == 4)["match_rate"] == 0.8
+    piped = run("llama3.2-1b", "--device", "orin-nano-8gb", "-e", 4, "--json", "-")
+    assert json.loads(piped.stdout)["works"]
+
+
+def test_the_command_says_no_with_its_exit_code():
+    done = run("llama2-70b", "--device", "thor", "-e", 10)
+    assert done.exit_code == 1
+    assert "Will not work: " in done.output
+    assert "no length fits" in done.output
+
+
+def test_a_config_of_ones_own_is_planned(checkpoints):
+    folder = checkpoints("qwen3")
+    for model in (folder, folder / "config.json"):
+        done = run(model, "--device", "rtx-4090")
+        assert done.exit_code == 0, done.output
+        assert "exit layer 1 of 4" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "give a MODEL or --recipe"),
+        (["llama3-8b", "--recipe", "llama3-8b"], 2, "give a MODEL or --recipe"),
+        (["llama3-8c"], 5, "did you mean 'llama3-8b'?"),
+        (["--recipe", "llama3-8c"], 7, "did you mean 'llama3-8b'?"),
+        (["llama3-8b", "--match-rate", "80"], 5, "'80'; wanted a share from 0 to 1, or E=share"),
+        (["llama3-8b", "--match-rate", "4=x"], 5, "'4=x'; wanted a share"),
+        (["llama3-8b", "--match-rate", "=0.5"], 5, "'=0.5'; wanted a share"),
+        (["llama3-8b", "--exit-layer", "0"], 5, "exit layer: 0; wanted 1 to 31"),
+        (["llama3-8b", "--max-length", "0"], 5, "max length: 0; wanted 2 to 8192"),
+        (["llama3-8b", "--position", "9" * 30], 5, "wanted 0 to 4095, within the capacity"),
+        (["--recipe", "x" * 5000], 7, "no 'xxx"),
+        (["llama3-8b", "--calibrate", "nowhere.json"], 5, "nowhere.json: not readable"),
+    ],
+)
+def test_bad_commands_are_one_line(arguments, code, message):
+    done = run(*arguments, "--device", "h100")
+    assert done.exit_code == code
+    assert message in done.output
+
+
+def test_a_device_that_is_not_there_names_the_nearest():
+    done = run("llama3-8b", "--device", "orin-nano-8g")
+    assert done.exit_code == 7
+    assert "did you mean 'orin-nano-8gb'?" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": []}, "--calibrate: no times of its graphs"),
+        ({"copy_gb_per_s": 0}, "r.json: copy_gb_per_s: found 0"),
+        ({"copy_gb_per_s": float("nan")}, "r.json: copy_gb_per_s: found nan"),
+        ({"exit_layer": 16}, "exit layer 16 of 16 layers"),
+        ({"num_layers": 0}, "r.json: num_layers: found 0"),
+        ({"rows": 0}, "r.json: stages[0].rows: found 0"),
+        ({"bytes": -1}, "r.json: stages[0].bytes: found -1"),
+        ({"ms": float("inf")}, "r.json: stages[0].ms: found inf"),
+    ],
+)
+def test_a_report_without_usable_times_cannot_calibrate(change, message, tmp_path):
+    report = json.loads((DOCS / "benchmarks" / "llama3.2-1b-0.8.json").read_text())
+    (report if change.keys() <= report.keys() and "rows" not in change else report["stages"][0]).update(change)
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    done = run("llama3-8b", "--device", "h100", "--calibrate", tmp_path / "r.json")
+    assert done.exit_code == 5
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_a_plan_prints_in_any_encoding():
+    command = [sys.executable, "-m", "edgeskip.cli", "plan", "llama3.2-1b", "-d", "h100"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"It fits" in done.stdout

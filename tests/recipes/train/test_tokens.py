@@ -1,0 +1,70 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.recipes.conftest import write_tokenizer
+
+from edgeskip.recipes.train import tokens as tokens_module
+from edgeskip.recipes.train.tokens import file_starts, load_tokenizer, token_array, write_tokens
+from edgeskip.runtime.errors import RecipeError
+
+
+def test_files_are_packed_between_bos_and_eos(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    texts = ["def f(): pass\n", "größer = 1\n", ""]
+    for number, text in enumerate(texts):
+        (tmp_path / "text" / str(number)).mkdir(parents=True)
+        (tmp_path / "text" / str(number) / "a.py").write_text(text, encoding="utf-8")
+    (tmp_path / "text" / "notes.md").write_text("not this one")
+    tokens = token_array(tmp_path / "text", "**/*.py", tokenizer, tmp_path)
+    assert tokens.dtype == np.uint16
+    starts = file_starts(tokens, tokenizer.eos_id)
+    files = np.split(tokens, starts[1:])
+    assert {(file[0], file[-1]) for file in files} == {(tokenizer.bos_id, tokenizer.eos_id)}
+    assert sorted(tokenizer.tokenizer.decode(file[1:-1].tolist()) for file in files) == sorted(texts)
+
+
+def test_tokenizing_is_done_once_and_again_where_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    text = tmp_path / "text" / "a.txt"
+    text.parent.mkdir()
+    text.write_text("one")
+    written: list[Path] = []
+    monkeypatch.setattr(
+        tokens_module,
+        "write_tokens",
+        lambda paths, tokenizer, output: (written.append(output), write_tokens(paths, tokenizer, output)),
+    )
+    first = token_array(text.parent, "*", tokenizer, tmp_path)
+    assert np.array_equal(first, token_array(text.parent, "*", tokenizer, tmp_path))
+    assert len(written) == 1
+    text.write_text("two")
+    os.utime(text, ns=(1, 1))
+    assert not np.array_equal(first, token_array(text.parent, "*", tokenizer, tmp_path))
+    assert len(set(written)) == 2
+
+
+def test_an_array_in_place_of_the_folder(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    np.save(tmp_path / "train.npy", np.array([0, 5, 6, 1], np.uint16))
+    assert token_array(tmp_path / "train", "*", tokenizer, tmp_path).tolist() == [0, 5, 6, 1]
+    np.save(tmp_path / "train.npy", np.array([0, 5000, 6, 1], np.uint16))
+    with pytest.raises(RecipeError, match=r"train\.npy: token id 5000 is outside the vocabulary of 258"):
+        token_array(tmp_path / "train", "*", tokenizer, tmp_path)
+    np.save(tmp_path / "train.npy", np.zeros((2, 2)))
+    with pytest.raises(RecipeError, match=r"train\.npy: an array float64\[2, 2\]; wanted token ids"):
+        token_array(tmp_path / "train", "*", tokenizer, tmp_path)
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"tokenizer\.json: no such file"):
+        load_tokenizer(tmp_path)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(RecipeError, match=r"train: no files '\*\.py' here; wanted a folder of text, or train\.npy"):
+        token_array(tmp_path / "train", "*.py", tokenizer, tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    with pytest.raises(RecipeError, match=r"tokenizer_config\.json: no eos_token of the vocabulary"):
+        load_tokenizer(tmp_path / "tokenizer")

@@ -1,0 +1,313 @@
+"""Simulated rounds are those of the runtime, carried times those of the formula, and the choice can be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tests.conftest import edit_json
+from tests.runtime.test_page import Page
+from tests.standin import HostDevice, standin_model
+
+import edgeskip
+from edgeskip.cli import main
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.exporter.probe import Probe
+from edgeskip.recipes.demo import CHECKPOINT
+from edgeskip.recipes.deployment import load_export_recipe
+from edgeskip.recipes.plan.cost import Cost, graph_sizes
+from edgeskip.recipes.tune.report import tuned_recipe, tuning_page
+from edgeskip.recipes.tune.tune import (
+    CallTime,
+    Drafts,
+    Measured,
+    Rounds,
+    Text,
+    TuneReport,
+    TuneSettings,
+    carried,
+    drafts_of_exit,
+    rounds_ms,
+    simulate,
+    tune,
+)
+from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
+from edgeskip.runtime.decoding.rounds import speculative_round
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.load import load
+from edgeskip.runtime.structure import structure
+
+PROMPTS = load_prompts()[:4]
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped model split at two layers, one of them a poor drafter; little room behind the prompts."""
+    folder, checkpoint = tmp_path_factory.mktemp("shipped"), open_checkpoint(str(CHECKPOINT))
+    return {e: export_bundle(checkpoint, folder / f"e{e}", ExportSettings(e, max_length=400)).folder for e in (2, 3)}
+
+
+def decoded(model, prompts, new_tokens):
+    """Plain texts, and what each exit drafts for them."""
+    texts = []
+    for prompt in prompts:
+        generation = model.complete(prompt, mode="autoregressive", max_new_tokens=new_tokens)
+        texts.append(Text(generation.prompt_token_ids, generation.token_ids, 1.0))
+    with Probe(model.bundle) as probe:
+        return texts, [probe.exits(text.prompt_ids, text.token_ids) for text in texts]
+
+
+def assert_simulated(model, prompts, new_tokens, k, threshold):
+    """Each text by itself; returns drafts made, simulated and real."""
+    made = []
+    for text, exits in zip(*decoded(model, prompts, new_tokens), strict=True):
+        drafts = drafts_of_exit(exits, text, model.bundle.manifest.exit_layer, model.bundle.manifest.max_length)
+        found = simulate([drafts], k, threshold)
+        real = model.complete(
+            text.prompt_ids, num_speculations=k, confidence_threshold=threshold, max_new_tokens=new_tokens
+        )
+        assert real.token_ids == text.token_ids
+        s = real.statistics
+        assert (sum(found.by_drafts), found.tokens) == (s.rounds, s.new_tokens - 1)
+        assert (found.tested, found.accepted) == (s.tested, s.accepted)
+        made.append((found.drafted, s.drafted))
+    return made
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("exit_layer", [2, 3])
+def test_fixed_rounds_are_those_of_the_runtime(exit_layer, k, shipped):
+    with edgeskip.load(shipped[exit_layer], device="cpu") as model:
+        for found, real in assert_simulated(model, PROMPTS, 100, k, 0.0):
+            assert found == real
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("exit_layer", [2, 3])
+def test_rounds_that_end_early_are_those_of_the_runtime(exit_layer, threshold, shipped):
+    with edgeskip.load(shipped[exit_layer], device="cpu") as model:
+        made = assert_simulated(model, PROMPTS, 100, 6, threshold)
+    found, real = map(sum, zip(*made, strict=True))
+    assert found == pytest.approx(real, rel=0.05)  # what follows a confident wrong draft nobody knows
+    assert threshold < 1 or found == real  # there it is the last of its round
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_texts_that_fill_the_caches(k, threshold, shipped):
+    with edgeskip.load(shipped[3], device="cpu") as model:
+        assert_simulated(model, PROMPTS[:2], None, k, threshold)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "qwen3"])
+def test_a_random_model_whose_drafts_are_mostly_wrong(variant, bundles):
+    with edgeskip.load(bundles(variant, exit_layer=3).folder, device="cpu") as model:
+        prompts = [list(range(start, start + 9)) for start in range(20, 200, 30)]
+        for found, real in assert_simulated(model, prompts, 60, 4, 0.0):
+            assert found == real
+
+
+def drafts(right, confidences=None, room=1000):
+    return Drafts(np.array(right, bool), np.array(confidences or [1.0] * len(right), np.float32), room)
+
+
+def test_rounds_by_hand():
+    # K = 2: [right right] + 1, [wrong ...] + 1, [right wrong] + 1, and a last draft that ends the text
+    text = drafts([1, 1, 0, 0, 1, 0, 1])
+    assert simulate([text], 2, 0.0) == Rounds((0, 0, 4), tokens=7, drafted=7, tested=6, accepted=4)
+    # the second draft is not sure: its round ends behind it
+    text = drafts([1, 1, 0, 0, 1, 0, 1], [0.9, 0.4, 0.9, 0.4, 0.9, 0.9, 0.9])
+    assert simulate([text], 3, 0.5) == Rounds((0, 1, 1, 2), tokens=7, drafted=7, tested=6, accepted=4)
+    # five rows behind the prompt: the drafts of a round get fewer, the last round makes none
+    assert simulate([drafts([0, 0, 0, 0, 0], room=5)], 8, 0.0).by_drafts == (1, 1, 1, 1, 1, 0, 0, 0, 0)
+
+
+COST = Cost(call_ms=0.02, layer_ms=0.03, several_ms=0.01, row_ms=0.005, row_byte_ms=1e-9, bytes_per_ms=2e7)
+
+
+def measured(manifest, cost, position):
+    """What a device of that cost would show of a bundle."""
+    sizes = graph_sizes(manifest.architecture, manifest.exit_layer, manifest.dtype)
+
+    def ms(graph, rows):
+        size = sizes[graph]
+        return cost.time_ms(size.layers, rows, size.weight_bytes + size.cache_row_bytes * position)
+
+    keys = {call.key for k in range(7) for call in speculative_round(k).calls}
+    calls = tuple(CallTime(graph, rows, ms(graph, rows)) for graph, rows in sorted(keys))
+    return Measured(calls, position, host_round_ms=0.1, host_draft_ms=0.02, plain_ms_per_token=1.0)
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3, 6, 11])
+def test_times_carried_to_other_exit_layers_are_those_of_the_formula(exit_layer, shipped):
+    manifests = {e: read_bundle(folder).manifest for e, folder in shipped.items()}
+    rounds = Rounds((0, 3, 0, 0, 2), tokens=12, drafted=11, tested=9, accepted=7)
+    there = dataclasses.replace(manifests[3], exit_layer=exit_layer)
+    calls = {(call.graph, call.rows): call.ms for call in measured(there, COST, 200).calls}
+    wanted = sum(
+        count * (sum(calls[c.key] for c in speculative_round(d).calls) + 0.1 + d * 0.02)
+        for d, count in enumerate(rounds.by_drafts)
+    )
+    for manifest in manifests.values():
+        found = rounds_ms(carried(measured(manifest, COST, 200), manifest, exit_layer), rounds)
+        assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def assert_sound(report, num_layers):
+    assert list(report.match_rates) == list(range(1, num_layers))
+    assert len(report.pairs) == (num_layers - 1) * len(report.settings.grid)
+    assert report.best == min(report.pairs, key=lambda pair: pair.ms_per_token)
+    assert report.present in report.pairs
+    plain = report.measured.plain_ms_per_token
+    for pair in report.pairs:
+        assert pair.ms_per_token * pair.speedup == pytest.approx(plain)
+        assert 1 <= pair.tokens_per_round <= pair.num_speculations + 1
+        assert 0 <= pair.acceptance_rate <= pair.match_rate <= 1
+    assert all(math.isfinite(call.ms) and call.ms > 0 for call in report.measured.calls)
+    assert report.departures == 0
+
+
+@pytest.fixture(scope="module")
+def report(shipped):
+    settings = TuneSettings((1, 2, 4), 40)
+    return tune(lambda: load(shipped[3], device="cpu"), PROMPTS[:2], settings, "edgeskip tune b --recipe r.toml")
+
+
+def test_a_report_is_sound_and_its_rates_are_those_of_decoding(report, shipped):
+    assert_sound(report, 12)
+    assert report.settings.confidence_threshold == 0.5
+    with edgeskip.load(shipped[3], device="cpu") as model:
+        runs = [model.complete(p, num_speculations=4, max_new_tokens=40).statistics for p in PROMPTS[:2]]
+    present = report.present
+    assert (present.exit_layer, present.num_speculations) == (3, 4)
+    assert present.match_rate == sum(s.accepted for s in runs) / sum(s.tested for s in runs)
+    assert present.tokens_per_round == sum(s.new_tokens - 1 for s in runs) / sum(s.rounds for s in runs)
+
+
+def test_a_report_comes_back_from_its_json(report, tmp_path):
+    text = json.loads(json.dumps(dataclasses.asdict(report)))
+    assert structure(TuneReport, text, tmp_path / "x", RequestError) == report
+
+
+def test_a_device_that_hides_its_graphs(bundles, tmp_path):
+    """Stand-in engines: the session calls itself CUDA, and times calls by themselves."""
+    bundle = bundles("llama-tied", exit_layer=2)
+    settings = TuneSettings((1, 4), 20)
+    found = tune(lambda: standin_model(bundle, tmp_path / "engines", HostDevice()), ["def f(x):", "import"], settings)
+    assert_sound(found, 4)
+    assert found.settings.confidence_threshold == 0
+
+
+def test_the_recipe_is_an_export_recipe(report, tmp_path):
+    path = tmp_path / "tuned.toml"
+    path.write_text(tuned_recipe(report, "a tuned.toml"))
+    recipe, _ = load_export_recipe(str(path))
+    assert recipe.checkpoint == "python-10m"
+    assert (recipe.exit_layer, recipe.num_speculations) == (report.best.exit_layer, report.best.num_speculations)
+    assert (recipe.dtype, recipe.max_length) == ("fp32", 400)
+    assert recipe.match_rates == pytest.approx(report.match_rates, abs=5e-4)
+    assert recipe.source.startswith("edgeskip tune, ")
+    head = path.read_text().splitlines()[:2]
+    assert head[0] == "# Made by: edgeskip tune b --recipe r.toml"
+    assert head[1] == "# Used by: edgeskip export --recipe 'a tuned.toml' [CHECKPOINT] BUNDLE"
+
+
+@pytest.mark.parametrize("name", ['a "quoted" \\ name', "line\nbreak", "tab\tand \x7f", "größer"])
+def test_any_name_is_kept_in_the_recipe(name, report, tmp_path):
+    path = tmp_path / "tuned.toml"
+    path.write_text(tuned_recipe(dataclasses.replace(report, source=name, command=name), "x.toml"), encoding="utf-8")
+    assert load_export_recipe(str(path))[0].checkpoint == name
+
+
+def test_the_page_is_whole(report):
+    text = tuning_page(report)
+    page = Page(text)
+    assert [name for name in ("surface", "match") if name in page.ids] == ["surface", "match"]
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.svgs) == 2
+    assert f"Exit layer {report.best.exit_layer} with" in page.text
+    assert f">{report.best.ms_per_token:.2f}<" in page.svgs[0]
+    assert all(source.startswith("#") for source in page.sources)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("def f(x):")
+    return path
+
+
+def test_the_command_writes_all_it_is_asked_for(bundles, prompt, tmp_path):
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "html", "toml")}
+    bundle = bundles("llama-tied", exit_layer=2).folder
+    result = run(
+        *("tune", bundle, "--prompts", prompt, "-k", 2, "-k", 3, "-n", 12, "--json", files["json"]),
+        *("--html", files["html"], "--recipe", files["toml"]),
+    )
+    assert result.exception is None, result.stderr
+    assert "exit layer" in result.stdout
+    report = json.loads(files["json"].read_text())
+    assert load_export_recipe(str(files["toml"]))[0].exit_layer == report["best"]["exit_layer"]
+    assert Page(files["html"].read_text()).svgs
+    kept = files["toml"].read_text()
+    again = run("tune", bundle, "--prompts", prompt, "-n", 12, "--recipe", files["toml"])
+    assert again.exit_code == 7
+    assert again.stderr == f"edgeskip: {files['toml']}: is there already; give another file, or remove it\n"
+    assert files["toml"].read_text() == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["-k", "0"], 5, "num speculations: 0; wanted 1 to 16"),
+        (["-n", "1"], 5, "max new tokens: 1; wanted 2 to 86, behind the longest prompt"),
+        (["-n", "87"], 5, "max new tokens: 87; wanted 2 to 86"),
+        (["--prompts", "{long}"], 5, "prompts: one of 201 tokens; wanted at most 94"),
+        (["--prompts", "{tmp}/nowhere"], 5, "nowhere: not readable as text"),
+        (["--recipe", "{tmp}/no/x.toml"], 5, "x.toml: cannot be written (no such folder)"),
+        (["--recipe", "{tmp}/x", "--json", "{tmp}/x"], 5, "given twice"),
+        (["--device", "cpu", "--backend", "tensorrt"], 4, "no tensorrt engines"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(arguments, code, line, bundles, prompt, tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 200)
+    places = {"long": str(tmp_path / "long.txt"), "tmp": str(tmp_path)}
+    given = [argument.format(**places) for argument in arguments]
+    result = run("tune", bundles("llama-gqa").folder, "--prompts", prompt, "--max-new-tokens", 8, *given)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert line in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_model_that_says_nothing_is_one_line(bundles, prompt, tmp_path):
+    bundle = bundles("llama-gqa")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundle.folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with edgeskip.load(copy, device="cpu") as model:
+        first = model.complete("def f(x):", max_new_tokens=1).token_ids[0]
+    edit_json(copy / MANIFEST, lambda manifest: manifest.update(eos_token_ids=[first]))
+    result = run("tune", copy, "--prompts", prompt, "-n", 8, "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "prompts: the model ends behind the first token of each" in result.stderr
+
+
+def test_the_published_tables_are_those_of_the_kept_reports():
+    script = Path(__file__).parents[2] / "docs" / "tuning" / "run.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
