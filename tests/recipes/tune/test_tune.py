@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from tests.conftest import edit_json
-from tests.runtime.test_page import Page
+from tests.runtime.bench.test_page import Page
 from tests.standin import HostDevice, standin_model
 
 import edgeskip
