@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,10 +15,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from edgeskip.runtime.bundle.graphs import DIALECTS
-from edgeskip.runtime.bundle.manifest import Bundle, Progress
-from edgeskip.runtime.decoding.model import Generation, Model, Piece
-from edgeskip.runtime.decoding.session import Memory
-from edgeskip.runtime.decoding.statistics import Statistics
+
+if TYPE_CHECKING:
+    from edgeskip.runtime.bundle.manifest import Bundle, Progress
+    from edgeskip.runtime.decoding.model import Generation, Model, Piece
+    from edgeskip.runtime.decoding.session import Memory
+    from edgeskip.runtime.decoding.statistics import Statistics
 
 DRAFTED = "green"
 

@@ -79,7 +79,7 @@ def test_version():
 
 def test_help_names_every_verb_and_the_exit_codes():
     text = " ".join(succeed("--help").stdout.split())
-    assert set(main.commands) == set(VERBS)
+    assert set(main.list_commands(None)) == set(VERBS)
     assert all(f" {verb} " in text for verb in VERBS)
     for code in ("2 wrong command line", "3 checkpoint", "4 bundle", "5 request", "6 backend", "7 recipe"):
         assert code in text
@@ -90,7 +90,7 @@ def test_help_of_every_verb(verb):
     for flag in ("-h", "--help"):
         text = succeed(verb, flag).stdout
         assert text.startswith(f"Usage: main {verb}")
-        options = [option for option in main.commands[verb].params if option.param_type_name == "option"]
+        options = [option for option in main.get_command(None, verb).params if option.param_type_name == "option"]
         assert all(max(option.opts, key=len) in text for option in options)
 
 

@@ -13,11 +13,11 @@ import click
 def doctor(as_json: bool) -> None:
     """Show what this machine has, what will work here, and the command that mends what will not."""
     from edgeskip.runtime.doctor.examine import examine
-    from edgeskip.runtime.terminal import console
 
     report = examine()
     try:
         from edgeskip.runtime.doctor.report import print_doctor
+        from edgeskip.runtime.terminal import console
     except ImportError:  # without rich the JSON says as much
         as_json = True
     if as_json:

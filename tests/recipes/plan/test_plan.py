@@ -25,7 +25,7 @@ from edgeskip.runtime.bundle.weights import stored_tensors
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.load import load
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 RECIPES = sorted(path.stem for path in MODELS.glob("*.toml"))
 NAMES = sorted(path.stem for path in DEVICES.glob("*.toml"))
 ONE_B, EIGHT_B = load_shape("llama3.2-1b").architecture, load_shape("llama3-8b").architecture

@@ -8,7 +8,7 @@ import pytest
 from edgeskip.recipes.train.schema import LayerSkipRecipe, load_recipe
 from edgeskip.runtime.errors import RecipeError
 
-RECIPES = Path(__file__).parents[2] / "recipes/train"
+RECIPES = Path(__file__).parents[3] / "recipes/train"
 SCRATCH = """
 [data]
 folder = "text"

@@ -308,6 +308,6 @@ def test_a_model_that_says_nothing_is_one_line(bundles, prompt, tmp_path):
 
 
 def test_the_published_tables_are_those_of_the_kept_reports():
-    script = Path(__file__).parents[2] / "docs" / "tuning" / "run.py"
+    script = Path(__file__).parents[3] / "docs" / "tuning" / "run.py"
     result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -31,7 +31,7 @@ from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.host import Disk, HostMemory
 from edgeskip.runtime.packages import NEEDS, install
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NAMES = [("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("tensorrt", "cuda"), ("tensorrt-rtx", "cuda")]
 COMMAND = re.compile(r"(pip (un)?install|python3 -m venv|sudo apt install|sudo ubuntu-drivers|unset) \S")
 
