@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import edgeskip
+import edgeskip.runtime
 
-ROOT = Path(edgeskip.__file__).parent
+ROOT = Path(edgeskip.runtime.__file__).parents[1]
 RUNTIME_LIBRARIES = {"click", "numpy", "tokenizers", "jinja2", "rich"}  # the base install
 PLOTS = {"matplotlib"}
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}

@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 from importlib import util
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +24,7 @@ from edgeskip.exporter.check.golden import Golden
 from edgeskip.exporter.check.run import run_check
 from edgeskip.exporter.check.teacher import split_text, tail
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.bench.measure import TIE_GAP
 from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
@@ -35,7 +35,6 @@ from edgeskip.runtime.errors import BundleError, RequestError
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
 DIALECTS = ["ort", pytest.param("standard", marks=OLD_MARK)]
-SHIPPED = Path(edgeskip.__file__).parent / "recipes" / "checkpoints" / "python-10m"
 PROMPTS = load_prompts()[:1]
 
 

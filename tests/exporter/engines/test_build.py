@@ -21,7 +21,6 @@ from click.testing import CliRunner
 from tests.conftest import VARIANTS, edit_json
 from tests.standin import with_engines
 
-import edgeskip
 from edgeskip.cli import main
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
@@ -30,12 +29,12 @@ from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.exporter.engines.process import Fraction
 from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.pack import pack
+from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.bundle.engines import BUILD, FOLDER, EngineProfile, engine_profiles, read_engines, verify_engines
 from edgeskip.runtime.bundle.graphs import GRAPHS
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError, RequestError
 
-SHIPPED = Path(edgeskip.__file__).parent / "recipes" / "checkpoints" / "python-10m"
 TARGETS = (75, 80, 86, 89, 120, 121)
 ATTENTION = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
 
