@@ -6,15 +6,22 @@ because of a field that nobody looked at.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Architecture, Rope
-from edgeskip.runtime.errors import CheckpointError, reason
+from edgeskip.runtime import reading
+from edgeskip.runtime.bundle.architecture import (
+    MODEL_TYPES,
+    MOST_CONTEXT,
+    MOST_LAYERS,
+    MOST_SIZE,
+    Architecture,
+    Rope,
+)
+from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.structure import MOST_FLOAT
 
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -60,14 +67,9 @@ def read_json(path: Path, otherwise: str = "download the checkpoint again") -> d
     Raises:
         CheckpointError: there is none.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(path, "no such file", fix=otherwise) from None
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not valid JSON ({error})", fix="download the checkpoint again") from None
+    if not reading.kind_of(path, CheckpointError):
+        raise CheckpointError(path, "no such file", fix=otherwise)
+    data = reading.read_json(path, CheckpointError, fix="download the checkpoint again")
     if not isinstance(data, dict):
         raise CheckpointError(path, "not a JSON object", fix="download the checkpoint again")
     return data
@@ -99,10 +101,10 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
     if head_dim % 2:
         raise CheckpointError(place, f"head_dim {head_dim}", wanted="an even number, for RoPE")
     attention_bias = fields.flag("attention_bias")
-    context = fields.whole("max_position_embeddings", 2048)
+    context = fields.whole("max_position_embeddings", 2048, high=MOST_CONTEXT)
     return Architecture(
         model_type=model_type,
-        num_layers=fields.whole("num_hidden_layers", high=1000),
+        num_layers=fields.whole("num_hidden_layers", high=MOST_LAYERS),
         hidden_size=hidden_size,
         intermediate_size=fields.whole("intermediate_size"),
         num_heads=num_heads,
@@ -127,7 +129,7 @@ class _Fields:
     table: Mapping[str, Any]
     place: object
 
-    def whole(self, key: str, default: int | None = None, *, high: int = 1 << 31) -> int:
+    def whole(self, key: str, default: int | None = None, *, high: int = MOST_SIZE) -> int:
         value = default if self.table.get(key) is None else self.table[key]
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
             raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted=f"a whole number from 1 to {high}")
@@ -135,7 +137,11 @@ class _Fields:
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = default if self.table.get(key) is None else self.table[key]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not (1 / MOST_FLOAT <= value <= MOST_FLOAT)
+        ):
             raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted="a number above 0")
         return float(value)
 
@@ -152,7 +158,11 @@ def sliding_window(config: Mapping[str, Any], place: object) -> int | None:
         layer_types = config.get("layer_types") or []
         if not config.get("use_sliding_window") and "sliding_attention" not in layer_types:
             return None
-    return None if config.get("sliding_window") is None else _Fields(config, place).whole("sliding_window")
+    return (
+        None
+        if config.get("sliding_window") is None
+        else _Fields(config, place).whole("sliding_window", high=MOST_CONTEXT)
+    )
 
 
 def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
@@ -200,7 +210,7 @@ def _rope(config: Mapping[str, Any], place: object) -> Rope:
             raise CheckpointError(place, f"RoPE type {kind!r} without {key}", wanted="a number")
     values: dict[str, Any] = {key: fields.positive(key) for key in keys}
     if kind == "llama3":
-        values["original_max_position_embeddings"] = fields.whole("original_max_position_embeddings")
+        values["original_max_position_embeddings"] = fields.whole("original_max_position_embeddings", high=MOST_CONTEXT)
         if values["low_freq_factor"] >= values["high_freq_factor"]:
             raise CheckpointError(place, "low_freq_factor is not below high_freq_factor")
     return Rope(theta=fields.positive("rope_theta", 10000.0), type=cast(Any, kind), **values)

@@ -6,10 +6,10 @@ import inspect
 from time import perf_counter
 from typing import Any, Literal
 
-from edgeskip.exporter.tensors import bundle_tensors
 from edgeskip.runtime.bench.measure import Contestant, Run
 from edgeskip.runtime.bundle.architecture import DType
 from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.errors import BackendError
 
 

@@ -27,9 +27,9 @@ import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
 from edgeskip.exporter.folder import sync
-from edgeskip.exporter.tensors import bundle_tensors
 from edgeskip.runtime.bundle.architecture import ITEMSIZE, DType, Rope
 from edgeskip.runtime.bundle.manifest import FileRecord, Progress
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.errors import CheckpointError
 
 NUMPY_DTYPES = {

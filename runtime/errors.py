@@ -7,12 +7,14 @@
     +-- BackendError           6   a library or a device that is missing or refuses
     +-- RecipeError            7   a recipe file
 
-Each is one line: where, what was found, what was wanted, what to do. The command line prints that line and
-exits with the code (2 is a wrong command line, 130 is Ctrl-C); any other exception is a bug and keeps
-its traceback.
+Each is one line, printable and of bounded length: where, what was found, what was wanted, what to do. The command line
+prints that line and exits with the code (2 is a wrong command line, 130 is Ctrl-C); any other exception is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
+
+from edgeskip.runtime.printable import one_line
 
 
 class EdgeskipError(Exception):
@@ -28,13 +30,13 @@ class EdgeskipError(Exception):
     exit_code = 1
 
     def __init__(self, place: object, found: str, *, wanted: str = "", fix: str = "") -> None:
-        self.place, self.found, self.wanted, self.fix = str(place), found, wanted, fix
-        line = f"{place}: {found}"
+        self.place, self.found, self.wanted, self.fix = map(one_line, (place, found, wanted, fix))
+        line = f"{self.place}: {self.found}"
         if wanted:
-            line += f"; wanted {wanted}"
+            line += f"; wanted {self.wanted}"
         if fix:
-            line += f"; {fix}"
-        super().__init__(" ".join(line.split()))
+            line += f"; {self.fix}"
+        super().__init__(line)
 
 
 class CheckpointError(EdgeskipError):

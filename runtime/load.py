@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
+from edgeskip.runtime.bundle.weights import stored_tensors
 from edgeskip.runtime.decoding.model import Model
 
 
@@ -34,6 +35,7 @@ def load(
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress)
+    stored_tensors(opened)  # a header that does not fit is found before any memory is taken by it
     session = open_session(opened, backend=backend, device=device, threads=threads, dialect=dialect, progress=progress)
     try:
         return Model(opened, session)

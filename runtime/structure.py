@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from edgeskip.runtime.errors import EdgeskipError
 
 T = TypeVar("T")
 
+MOST_WHOLE, MOST_FLOAT = 10**18, 1e30
+"""No number may be farther from 0: whole ones fit a machine's words, and products of others are finite."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -24,7 +26,7 @@ class Range:
     high: float | None = None
 
     def __contains__(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if not abs(value) <= MOST_FLOAT:  # nor NaN
             return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -32,6 +34,9 @@ class Range:
         if self.high is None:
             return f"at least {self.low}"
         return f"at most {self.high}" if self.low is None else f"{self.low} to {self.high}"
+
+
+Positive = Annotated[float, Range(1 / MOST_FLOAT)]
 
 
 def structure(kind: type[T], table: Any, path: Path, error: type[EdgeskipError]) -> T:
@@ -68,7 +73,7 @@ class _Reader:
         hints = get_type_hints(kind, include_extras=True)
         for key in table:
             if key not in hints:
-                nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+                nearest = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0.5)
                 fix = f"did you mean {nearest[0]!r}?" if nearest else f"known here: {', '.join(hints)}"
                 raise self.error(place, f"unknown key {key!r}", fix=fix)
         values = {}
@@ -86,15 +91,19 @@ class _Reader:
     def value(self, hint: Any, value: Any, place: str) -> Any:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is Annotated:
-            number = self.value(arguments[0], value, place)
-            if number not in arguments[1]:
-                raise self.error(place, f"found {value}", wanted=str(arguments[1]))
+            kind, bounds = arguments
+            if kind is float:
+                number = float(self.typed((int, float), value, "a number", place))
+            else:
+                number = self.value(kind, value, place)
+            if number not in bounds:
+                raise self.error(place, f"found {value!r:.60}", wanted=str(bounds))
             return number
         if origin in (Union, types.UnionType):  # X | None
             return None if value is None else self.value(arguments[0], value, place)
         if origin is Literal:
             if value not in arguments:
-                nearest = difflib.get_close_matches(str(value), arguments, n=1)
+                nearest = difflib.get_close_matches(str(value)[:100], arguments, n=1)
                 fix = f"did you mean {nearest[0]!r}?" if nearest else ""
                 raise self.error(place, f"found {value!r}", wanted=" or ".join(map(repr, arguments)), fix=fix)
             return value
@@ -109,12 +118,12 @@ class _Reader:
         if dataclasses.is_dataclass(hint):
             return self.dataclass(hint, value, place)  # type: ignore[arg-type]
         if hint is Path:
-            return self.folder / Path(self.typed(str, value, "a path", place)).expanduser()
-        if hint is float:
             try:
-                return float(self.typed((int, float), value, "a number", place))
-            except OverflowError:
-                raise self.error(place, f"found {value!r:.60}", wanted="a number") from None
+                return self.folder / Path(self.typed(str, value, "a path", place)).expanduser()
+            except RuntimeError:  # ~ without a home, or of nobody
+                raise self.error(place, f"found {value!r:.60}", wanted="a path with a home folder") from None
+        if hint is float:
+            return self.value(Annotated[float, Range(-MOST_FLOAT, MOST_FLOAT)], value, place)
         names = {bool: "true or false", int: "a whole number", str: "a text"}
         return self.typed(hint, value, names[hint], place)
 
@@ -122,6 +131,8 @@ class _Reader:
         # A bool is an int in Python, but not in a file.
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise self.error(place, f"found {value!r:.60}", wanted=name)
+        if isinstance(value, int) and abs(value) > MOST_WHOLE:
+            raise self.error(place, f"found {value!r:.60}", wanted=f"{name} of at most 18 digits")
         return value
 
     def key(self, kind: Any, key: str, place: str) -> Any:

@@ -17,10 +17,10 @@ from math import inf
 
 import numpy as np
 
-from edgeskip.exporter.tensors import bundle_tensors
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
 from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, graph_table
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.bundle.weights import bytes_by_graph
 from edgeskip.runtime.decoding.rounds import speculative_round
 

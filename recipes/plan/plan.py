@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edgeskip.exporter.tensors import bundle_tensors
 from edgeskip.recipes.deployment import Device
 from edgeskip.recipes.plan.cost import (
     Cost,
@@ -31,6 +30,7 @@ from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS,
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, GRAPHS, GraphName, check_exit_layer, graph_table
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.decoding.rounds import prefill_round, speculative_round
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers

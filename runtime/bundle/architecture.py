@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from edgeskip.runtime.structure import Range
+from edgeskip.runtime.structure import Positive, Range
 
 DType = Literal["fp32", "fp16", "bf16"]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """The family, as config.json calls its members."""
 
-Size = Annotated[int, Range(1, 1 << 31)]
+MOST_LAYERS, MOST_SIZE, MOST_CONTEXT = 1000, 1 << 24, 1 << 31
+"""Bounds of what a file may claim: decoder layers, any one dimension, positions that a model was made for."""
+
+Layers = Annotated[int, Range(1, MOST_LAYERS)]
+Size = Annotated[int, Range(1, MOST_SIZE)]
+Context = Annotated[int, Range(1, MOST_CONTEXT)]
 ITEMSIZE: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
@@ -22,12 +27,12 @@ class Rope:
     `linear` divides positions by `factor`; `llama3` divides low frequencies by it, as in Llama 3.1.
     """
 
-    theta: float = 10000.0
+    theta: Positive = 10000.0
     type: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position_embeddings: Context = 8192
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,15 @@ class Architecture:
     """
 
     model_type: str
-    num_layers: Size
+    num_layers: Layers
     hidden_size: Size
     intermediate_size: Size
     num_heads: Size
     num_kv_heads: Size
     head_dim: Size
     vocab_size: Size
-    max_position_embeddings: Size
-    rms_norm_eps: float
+    max_position_embeddings: Context
+    rms_norm_eps: Positive
     rope: Rope
     tie_word_embeddings: bool = False
     qkv_bias: bool = False

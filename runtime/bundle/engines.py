@@ -20,6 +20,7 @@ from edgeskip.runtime.bundle.architecture import DType, Size
 from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, counted, verify_hash
 from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
@@ -167,12 +168,7 @@ def verify_engines(engines: Engines, progress: Progress = lambda *_: None) -> No
 
 def _read(bundle: Bundle, folder: Path) -> Engines:
     path = folder / BUILD
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(path, f"cannot be read ({reason(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(path, f"not valid JSON ({error})", fix="build the engines again") from None
+    data = read_json(path, BundleError, fix="build the engines again")
     if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
         found = data.get("build_version") if isinstance(data, dict) else data
         raise BundleError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 from edgeskip.runtime.bundle.architecture import Architecture, DType, Size
 from edgeskip.runtime.bundle.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
 from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.reading import kind_of, read_json
 from edgeskip.runtime.structure import Range, structure
 from edgeskip.runtime.user_cache import cache_folder, keep
 
@@ -34,6 +36,8 @@ FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
 """Names of a bundle's files: flat, and the same on every file system."""
 
+FileSize = Annotated[int, Range(0, 1 << 50)]
+
 Progress = Callable[[str, int, int], None]
 """Called with what is under way, bytes done and bytes in all."""
 
@@ -42,7 +46,7 @@ Progress = Callable[[str, int, int], None]
 class FileRecord:
     """Size and hash of one file of the bundle."""
 
-    bytes: int
+    bytes: FileSize
     sha256: str
 
 
@@ -54,7 +58,7 @@ class Packed:
 
     weights_sha256: str
     onnx_sha256: dict[GraphName, str]
-    read_bytes: dict[GraphName, int]
+    read_bytes: dict[GraphName, FileSize]
 
 
 @dataclass(frozen=True)
@@ -142,20 +146,12 @@ def read_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    try:
-        found = "no such folder" if not folder.exists() else "" if folder.is_dir() else "a file"
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{str(folder)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
-    if found:
-        raise BundleError(folder, found, fix="give the folder that `edgeskip export` wrote")
-    if not path.is_file():
+    found = kind_of(folder, BundleError)
+    if found != "a folder":
+        raise BundleError(folder, found or "no such folder", fix="give the folder that `edgeskip export` wrote")
+    if not kind_of(path, BundleError):
         raise BundleError(folder, f"no {MANIFEST}, so not a bundle", fix="make one with `edgeskip export`")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(path, f"cannot be read ({reason(error)})") from None
-    except (ValueError, RecursionError) as error:
-        raise BundleError(path, f"not valid JSON ({error})", fix="export the bundle again") from None
+    data = read_json(path, BundleError, fix="export the bundle again")
     _check_version(path, data)
     manifest = structure(Manifest, data, path, BundleError)
     _check_consistent(path, manifest)
@@ -174,12 +170,10 @@ def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
     """
     stamp = _stamp(bundle)
     stamp_path: Path | None = None
-    try:
+    with suppress(BundleError, RuntimeError):  # no stamp, a damaged one, or no home folder
         stamp_path = _stamp_path(bundle)
-        if json.loads(stamp_path.read_text(encoding="utf-8")) == stamp:
+        if read_json(stamp_path, BundleError) == stamp:
             return
-    except (OSError, ValueError, RuntimeError):  # no stamp, a damaged one, or no home folder
-        pass
     count = counted("checking the bundle", sum(record.bytes for record in bundle.manifest.files.values()), progress)
     for name, record in bundle.manifest.files.items():
         wanted, fix = f"{record.sha256[:12]}..., as exported", "copy the bundle again or export it again"
@@ -235,6 +229,11 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise BundleError(path, f"eos_token_ids {manifest.eos_token_ids}", wanted=f"0 to {vocab_size - 1}")
     if not 1 <= manifest.exit_layer < layers:
         raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"1 to {layers - 1}")
+    context = manifest.architecture.max_position_embeddings
+    if not 2 <= manifest.max_length <= context:
+        raise BundleError(path, f"max_length {manifest.max_length}", wanted=f"2 to {context}, the model's context")
+    if manifest.prefill_chunk > manifest.max_length:
+        raise BundleError(path, f"prefill_chunk {manifest.prefill_chunk}", wanted=f"1 to {manifest.max_length}")
     if manifest.graphs != manifest.table or manifest.chains != CHAINS:
         raise BundleError(
             path, "its graphs are not those of this version", fix="export the bundle again with this version"
@@ -251,9 +250,9 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
 
 def _check_file(folder: Path, name: str, record: FileRecord) -> None:
     path = folder / name
-    if not FILE_NAME.fullmatch(name) or path.resolve().parent != folder.resolve():
+    if not FILE_NAME.fullmatch(name) or os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):  # noqa: PTH120
         raise BundleError(folder / MANIFEST, f"file {name!r} leads out of the bundle", fix="do not use this bundle")
-    if not path.is_file():
+    if kind_of(path, BundleError) != "a file":
         raise BundleError(path, "missing", fix="copy the bundle again or export it again")
     size = path.stat().st_size
     if size != record.bytes:

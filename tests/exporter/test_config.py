@@ -35,7 +35,7 @@ LAYERSKIP = {  # facebook/layerskip-*: parameters in 1e9
 
 @pytest.mark.parametrize("name", LAYERSKIP)
 def test_the_published_layerskip_configs_are_read(name):
-    from edgeskip.exporter.tensors import bundle_tensors
+    from edgeskip.runtime.bundle.tensors import bundle_tensors
 
     shape = load_shape(name)
     config, a = shape.config, shape.architecture

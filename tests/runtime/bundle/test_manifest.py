@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -162,9 +163,44 @@ def test_a_manifest_that_is_not_consistent(change, message, folder):
         lambda m: m["architecture"].update(vocab_size=310),
     ],
 )
-def test_a_manifest_of_other_graphs(change, folder):
+def test_a_manifest_of_other_weights(change, folder):
     edit_json(folder / MANIFEST, change)
-    assert_refused(folder, "onnx: its tensors are not those of the manifest; export the bundle again")
+    assert_refused(folder, "by the manifest; export the bundle again|max_length 97; wanted 2 to 96")
+
+
+def test_a_graph_of_another_bundle(folder, bundles):
+    data = bundles("llama-gqa", max_length=64).path("verify.ort.onnx").read_bytes()
+    (folder / "verify.ort.onnx").write_bytes(data)
+    record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(folder / MANIFEST, lambda m: m["files"].update({"verify.ort.onnx": record}))
+    assert_refused(folder, "verify.ort.onnx: its tensors are not those of the manifest; export the bundle again")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["architecture"].update(num_layers=10**9), "architecture.num_layers: found 1000000000; wanted"),
+        (lambda m: m["architecture"].update(vocab_size=1 << 30), "architecture.vocab_size: found 1073741824; wanted"),
+        (lambda m: m["architecture"].update(rms_norm_eps=10**400), "not valid JSON .a number of more than 40 digits"),
+        (lambda m: m["architecture"]["rope"].update(theta=-1), "architecture.rope.theta: found -1; wanted"),
+        (lambda m: m["architecture"]["rope"].update(theta=float("inf")), "architecture.rope.theta: found inf; wanted"),
+        (lambda m: m.update(max_length=97), "max_length 97; wanted 2 to 96, the model's context"),
+        (lambda m: m.update(max_length=1), "max_length 1; wanted 2 to 96"),
+        (lambda m: m.update(prefill_chunk=97), "prefill_chunk 97; wanted 1 to 96"),
+        (lambda m: m["files"][WEIGHTS].update(bytes=-1), f"files.{WEIGHTS}.bytes: found -1; wanted 0 to"),
+        (lambda m: m.update(exit_layer=10**30), "exit_layer: found 1000"),
+    ],
+)
+def test_numbers_are_bounded_before_anything_is_made_of_them(change, message, folder):
+    edit_json(folder / MANIFEST, change)
+    assert_refused(folder, message)
+
+
+def test_a_link_that_leads_to_itself(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    with pytest.raises(BundleError, match=r"config\.json: cannot be looked up"):
+        read_bundle(folder)
 
 
 @pytest.mark.parametrize("name", ["../x.json", "sub/x.json", "{absolute}", "..", ".hidden", "", "a\\b", "x.json\n"])

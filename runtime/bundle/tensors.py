@@ -1,4 +1,4 @@
-"""The tensors of a bundle by name, from the architecture alone; `weights` lays them out and fills them."""
+"""The tensors of a bundle by name, from the architecture alone; the exporter lays them out and fills them."""
 
 from __future__ import annotations
 
