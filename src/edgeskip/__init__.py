@@ -24,7 +24,7 @@ _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decod
 __all__ = ["Generation", "Model", "Piece", "__version__", "load"]
 
 if not Path(__file__).with_name("runtime").is_dir():  # a checkout without symlinks, as on Windows
-    __path__.insert(0, str(Path(__file__).parents[2]))
+    __path__.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def __getattr__(name: str) -> Any:
