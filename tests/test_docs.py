@@ -22,7 +22,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob(f"*.{suffix}")
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-PATH = re.compile(r"(?<![\w/.-])(?:\.ci|docs|exporter|recipes|runtime|src|tests)/[\w{*][\w./*{},-]*[\w}*]")
+PATH = re.compile(r"(?<![\w/.-])(?:\.ci|docs|exporter|recipes|runtime|src|tests)/[\w{*][\w./*{},-]*[\w}]")
 """A path from the top of the repository, braces and stars among it."""
 
 
