@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from importlib import import_module
 from typing import Any
 
@@ -51,9 +52,10 @@ class _Group(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        for name in ("SIGTERM", "SIGHUP"):
-            if number := getattr(signal, name, None):
-                signal.signal(number, lambda caught, _: sys.exit(128 + caught))  # so that `finally` cleans up
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
         try:
             return super().invoke(ctx)
         except EdgeskipError as error:
@@ -68,6 +70,21 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("edgeskip: interrupted", err=True)
             ctx.exit(130)
+
+
+_CLEANING_S = 5.0
+_ended_at = -_CLEANING_S
+
+
+def _end(number: int, _: Any) -> None:
+    """Ends the run by an exception, so that `finally` cleans up; what comes while it does is passed over."""
+    global _ended_at
+    if time.monotonic() < _ended_at + _CLEANING_S:
+        return
+    _ended_at = time.monotonic()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

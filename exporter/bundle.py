@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import onnx_ir as ir
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.config import SYNTHETIC, read_json
-from edgeskip.exporter.folder import sync, whole_or_absent
 from edgeskip.exporter.split import split_graph
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import DType
@@ -36,6 +34,7 @@ from edgeskip.runtime.bundle.manifest import (
     Progress,
 )
 from edgeskip.runtime.errors import CheckpointError, RequestError, reason
+from edgeskip.runtime.files import whole_folder, write_hashed
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -74,7 +73,7 @@ def export_bundle(
     layout = plan_weights(checkpoint, settings.dtype, capacity)
     tokenizer_config = _tokenizer_config(checkpoint.folder)
     texts = _text_files(checkpoint, tokenizer_config)
-    with whole_or_absent(destination, layout.bytes) as folder:
+    with whole_folder(destination, layout.bytes) as folder:
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
         table = graph_table(architecture.num_layers, settings.exit_layer)
         for dialect, pattern in DIALECTS.items():
@@ -121,10 +120,7 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
 
 
 def _write(path: Path, data: bytes) -> FileRecord:
-    with path.open("wb") as file:
-        file.write(data)
-        sync(file)
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    return FileRecord(*write_hashed(path, [data]))
 
 
 def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dict[str, bytes]:

@@ -10,15 +10,12 @@ packed/
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
-from edgeskip.exporter.folder import check_destination, sync, whole_or_absent
-from edgeskip.runtime.bundle.engines import BUILD, FOLDER, Engines, verify_engines
+from edgeskip.runtime.bundle.engines import BUILD, FOLDER, Engines, check_engine
 from edgeskip.runtime.bundle.graphs import DIALECTS, GRAPHS
 from edgeskip.runtime.bundle.manifest import (
     MANIFEST,
@@ -27,13 +24,13 @@ from edgeskip.runtime.bundle.manifest import (
     FileRecord,
     Packed,
     Progress,
+    check_hash,
     counted,
     verify_hashes,
 )
 from edgeskip.runtime.bundle.weights import EMBEDDINGS, read_bytes, stored_tensors
 from edgeskip.runtime.errors import BundleError
-
-_BLOCK_BYTES = 1 << 22
+from edgeskip.runtime.files import blocks_of, check_destination, open_plain, whole_folder, write_hashed
 
 
 def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress: Progress = lambda *_: None) -> Bundle:
@@ -49,30 +46,28 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
         )
     check_destination(destination)
     verify_hashes(bundle, progress)
-    for one in engines:
-        verify_engines(one, progress)
     graphs = {pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS}
     kept = [name for name in manifest.files if name not in graphs | {WEIGHTS}]
     table = stored_tensors(bundle)[EMBEDDINGS]
     total = table.bytes + sum(record.bytes for one in engines for record in one.build.engines.values())
     count = counted("packing", total, progress)
-    with whole_or_absent(destination, total) as folder:
+    with whole_folder(destination, total) as folder:
         files = {WEIGHTS: _write_table(bundle, folder / WEIGHTS, count)}
         for name in kept:
-            _copy(bundle.path(name), folder / name, lambda _: None)
-            files[name] = manifest.files[name]
+            path, wanted = bundle.path(name), manifest.files[name]
+            files[name] = _copy(path, folder / name, lambda _: None)
+            check_hash(path, files[name].sha256, wanted.sha256, "as exported", "export the bundle again")
         for one in engines:
             target = folder / FOLDER / one.folder.name
             target.mkdir(parents=True)
             for graph in GRAPHS:
-                _copy(one.path(graph), target / one.path(graph).name, count)
-            _copy(one.folder / BUILD, target / BUILD, lambda _: None)
+                copied = _copy(one.path(graph), target / one.path(graph).name, count)
+                check_engine(one.path(graph), copied.sha256, one.build.engines[graph])
+            write_hashed(target / BUILD, [one.build.to_json().encode()])
         weights_sha256, onnx_sha256 = manifest.engine_sources
         packed = Packed(weights_sha256, onnx_sha256, read_bytes(bundle))
         made = dataclasses.replace(manifest, files=files, packed=packed)
-        with (folder / MANIFEST).open("wb") as file:
-            file.write(made.to_json().encode())
-            sync(file)
+        write_hashed(folder / MANIFEST, [made.to_json().encode()])
     return Bundle(destination, made)
 
 
@@ -82,27 +77,13 @@ def _write_table(bundle: Bundle, path: Path, count: Callable[[int], None]) -> Fi
     entry = {"dtype": table.dtype, "shape": list(table.shape), "data_offsets": [0, table.bytes]}
     header = json.dumps({EMBEDDINGS: entry}, separators=(",", ":")).encode()
     header += b" " * (-(len(header) + 8) % 64)
-    digest = hashlib.sha256()
-    with bundle.path(WEIGHTS).open("rb") as source, path.open("wb") as target:
+    with bundle.path(WEIGHTS).open("rb") as source:
         source.seek(table.offset)
-        blocks = _blocks(source, table.bytes, count)
-        for block in chain((len(header).to_bytes(8, "little"), header), blocks):
-            target.write(block)
-            digest.update(block)
-        sync(target)
-    return FileRecord(8 + len(header) + table.bytes, digest.hexdigest())
+        start = (len(header).to_bytes(8, "little"), header)
+        return FileRecord(*write_hashed(path, chain(start, blocks_of(source, count, table.bytes))))
 
 
-def _copy(source: Path, target: Path, count: Callable[[int], None]) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        for block in _blocks(reader, source.stat().st_size, count):
-            writer.write(block)
-        sync(writer)
-
-
-def _blocks(file: IO[bytes], size: int, count: Callable[[int], None]) -> Iterator[bytes]:
-    """The next `size` bytes of a file, told as they are read."""
-    while size and (block := file.read(min(size, _BLOCK_BYTES))):
-        size -= len(block)
-        count(len(block))
-        yield block
+def _copy(source: Path, target: Path, count: Callable[[int], None]) -> FileRecord:
+    """Copies a file; its hash is of what was written."""
+    with open_plain(source) as file:
+        return FileRecord(*write_hashed(target, blocks_of(file, count)))

@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
-from edgeskip.exporter.folder import sync
 from edgeskip.runtime.bundle.architecture import ITEMSIZE, DType, Rope
 from edgeskip.runtime.bundle.manifest import FileRecord, Progress
 from edgeskip.runtime.bundle.tensors import bundle_tensors
@@ -131,7 +130,6 @@ def write_weights(
                 write(_bytes(block))
         write(b"\0" * (layout.bytes - written))
         wait()
-        sync(file)
     return FileRecord(written, digest.hexdigest())
 
 

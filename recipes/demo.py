@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.bench.measure import BenchReport, BenchSettings, run_bench
 from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import Progress
+from edgeskip.runtime.files import scratch_folder
 from edgeskip.runtime.load import load
 from edgeskip.runtime.terminal import stream
 
@@ -36,8 +36,8 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
         threads: of the CPU; 0 means one a core.
         progress: told of long work.
     """
-    with tempfile.TemporaryDirectory(prefix="edgeskip-") as temporary:
-        bundle = keep or Path(temporary) / "bundle"
+    with scratch_folder("demo") as scratch:
+        bundle = keep or scratch / "bundle"
         checkpoint = open_checkpoint(str(CHECKPOINT))
         late = checkpoint.architecture.num_layers - EXIT_LAYER
         console.print(

@@ -37,7 +37,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from edgeskip.exporter.config import SYNTHETIC
-from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.reference import cache_argument
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.recipes.train.early_exit import CausalLM
@@ -45,6 +44,7 @@ from edgeskip.runtime.bundle.architecture import Architecture, DType
 from edgeskip.runtime.bundle.graphs import check_exit_layer
 from edgeskip.runtime.bundle.manifest import Progress
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
+from edgeskip.runtime.files import whole_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1
@@ -145,7 +145,7 @@ def synthesize(
     _check_settings(shape, settings)
     device = _device(settings.device)
     weights = Weights(shape, settings, device)
-    with whole_or_absent(destination, weights.stored_bytes, CheckpointError) as folder:
+    with whole_folder(destination, weights.stored_bytes, CheckpointError) as folder:
         _check_memory(weights, device)
         weights.draw(progress)
         measurement = find_damping(weights, settings, progress)

@@ -80,15 +80,16 @@ def disk(folder: Path) -> Disk:
 def command_output(name: str, *arguments: str, root: Path = Path("/"), timeout_s: float = 5.0) -> str:
     """What a command prints on stdout and stderr.
 
-    It is looked for on the PATH, then in the system's own folders, which a user's PATH may lack.
+    It is looked for on the PATH, less the current folder, then in the system's own folders, which a PATH may lack.
 
     Raises:
         FileNotFoundError: there is no such command.
         TimeoutError: it does not end in time; it is killed with all that it started.
         OSError: it cannot be run, fails, or prints more than 64 KB.
     """
-    folders = (root / folder for folder in ("usr/bin", "usr/sbin", "bin", "sbin", "usr/lib/wsl/lib"))
-    command = shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(folder).is_absolute()]
+    folders += [str(root / folder) for folder in ("usr/bin", "usr/sbin", "bin", "sbin", "usr/lib/wsl/lib")]
+    command = shutil.which(name, path=os.pathsep.join(folders))
     if command is None:
         raise FileNotFoundError(f"no command {name}")
     process = subprocess.Popen(

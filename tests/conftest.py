@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.manifest import SEAL, Bundle, sealed
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.load import load
@@ -135,10 +135,11 @@ def save_checkpoint(model: Any, folder: Path, **settings: Any) -> Path:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes a JSON file in place."""
+    """Changes a JSON file in place; a record with its own hash is hashed anew, as whoever means the change would."""
     data = json.loads(path.read_text())
+    seal = data.pop(SEAL, None) if isinstance(data, dict) else None
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(sealed(data) if seal else json.dumps(data))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

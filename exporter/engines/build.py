@@ -23,28 +23,37 @@ from typing import Any
 
 import edgeskip
 from edgeskip.exporter.engines.process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
-from edgeskip.exporter.folder import sync, whole_or_absent
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem
 from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
+    FOLDER,
     Build,
     EngineBackend,
     EngineProfile,
     EngineRecord,
     Engines,
+    check_within,
     engine_profiles,
     engines_folder,
 )
 from edgeskip.runtime.bundle.graphs import GRAPHS, Graph, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.errors import BackendError, RequestError
-from edgeskip.runtime.user_cache import cache_folder, keep
+from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
 """What an engine holds beside its weights, at most, a decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
+
+_CHILD = (
+    "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; "
+    "from edgeskip.exporter.engines.process import main; main()"
+)
+"""What the process that builds runs. With `-m`, Python would take modules from the current folder, which may be a
+bundle; with `-c` that folder is an empty entry of the path, gone before anything is imported. (`-P` needs Python 3.11.)
+"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     targets = _targets(library, settings)
     for target in targets:
         _check_dtype(bundle, target.compute_capability)
+    check_within(bundle, bundle.folder / FOLDER)
     verify_hashes(bundle, progress)
     return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
 
@@ -144,11 +154,12 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
     destination = engines_folder(bundle, settings.backend, sm, version)
     size = manifest.weights_bytes + KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
     profiles = engine_profiles(manifest)
-    timings = _timing_cache(destination.name) if settings.backend == "tensorrt" else None
     records: dict[str, EngineRecord] = {}
     try:
-        with whole_or_absent(destination, size, replace=True) as folder:
-            new_timings = folder / "timings"
+        with whole_folder(destination, size, replace=True) as folder:
+            timings, timings_name = folder / "timings", f"{destination.name}.cache"
+            if settings.backend == "tensorrt" and (measured := kept("timings", timings_name)):
+                timings.write_bytes(measured)
             for graph in GRAPHS:
                 job = Job(
                     onnx=str(bundle.graph_path(graph, "standard")),
@@ -157,8 +168,8 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                     profiles=[_shapes(manifest, manifest.table[graph], profile) for profile in profiles[graph]],
                     compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
                     workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
-                    load_timing_cache=str(timings) if timings and timings.is_file() else None,
-                    save_timing_cache=str(new_timings) if timings else None,
+                    load_timing_cache=str(timings) if timings.is_file() else None,
+                    save_timing_cache=str(timings) if settings.backend == "tensorrt" else None,
                 )
                 start = time.monotonic()
                 built = _run(job, settings.backend, partial(_report, progress, f"{graph} for SM {sm}"))
@@ -170,9 +181,8 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                     round(time.monotonic() - start, 3),
                     built.peak_memory_bytes,
                 )
-                if timings and new_timings.is_file():
-                    with suppress(OSError):  # it only saves time; the cache can be on another disk
-                        keep(timings, new_timings.read_bytes())
+                if timings.is_file():
+                    keep("timings", timings_name, timings.read_bytes())
             for left in folder.glob("timings*"):
                 left.unlink()
             build = Build(
@@ -186,9 +196,7 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                 weights_sha256=weights_sha256,
                 engines=records,
             )
-            with (folder / BUILD).open("wb") as file:
-                file.write(build.to_json().encode())
-                sync(file)
+            write_hashed(folder / BUILD, [build.to_json().encode()])
     finally:
         with suppress(OSError):  # the first build of a bundle failed
             destination.parent.rmdir()
@@ -210,16 +218,6 @@ def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[st
     }
 
 
-def _timing_cache(name: str) -> Path | None:
-    """Where TensorRT keeps what it measured on this device, or None where nothing can be kept."""
-    try:
-        folder = cache_folder("timings")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # read-only, or no home folder
-        return None
-    return folder / f"{name}.cache"
-
-
 def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Built:
     """Does a job in a process of its own, which ends with this function whatever happens.
 
@@ -229,7 +227,7 @@ def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Bui
     environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == "tensorrt-rtx"))}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edgeskip.exporter.engines.process"],
+            [sys.executable, "-c", _CHILD, str(Path(edgeskip.__file__).parents[1])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

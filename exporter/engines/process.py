@@ -1,4 +1,4 @@
-"""Builds one engine in a process of its own: `python -m edgeskip.exporter.engines.process`, a job in, events out.
+"""Builds one engine in a process of its own, which build.py starts: a job in, events out.
 
 The system has the memory back when the process ends, and killing it stops a build at any point. The job comes as
 JSON on stdin; what goes out on stdout is one JSON object a line: {"done": 0..1000} while it works, then
@@ -7,16 +7,18 @@ JSON on stdin; what goes out on stdout is one JSON object a line: {"done": 0..10
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeskip.exporter.folder import sync
+from edgeskip.runtime.files import write_hashed
 
 LAYER_TYPES = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
 LAYERS_PER_DECODER_LAYER = dict(zip(LAYER_TYPES, (2, 2, 1, 1), strict=True))
@@ -192,15 +194,13 @@ def build(job: Job, report: Any) -> Built:
         raise
     except Exception as error:  # Polygraphy's, whose reason stands in TensorRT's log
         raise EngineBuildError(errors[0] if errors else f"{type(error).__name__}: {error}") from None
-    data = memoryview(engine)
-    with Path(job.engine).open("wb") as file:
-        file.write(data)
-        sync(file)
-    return Built(hashlib.sha256(data).hexdigest(), data.nbytes, _peak_memory_bytes())
+    size, sha256 = write_hashed(Path(job.engine), [memoryview(engine)])
+    return Built(sha256, size, _peak_memory_bytes())
 
 
 def main() -> None:
     """Reads the job, does it, tells what came of it."""
+    _end_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the events
     last = -1
@@ -238,5 +238,8 @@ def _peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-if __name__ == "__main__":
-    main()
+def _end_with_parent() -> None:
+    """Has Linux kill this process when the one that wanted the engine is killed: nobody else would."""
+    set_parent_death_signal = 1  # linux/prctl.h
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)

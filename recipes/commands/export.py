@@ -62,9 +62,9 @@ def export(
     require("export")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
-    from edgeskip.exporter.folder import check_destination
     from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
+    from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.terminal import progress_bar
 
     device = None if device_name is None else load_device(device_name)

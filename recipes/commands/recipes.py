@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.errors import RecipeError, reason
 
 
 @click.group()
@@ -51,18 +51,18 @@ def copy(recipe: str, file: Path | None) -> None:
     """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
     from edgeskip.recipes.library import recipe_file
     from edgeskip.recipes.library import validate as check_recipe
+    from edgeskip.runtime.files import write_file
 
     path = recipe_file(recipe)
     check_recipe(path)
     text = path.read_text(encoding="utf-8")
     target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
     try:
-        with target.open("x", encoding="utf-8") as new:
-            new.write(text)
+        write_file(target, text, new=True)
     except FileExistsError:
         raise RecipeError(target, "is there already", fix="give another file, or remove it") from None
-    except OSError as error:
-        raise RecipeError(target, f"cannot be written ({error.strerror})", fix="give another file") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(target, f"cannot be written ({reason(error)})", fix="give another file") from None
     click.echo(f"{target}", err=True)
 
 

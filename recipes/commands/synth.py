@@ -25,8 +25,8 @@ from edgeskip.runtime.errors import CheckpointError
 def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
     """Make a CHECKPOINT with random weights, of a published SHAPE or a config.json, to measure speed with."""
     require("synth")
-    from edgeskip.exporter.folder import check_destination
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
+    from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.terminal import progress_bar
 
     check_destination(checkpoint, CheckpointError)

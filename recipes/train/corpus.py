@@ -18,7 +18,6 @@ import json
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
 import zlib
 from collections import Counter
@@ -35,6 +34,7 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.files import whole_folder
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -305,10 +305,8 @@ def build(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(out, "is not empty", fix="give a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
     left_out: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch, "corpus")
+    with whole_folder(out, 0, RecipeError, replace=True) as folder:
         documents = list(select(origins, heldout=heldout, limit_bytes=limit_bytes, left_out=left_out))
         for document in track(documents, "writing", console=Console(stderr=True)):
             target = folder / document.split / document.origin.name / document.path
@@ -322,11 +320,7 @@ def build(
             raise RecipeError(out, "no file to learn from was found", fix="install more distributions")
         sample = _first((document.text for document in mixed), sample_bytes)
         save_tokenizer(train_tokenizer(sample, vocab_size), folder / "tokenizer")
-        total = _write_sources(folder, documents, left_out)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    return total
+        return _write_sources(folder, documents, left_out)
 
 
 def _first(texts: Iterable[str], size: int) -> Iterator[str]:

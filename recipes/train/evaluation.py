@@ -18,6 +18,7 @@ from edgeskip.recipes.train.early_exit import CausalLM, exit_hidden_states, exit
 from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
 from edgeskip.runtime.decoding.statistics import distinct_4grams
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.files import write_file
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def main(
     )
     evaluation = evaluate_exits(model, tokens, tokenizer, settings)
     if output:
-        output.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+        write_file(output, json.dumps(asdict(evaluation), indent=2) + "\n")
     print(evaluation.markdown())
 
 

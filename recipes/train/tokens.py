@@ -17,6 +17,7 @@ from rich.progress import track
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.files import whole_file
 
 Array = npt.NDArray[Any]
 _FILES_PER_BATCH = 512
@@ -97,10 +98,8 @@ def write_tokens(paths: list[Path], tokenizer: TextTokenizer, output: Path) -> N
     order = np.random.default_rng(0).permutation(len(paths))
     pieces = [np.asarray(ids, dtype) for ids in _tokenized([paths[i] for i in order], tokenizer)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    with partial.open("wb") as stream:
+    with whole_file(output) as stream:
         np.save(stream, np.concatenate(pieces))
-    partial.replace(output)
 
 
 def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int]]:

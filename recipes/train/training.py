@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -47,14 +49,25 @@ from edgeskip.recipes.train.layerskip import (
 )
 from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
 from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
-from edgeskip.runtime.bundle.architecture import MODEL_TYPES
-from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
+from edgeskip.runtime.errors import RecipeError, reason
+from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
+from edgeskip.runtime.structure import Range, structure
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Files of a checkpoint that travel with its weights.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*")
-CLOCK = "clock.json"  # the last file of a checkpoint
+CLOCK = "clock.json"  # the last file of a checkpoint, and the first that goes
+KEPT_CHECKPOINTS = 2
 _NO_LIMIT = 10**9  # steps, where only time is limited
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """What clock.json says."""
+
+    step: Size
+    elapsed_s: Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -292,10 +305,14 @@ class Limits(TrainerCallback):
             self.watch.stop(args.device)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the checkpoint with the clock; one without it is not resumed from."""
+        """Complete the checkpoint with the clock; one without it is not resumed from. Only then do older ones go."""
         self.saved_at_s = self.watch.elapsed_s
-        clock = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK
-        clock.write_text(json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        sync_tree(checkpoint)
+        write_file(checkpoint / CLOCK, json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
+        for old in whole_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+            remove_checkpoint(old)
         if not control.should_training_stop:
             self.watch.start()
 
@@ -348,13 +365,55 @@ def train(
         data: the corpus folder, in place of the recipe's.
 
     Raises:
-        RecipeError: the recipe, the data or the output folder cannot be used.
+        RecipeError: the recipe, the data or the output folder cannot be used, or another training uses the folder.
     """
     stop_at = None if stop_after_minutes is None else time.monotonic() + 60 * stop_after_minutes
+    recipe_path = Path(recipe_path)
     recipe = load_recipe(recipe_path)
     if data is not None:
         recipe = replace(recipe, data=replace(recipe.data, folder=Path(data)))
-    output = Path(output or Path("runs") / Path(recipe_path).stem)
+    output = Path(output or Path("runs") / recipe_path.stem)
+    with _own_output(output), _own_kernels():
+        return _train(recipe_path, recipe, output, resume, stop_at)
+
+
+@contextmanager
+def _own_output(output: Path) -> Iterator[None]:
+    """Makes the output folder where it is not there, and keeps it for this training."""
+    with ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output))
+        except InUseError:
+            fix = "wait for it, or choose another output folder"
+            raise RecipeError(output, "another training is running in it", fix=fix) from None
+        except OSError as error:
+            fix = "choose another output folder"
+            raise RecipeError(output, f"cannot be written ({reason(error)})", fix=fix) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # nothing came of it
+                output.rmdir()
+
+
+@contextmanager
+def _own_kernels() -> Iterator[None]:
+    """Has torch keep what it compiles, and runs, in the user's cache: by itself it takes a folder of a known name among
+    the system's temporary files.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    with ExitStack() as stack:
+        if name not in os.environ:
+            folder = cache_folder("inductor") or stack.enter_context(scratch_folder("inductor"))
+            os.environ[name] = str(folder)
+            stack.callback(os.environ.pop, name, None)
+        yield
+
+
+def _train(
+    recipe_path: Path, recipe: TrainingRecipe, output: Path, resume: bool, stop_at: float | None
+) -> TrainingResult:
     folder = output / "training"
     checkpoint = latest_checkpoint(folder)
     if checkpoint and not resume:
@@ -384,7 +443,7 @@ def train(
         log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         summary = {"steps": step, "tokens": result.tokens, "minutes": result.minutes, "log": log}
         notes = {
-            "recipe.toml": Path(recipe_path).read_text(encoding="utf-8"),
+            "recipe.toml": recipe_path.read_text(encoding="utf-8"),
             "training.json": json.dumps(summary, indent=1),
         }
         write_model(model, tokenizer, DTYPES[recipe.run.output_dtype], output, notes)
@@ -403,6 +462,10 @@ def run_training(
 
     It ends early when time.monotonic() reaches `stop_at`.
     """
+    whole = whole_checkpoints(folder)
+    for checkpoint_folder in folder.glob("checkpoint-*"):
+        if checkpoint_folder not in whole:  # a kill left it
+            remove_checkpoint(checkpoint_folder)
     set_seed(recipe.run.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16
     watch = Stopwatch(read_clock(checkpoint)[1] if checkpoint else 0.0)
@@ -472,8 +535,7 @@ def training_arguments(recipe: TrainingRecipe, folder: Path) -> TrainingArgument
         max_grad_norm=optimizer.gradient_clip,
         optim="adamw_torch_fused",
         seed=run.seed,
-        save_strategy="no",
-        save_total_limit=2,
+        save_strategy="no",  # when, and how many are kept, is for `Limits`
         logging_steps=run.log_steps,
         logging_nan_inf_filter=False,  # it waits for the device at every step
         disable_tqdm=True,
@@ -503,22 +565,46 @@ def write_model(
             shutil.copyfile(path, partial / path.name)
     for name, text in notes.items():
         (partial / name).write_text(text, encoding="utf-8")
+    sync_tree(partial)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
         path.chmod(0o644)  # safetensors writes 0600
         path.replace(output / path.name)
     partial.rmdir()
+    sync(output)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, by step."""
+    found = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        with suppress(RecipeError):
+            found.append((read_clock(checkpoint)[0], checkpoint))
+    return [checkpoint for _, checkpoint in sorted(found)]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, or None."""
-    clocks = folder.glob(f"checkpoint-*/{CLOCK}")
-    return max((clock.parent for clock in clocks), key=lambda path: int(path.name.split("-")[1]), default=None)
+    return next(reversed(whole_checkpoints(folder)), None)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, which a kill on the way leaves as an incomplete one."""
+    (checkpoint / CLOCK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def read_clock(checkpoint: Path) -> tuple[int, float]:
-    """Steps and seconds of training up to this checkpoint."""
-    clock = json.loads((checkpoint / CLOCK).read_text())
-    return clock["step"], clock["elapsed_s"]
+    """Steps and seconds of training up to this checkpoint.
+
+    Raises:
+        RecipeError: it has no clock, or a damaged one, so it is not complete.
+    """
+    path = checkpoint / CLOCK
+    try:
+        clock = structure(_Clock, json.loads(path.read_bytes()), path, RecipeError)
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(path, f"not a checkpoint's clock ({error})") from None
+    return clock.step, clock.elapsed_s
 
 
 def is_over(recipe: TrainingRecipe, step: int, elapsed_s: float) -> bool:

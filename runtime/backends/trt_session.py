@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.trt import make_logger
-from edgeskip.runtime.bundle.engines import Engines, build_command, verify_engines
+from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
 from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.user_cache import cache_folder, keep
+from edgeskip.runtime.files import keep, kept
 
 DECODE, PREFILL = 0, 1
 """Optimization profiles of draft and verify: up to HEAD_ROWS rows, and up to a prompt's chunk. Head has the first."""
@@ -64,18 +63,18 @@ class TrtSession(CudaSession):
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int], Any] = {}
         self._aligned: dict[View, DeviceArray] = {}
-        self._runtime_caches: dict[Path, Any] = {}
+        self._runtime_caches: dict[str, Any] = {}
         try:
             super().__init__(bundle, device, sum(record.bytes for record in engines.build.engines.values()))
             again = build_command(bundle, engines.build.backend, device.compute_capability)
             if reason := why_not(engines, device.compute_capability, library.__version__):
                 raise BundleError(engines.folder, reason, fix=again)
-            verify_engines(engines, progress)
             self._logger = make_logger(library)
             self._runtime = library.Runtime(self._logger)
-            for graph in GRAPHS:
-                self._engines[graph] = self._deserialized(engines.path(graph), again)
-                self._check_tensors(engines.path(graph), graph, again)
+            with open_engines(engines, progress) as files:
+                for graph in GRAPHS:
+                    self._engines[graph] = self._deserialized(engines.path(graph), files[graph], again)
+                    self._check_tensors(engines.path(graph), graph, again)
             self._scratch = self._shared_scratch(bundle)
             self._warm_up(bundle.manifest.prefill_chunk)
             k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
@@ -86,8 +85,8 @@ class TrtSession(CudaSession):
             raise
         self.description = f"{engines.build.backend} {library.__version__}, {device.name}, {bundle.manifest.dtype}"
 
-    def _deserialized(self, path: Path, again: str) -> Any:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    def _deserialized(self, path: Path, file: IO[bytes], again: str) -> Any:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             engine = self._runtime.deserialize_cuda_engine(mapped)
         if engine is None:
             raise BackendError(path, f"TensorRT refuses it ({self._logger.last})", fix=again)
@@ -177,13 +176,13 @@ class TrtSession(CudaSession):
         if specialization is None:
             return config
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER if is_fixed else specialization.LAZY
-        path = _cache_path(self._build.engines[graph].sha256)
-        if path not in self._runtime_caches:
+        name = f"{hashlib.sha256(self._build.engines[graph].sha256.encode()).hexdigest()[:32]}.bin"
+        if name not in self._runtime_caches:
             cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):
-                cache.deserialize(path.read_bytes())  # what does not fit this machine it leaves alone
-            self._runtime_caches[path] = cache
-        config.set_runtime_cache(self._runtime_caches[path])
+            if (kernels := kept("kernels", name)) is not None:
+                cache.deserialize(kernels)  # what does not fit this machine it leaves alone
+            self._runtime_caches[name] = cache
+        config.set_runtime_cache(self._runtime_caches[name])
         return config
 
     def _placed(self, call: Call) -> tuple[dict[str, int], list[Callable[[], None]], list[Callable[[], None]]]:
@@ -220,19 +219,9 @@ class TrtSession(CudaSession):
         return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
 
     def _release(self) -> None:
-        for path, cache in self._runtime_caches.items():
+        for name, cache in self._runtime_caches.items():
             with contextlib.suppress(Exception):  # it only saves time
-                keep(path, bytes(cache.serialize()))
+                keep("kernels", name, bytes(cache.serialize()))
         self._contexts.clear()
         self._runtime_caches.clear()
         self._engines.clear()
-
-
-def _cache_path(engine_sha256: str) -> Path:
-    """Where kernels compiled for an engine are kept: the user's cache, or a temporary folder where there is no home."""
-    try:
-        folder = cache_folder("kernels")
-    except RuntimeError:
-        folder = Path(tempfile.gettempdir()) / "edgeskip" / "kernels"
-    key = hashlib.sha256(engine_sha256.encode()).hexdigest()[:32]
-    return folder / f"{key}.bin"

@@ -11,15 +11,27 @@ bundle's, so an engine is stale as soon as the bundle's graphs or weights are ot
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import IO, Annotated, Literal, get_args
 
 from edgeskip.runtime.bundle.architecture import DType, Size
 from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName
-from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, counted, verify_hash
+from edgeskip.runtime.bundle.manifest import (
+    SEAL,
+    Bundle,
+    Manifest,
+    Progress,
+    check_hash,
+    check_seal,
+    counted,
+    sealed,
+)
 from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.files import open_plain, put_back, sha256_of
 from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
@@ -75,7 +87,7 @@ class Build:
 
     def to_json(self) -> str:
         """The text of build.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return sealed(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -124,12 +136,16 @@ def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
     found: list[Engines] = []
     problems: list[BundleError] = []
     try:
+        check_within(bundle, root)
+        put_back(root)
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    except BundleError as error:
+        return [], [error]
     except OSError as error:
         return [], [BundleError(root, f"cannot be read ({reason(error)})")]
     for folder in folders:
         if folder.name.startswith("."):
-            continue  # left by a build that was killed
+            continue  # a build under way, or one that was killed
         try:
             if (folder / BUILD).is_file():
                 found.append(_read(bundle, folder))
@@ -152,28 +168,59 @@ def read_engines(bundle: Bundle) -> list[Engines]:
     return found
 
 
-def verify_engines(engines: Engines, progress: Progress = lambda *_: None) -> None:
-    """Compares every engine with its sha256.
+@contextmanager
+def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iterator[dict[GraphName, IO[bytes]]]:
+    """Opens the engines and compares each with its sha256, so that what is read from them is what was compared.
 
     Raises:
         BundleError: an engine was cut short or changed.
     """
     records = engines.build.engines
     count = counted("checking the engines", sum(record.bytes for record in records.values()), progress)
-    for graph in GRAPHS:
-        sha256 = records[graph].sha256
-        wanted, fix = f"{sha256[:12]}..., as built", "copy it again or build it again"
-        verify_hash(engines.path(graph), sha256, count, wanted, fix)
+    files: dict[GraphName, IO[bytes]] = {}
+    with ExitStack() as stack:
+        for graph in GRAPHS:
+            path = engines.path(graph)
+            try:
+                files[graph] = stack.enter_context(open_plain(path))
+                found = sha256_of(files[graph], count)
+                files[graph].seek(0)
+            except OSError as error:
+                raise BundleError(path, f"cannot be read ({reason(error)})") from None
+            check_engine(path, found, records[graph])
+        yield files
+
+
+def check_engine(path: Path, found: str, record: EngineRecord) -> None:
+    """Compares an engine's sha256 with the one that was built.
+
+    Raises:
+        BundleError: it is another.
+    """
+    check_hash(path, found, record.sha256, "as built", "copy it again or build it again")
+
+
+def check_within(bundle: Bundle, path: Path) -> None:
+    """Finds that a file or folder of the bundle is no link to elsewhere.
+
+    Raises:
+        BundleError: it leads out of the bundle.
+    """
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle.folder)):
+        raise BundleError(path, "leads out of the bundle", fix="do not use this bundle")
 
 
 def _read(bundle: Bundle, folder: Path) -> Engines:
     path = folder / BUILD
+    for name in (BUILD, *(f"{graph}.engine" for graph in GRAPHS)):
+        check_within(bundle, folder / name)
     data = read_json(path, BundleError, fix="build the engines again")
     if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
         found = data.get("build_version") if isinstance(data, dict) else data
         raise BundleError(
             path, f"build version {found!r:.40}", wanted=f"{BUILD_VERSION}", fix="build the engines again"
         )
+    seal = data.pop(SEAL, None)
     build = structure(Build, data, path, BundleError)
     if set(build.engines) != set(GRAPHS):
         raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(GRAPHS))
@@ -190,4 +237,5 @@ def _read(bundle: Bundle, folder: Path) -> Engines:
             raise BundleError(
                 engine, found, wanted=f"{record.bytes} bytes, as built", fix=f"copy it again or run {again}"
             )
+    check_seal(path, data, seal, f"copy it again or run {again}")
     return Engines(folder, build)

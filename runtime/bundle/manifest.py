@@ -17,7 +17,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,13 +24,14 @@ from typing import Annotated, Any
 from edgeskip.runtime.bundle.architecture import Architecture, DType, Size
 from edgeskip.runtime.bundle.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
 from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
 from edgeskip.runtime.structure import Range, structure
-from edgeskip.runtime.user_cache import cache_folder, keep
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT_VERSION = 1
+SEAL = "sha256"  # the key of a record's own hash
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
 """Names of a bundle's files: flat, and the same on every file system."""
@@ -91,7 +91,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return sealed(dataclasses.asdict(self))
 
     @property
     def table(self) -> dict[GraphName, Graph]:
@@ -149,57 +149,74 @@ def read_bundle(folder: str | Path) -> Bundle:
     found = kind_of(folder, BundleError)
     if found != "a folder":
         raise BundleError(folder, found or "no such folder", fix="give the folder that `edgeskip export` wrote")
+    if path.is_symlink():
+        raise BundleError(path, "a link, which may lead out of the bundle", fix="do not use this bundle")
     if not kind_of(path, BundleError):
         raise BundleError(folder, f"no {MANIFEST}, so not a bundle", fix="make one with `edgeskip export`")
     data = read_json(path, BundleError, fix="export the bundle again")
     _check_version(path, data)
+    seal = data.pop(SEAL, None)
     manifest = structure(Manifest, data, path, BundleError)
     _check_consistent(path, manifest)
     for name, record in manifest.files.items():
         _check_file(folder, name, record)
+    check_seal(path, data, seal, "copy the bundle again or export it again")
     return Bundle(folder, manifest)
+
+
+def sealed(record: dict[str, Any]) -> str:
+    """The JSON of a record with its own hash. That shows changes nobody meant; whoever means one can hash it anew."""
+    return json.dumps({**record, SEAL: _record_sha256(record)}, indent=2) + "\n"
+
+
+def check_seal(path: Path, record: dict[str, Any], seal: object, fix: str) -> None:
+    """Compares what a record says with the hash that stood in it.
+
+    Raises:
+        BundleError: it has none, or another.
+    """
+    found = _record_sha256(record)
+    if found != seal:
+        wanted = f"{seal!s:.12}..., as written" if seal else f"one under {SEAL!r}"
+        raise BundleError(path, f"what it says has the sha256 {found[:12]}...", wanted=wanted, fix=fix)
+
+
+def _record_sha256(record: dict[str, Any]) -> str:
+    """Of the record's JSON without spaces, its keys sorted."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
     """Compares every file with its sha256, in full the first time.
 
-    Later loads trust a stamp in the user's cache folder while size, modification time and inode stay as they were.
+    Later loads trust a stamp in the user's cache while size, times of change and inode of each stay as they were.
 
     Raises:
         BundleError: a file differs from what was exported.
     """
-    stamp = _stamp(bundle)
-    stamp_path: Path | None = None
-    with suppress(BundleError, RuntimeError):  # no stamp, a damaged one, or no home folder
-        stamp_path = _stamp_path(bundle)
-        if read_json(stamp_path, BundleError) == stamp:
-            return
-    count = counted("checking the bundle", sum(record.bytes for record in bundle.manifest.files.values()), progress)
-    for name, record in bundle.manifest.files.items():
-        wanted, fix = f"{record.sha256[:12]}..., as exported", "copy the bundle again or export it again"
-        verify_hash(bundle.path(name), record.sha256, count, wanted, fix)
-    if stamp_path is None:
+    stamp, name = _stamp(bundle), f"{hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]}.json"
+    if kept("checked", name) == stamp:
         return
-    with suppress(OSError):  # a read-only home costs time at the next load, nothing else
-        keep(stamp_path, json.dumps(stamp).encode())
+    count = counted("checking the bundle", sum(record.bytes for record in bundle.manifest.files.values()), progress)
+    for file, record in bundle.manifest.files.items():
+        path = bundle.path(file)
+        try:
+            with path.open("rb") as opened:
+                found = sha256_of(opened, count)
+        except OSError as error:
+            raise BundleError(path, f"cannot be read ({reason(error)})") from None
+        check_hash(path, found, record.sha256, "as exported", "copy the bundle again or export it again")
+    keep("checked", name, stamp)
 
 
-def verify_hash(path: Path, sha256: str, count: Callable[[int], None], wanted: str, fix: str) -> None:
-    """Compares one file with its sha256; `count` is told of the bytes as they are read.
+def check_hash(path: Path, found: str, sha256: str, when: str, fix: str) -> None:
+    """Compares a file's sha256 with the one that it had, `when`.
 
     Raises:
-        BundleError: it differs, with these `wanted` and `fix`, or cannot be read.
+        BundleError: it differs.
     """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-                count(len(block))
-    except OSError as error:
-        raise BundleError(path, f"cannot be read ({reason(error)})") from None
-    if digest.hexdigest() != sha256:
-        raise BundleError(path, f"sha256 is {digest.hexdigest()[:12]}...", wanted=wanted, fix=fix)
+    if found != sha256:
+        raise BundleError(path, f"sha256 is {found[:12]}...", wanted=f"{sha256[:12]}..., {when}", fix=fix)
 
 
 def counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
@@ -261,14 +278,11 @@ def _check_file(folder: Path, name: str, record: FileRecord) -> None:
         )
 
 
-def _stamp(bundle: Bundle) -> dict[str, Any]:
+def _stamp(bundle: Bundle) -> bytes:
+    """What the system says of each file; st_ctime is the one time that nobody can set."""
     stats = {name: bundle.path(name).stat() for name in bundle.manifest.files}
-    return {
-        name: [stat.st_size, stat.st_mtime_ns, stat.st_ino, bundle.manifest.files[name].sha256]
-        for name, stat in stats.items()
+    stamp = {
+        name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino, bundle.manifest.files[name].sha256]
+        for name, s in stats.items()
     }
-
-
-def _stamp_path(bundle: Bundle) -> Path:
-    key = hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]
-    return cache_folder("checked") / f"{key}.json"
+    return json.dumps(stamp).encode()

@@ -6,7 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import RequestError, reason
+from edgeskip.runtime.files import write_file
 
 
 def write_report(path: Path, text: str) -> None:
@@ -18,18 +19,10 @@ def write_report(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    path = Path(os.path.realpath(path))  # a link stays one
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe, which nothing may take the place of
-            path.write_text(text, encoding="utf-8")
-            return
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise RequestError(path, f"cannot be written ({error.strerror})", fix="give another file") from None
-    finally:
-        part.unlink(missing_ok=True)
+        write_file(path, text)
+    except (OSError, ValueError) as error:
+        raise RequestError(path, f"cannot be written ({reason(error)})", fix="give another file") from None
 
 
 def check_writable(*paths: Path | None) -> None:

@@ -22,9 +22,9 @@ from edgeskip.runtime.doctor.jetson import (
     power_mode,
 )
 from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.files import user_cache
 from edgeskip.runtime.host import Disk, HostMemory, command_output, cpu_name, disk, host_memory, usable_cores
 from edgeskip.runtime.packages import BASE, missing_modules, versions
-from edgeskip.runtime.user_cache import cache_folder
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def read_hardware(root: Path, unknown: dict[str, str]) -> tuple[Hardware, Backen
         cores=_attempt(unknown, "cores", usable_cores),
         memory=_attempt(unknown, "memory", lambda: host_memory(root)),
         disk=_attempt(unknown, "disk", lambda: disk(Path.cwd())),
-        cache_disk=_attempt(unknown, "cache_disk", lambda: disk(cache_folder(""))),
+        cache_disk=_attempt(unknown, "cache_disk", lambda: disk(user_cache())),
         has_gpu=gpu is not None or jetson is not None or _has_pci_gpu(root),
         gpu=gpu,
         jetson=jetson,

@@ -7,6 +7,7 @@ with edgeskip.load("bundle") as model:
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decod
     "load": "edgeskip.runtime.load"
 }
 __all__ = ["Generation", "Model", "Piece", "__version__", "load"]
+
+for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unasked, unless the user says so
+    os.environ.setdefault(f"{_library}_DISABLE_TELEMETRY", "1")
 
 if not Path(__file__).with_name("runtime").is_dir():  # a checkout without symlinks, as on Windows
     __path__.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -295,7 +295,7 @@ def test_a_destination_that_cannot_be_written(checkpoint, tmp_path):
 def test_a_full_disk_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(BundleError, match="0 MB free on the disk; wanted 1 MB for the weights; free some room"):
+    with pytest.raises(BundleError, match="0 MB free on the disk; wanted 1 MB; free some room"):
         export(checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [checkpoint]
 

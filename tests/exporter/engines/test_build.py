@@ -27,13 +27,12 @@ from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.exporter.engines import build as engine
 from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.exporter.engines.process import Fraction
-from edgeskip.exporter.folder import whole_or_absent
 from edgeskip.exporter.pack import pack
 from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
-from edgeskip.runtime.bundle.engines import BUILD, FOLDER, EngineProfile, engine_profiles, read_engines, verify_engines
+from edgeskip.runtime.bundle.engines import BUILD, FOLDER, EngineProfile, engine_profiles, open_engines, read_engines
 from edgeskip.runtime.bundle.graphs import GRAPHS
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
-from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError, RequestError
+from edgeskip.runtime.errors import BackendError, BundleError, RequestError
 
 TARGETS = (75, 80, 86, 89, 120, 121)
 ATTENTION = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
@@ -102,7 +101,8 @@ def parsed(path):
 def assert_engines_are_whole(bundle, sm):
     """They are read back, as heavy as their weights and little more, and nothing else is there."""
     (engines,) = (found for found in read_engines(bundle) if found.build.compute_capability == sm)
-    verify_engines(engines)
+    with open_engines(engines):
+        pass
     assert {path.name for path in engines.folder.iterdir()} == {BUILD, *(f"{graph}.engine" for graph in GRAPHS)}
     layers, records = bundle.manifest.architecture.num_layers, engines.build.engines.values()
     # beside the weights an engine holds its kernels' sources: for a layer, and once for a graph
@@ -400,7 +400,8 @@ def test_the_way_of_tensorrt(bundle, tmp_path):
         assert (tmp_path / f"cache/edgeskip/timings/{made.folder.name}.cache").is_file()
         assert len(list(made.folder.iterdir())) == 4
     (engines,) = read_engines(bundle)
-    verify_engines(engines)
+    with open_engines(engines):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -450,31 +451,6 @@ def test_a_packed_bundle_has_nothing_to_build_from(bundle, tmp_path):
     packed = pack(made, read_engines(made), tmp_path / "packed")
     with pytest.raises(BundleError, match="packed: it has engines, no graphs"):
         build(packed, 86)
-
-
-def test_a_folder_is_replaced_at_the_end_or_left(tmp_path, monkeypatch):
-    place = tmp_path / "place"
-    place.mkdir()
-    (place / "old").touch()
-    with pytest.raises(ZeroDivisionError), whole_or_absent(place, 0, replace=True):
-        raise ZeroDivisionError
-    assert [path.name for path in tmp_path.rglob("*")] == ["place", "old"]
-
-    rename = Path.rename
-
-    def fail(source, target):
-        if target == place and not source.name.endswith(".old"):
-            raise OSError(5, "Input/output error")
-        return rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(EdgeskipError, match="Input/output error"), whole_or_absent(place, 0, replace=True):
-            pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["place", "old"]
-    with whole_or_absent(place, 0, replace=True) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["place", "new"]
 
 
 def test_building_loads_only_what_a_device_has(bundle):

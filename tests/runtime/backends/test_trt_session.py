@@ -190,10 +190,8 @@ def test_engines_of_other_tensors_are_refused(bundle, bundles, tmp_path):
     path = engines.path("draft")
     made = json.loads(path.read_text()) | {"onnx": str(other)}
     path.write_text(json.dumps(made))
-    build = json.loads((engines.folder / BUILD).read_text())
-    record = build["engines"]["draft"]
-    record["sha256"], record["bytes"] = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
-    (engines.folder / BUILD).write_text(json.dumps(build))
+    record = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    edit_json(engines.folder / BUILD, lambda build: build["engines"]["draft"].update(record))
     assert "draft.engine: its tensors are not those of the manifest" in refused(copied)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import edit_json
 from tests.standin import VERSION, with_engines
 
-from edgeskip.runtime.bundle.engines import BUILD, FOLDER, build_command, engines_folder, read_engines, verify_engines
+from edgeskip.runtime.bundle.engines import BUILD, FOLDER, build_command, engines_folder, open_engines, read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.errors import BundleError
 
@@ -28,7 +28,8 @@ def folder(bundle):
 def test_every_folder_with_a_build_is_read(bundle, folder):
     (bundle.folder / FOLDER / ".half-built").mkdir()
     (engines,) = read_engines(bundle)
-    verify_engines(engines)
+    with open_engines(engines):
+        pass
     assert engines.folder == folder
     assert folder.name == f"tensorrt-sm87-{VERSION}"
     assert json.loads((folder / BUILD).read_text()) == json.loads(engines.build.to_json())
@@ -48,7 +49,8 @@ def test_the_command_that_builds_them_anew(bundle):
 def test_progress_counts_the_bytes_of_all_engines(bundle):
     (engines,) = read_engines(bundle)
     total, seen = sum(record.bytes for record in engines.build.engines.values()), []
-    verify_engines(engines, lambda *event: seen.append(event))
+    with open_engines(engines, lambda *event: seen.append(event)):
+        pass
     assert [event[1] for event in seen] == sorted(event[1] for event in seen)
     assert seen[-1] == ("checking the engines", total, total)
 
@@ -60,15 +62,16 @@ def test_a_changed_byte_is_found(bundle, folder):
     data[-1] ^= 1
     path.write_bytes(data)
     (engines,) = read_engines(bundle)  # of the right size
-    with pytest.raises(BundleError, match=r"verify.engine: sha256 is .*, as built; copy it again or build it again"):
-        verify_engines(engines)
+    message = r"verify.engine: sha256 is .*, as built; copy it again or build it again"
+    with pytest.raises(BundleError, match=message), open_engines(engines):
+        pass
 
 
 def test_an_engine_that_goes_away_is_told(bundle, folder):
     (engines,) = read_engines(bundle)
     (folder / "head.engine").unlink()
-    with pytest.raises(BundleError, match=r"head.engine: cannot be read \(No such file"):
-        verify_engines(engines)
+    with pytest.raises(BundleError, match=r"head.engine: cannot be read \(No such file"), open_engines(engines):
+        pass
 
 
 def rewritten(change):

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from tests.conftest import edit_json
 
 import edgeskip
 from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
@@ -174,9 +175,7 @@ def _copy_with_eos(source, folder, eos):
     import shutil
 
     shutil.copytree(source, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["eos_token_ids"] = [int(eos)]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    edit_json(folder / MANIFEST, lambda manifest: manifest.update(eos_token_ids=[int(eos)]))
 
 
 @pytest.mark.parametrize("threshold", [0.12, 0.2])

@@ -250,10 +250,10 @@ def test_a_folder_that_is_gone_and_a_home_that_is_not_there_are_unknown(monkeypa
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
 
-    def no_home(kind):
+    def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(hardware, "cache_folder", no_home)
+    monkeypatch.setattr(hardware, "user_cache", no_home)
     report = examine()
     assert report.hardware.disk is report.hardware.cache_disk is None
     assert "No such file" in report.unknown["disk"]

@@ -1,0 +1,501 @@
+"""Files and folders written whole or not at all, what killed processes left of them, and the user's cache.
+
+What is being written stands under a hidden name beside its own, `.NAME.TAG.edgeskip`, until it is whole and on the
+disk; then one rename puts it in place. Its writer holds a lock on it, which the system takes back however the writer
+ends. So the next one to write into a folder knows what nobody owns any more, and removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from edgeskip.runtime.errors import BundleError, EdgeskipError, reason
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked and so nothing is taken for left behind
+    fcntl = None  # type: ignore[assignment]
+
+_HIDDEN = re.compile(r"\.(.+)\.([0-9a-f]{8}|old)\.edgeskip", re.DOTALL)
+_OLD = "old"  # the tag of what a rename is about to replace, where the system cannot exchange two names at once
+_PLAIN = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))  # no link, no waiting
+_NO_REPLACE, _EXCHANGE = 1, 2  # linux/fs.h
+_AT_FDCWD = -100
+_TRIES = 20  # another process that looks for what is left holds a lock for a moment
+_BLOCK_BYTES = 1 << 22
+
+Count = Callable[[int], None]
+"""Told of bytes as they are read."""
+
+
+class InUseError(OSError):
+    """Another process has the lock."""
+
+
+# Files
+
+
+def write_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
+    """Writes a file whole or not at all; see `whole_file`."""
+    with whole_file(path, new=new) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def whole_file(path: Path, *, new: bool = False, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its place when the block ends well, and goes away if it does not.
+
+    A link stays one, and what it leads to is replaced. A device or a pipe, whose place nothing may take, is written as
+    it is.
+
+    Args:
+        path: the file.
+        new: whether there may be none yet.
+        mode: its permissions, less the umask; those of an older file are kept.
+
+    Raises:
+        FileExistsError: with `new`, it is there.
+        OSError: it cannot be written.
+    """
+    if not new and _is_stream(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    path = path.absolute() if new else Path(os.path.realpath(path))
+    if new and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    older = None if new or not path.exists() else path.stat()
+
+    def make(part: Path) -> None:
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, mode))
+
+    part, descriptor = _owned(path, None, make, os.O_RDWR)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if older is not None and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, older.st_mode & 0o777)
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+            if fcntl is None:
+                file.close()
+            if new:
+                _rename_new(part, path)
+            else:
+                part.replace(path)
+            sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_hashed(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes a new file, as a rule in a `whole_folder`; gives its bytes and their sha256.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Opens a file to read that is no link.
+
+    Raises:
+        OSError: it is one, or cannot be opened.
+    """
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _PLAIN))
+
+
+def blocks_of(file: IO[bytes], count: Count = lambda _: None, size: int | None = None) -> Iterator[bytes]:
+    """The rest of an open file, or its next `size` bytes, told as they are read."""
+    left = sys.maxsize if size is None else size
+    while left and (block := file.read(min(left, _BLOCK_BYTES))):
+        left -= len(block)
+        count(len(block))
+        yield block
+
+
+def sha256_of(file: IO[bytes], count: Count = lambda _: None) -> str:
+    """The hash of the rest of an open file."""
+    digest = hashlib.sha256()
+    for block in blocks_of(file, count):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# Folders
+
+
+def check_destination(destination: Path, error: type[EdgeskipError] = BundleError) -> None:
+    """Refuses a destination that is there already.
+
+    Raises:
+        error: it exists, or its name cannot be one.
+    """
+    try:
+        taken = destination.exists() or destination.is_symlink()
+    except (OSError, ValueError) as caught:
+        raise error(f"{str(destination)[:60]!r}", f"cannot be looked up ({reason(caught)})") from None
+    if taken:
+        raise error(destination, "already exists", fix="give another folder or remove this one")
+
+
+@contextmanager
+def whole_folder(
+    destination: Path, num_bytes: int, error: type[EdgeskipError] = BundleError, *, replace: bool = False
+) -> Iterator[Path]:
+    """A hidden sibling that becomes `destination` at the end, or goes away with whatever went wrong.
+
+    With `replace` it takes the place of a folder of that name, which stays as it is until then: there is no moment
+    without one of the two.
+
+    Raises:
+        error: the destination exists, cannot be written or is being written by another process, or the disk has not
+            `num_bytes` free.
+    """
+    if not replace:
+        check_destination(destination, error)
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _owned_folder(parent / destination.name, _tag(destination.name)) as folder:
+            if (free := shutil.disk_usage(parent).free) < num_bytes:
+                raise _disk_full(error, destination, free, num_bytes)
+            yield folder
+            folder.chmod(0o755)
+            sync_tree(folder)
+            if replace and destination.is_dir():
+                _replace(destination, folder)
+            else:
+                _rename_new(folder, destination)
+            sync(parent)
+    except InUseError as caught:
+        raise error(destination, reason(caught), fix="wait for it, or give another folder") from None
+    except OSError as caught:
+        if caught.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(error, destination, shutil.disk_usage(parent).free, num_bytes) from None
+        if not replace and isinstance(caught, FileExistsError) and os.path.lexists(destination):
+            raise error(destination, "appeared meanwhile", fix="give another folder") from None
+        raise error(destination, f"cannot be written ({reason(caught)})", fix="give another folder") from None
+
+
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary files, which goes away at the end or, after a kill, with the next one.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with _owned_folder(Path(tempfile.gettempdir()) / name, None) as folder:
+        yield folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder for this process, where the file system has locks.
+
+    Raises:
+        InUseError: another process has it.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Hands a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | _PLAIN)
+    except PermissionError:  # a folder whose names may not be read; any folder on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders of some file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Hands all files below a folder to the disk.
+
+    Raises:
+        OSError: they cannot be.
+    """
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
+def put_back(folder: Path) -> None:
+    """Gives back their names to folders that a killed process was about to replace."""
+    for path, name, tag in _hidden(folder):
+        if tag == _OLD and not os.path.lexists(path.with_name(name)):
+            with suppress(OSError):
+                _clear(path, name, tag)
+
+
+# The user's cache
+
+
+def kept(kind: str, name: str) -> bytes | None:
+    """What the user's cache has under a name; None where it has nothing, or cannot be trusted."""
+    folder = cache_folder(kind)
+    if folder is None:
+        return None
+    try:
+        with open_plain(folder / name) as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def keep(kind: str, name: str, data: bytes) -> None:
+    """Keeps in the user's cache what only saves time, for the user alone; where that cannot be, it is not kept."""
+    with suppress(OSError):
+        if folder := cache_folder(kind):
+            with whole_file(folder / name, mode=0o600) as file:
+                file.write(data)
+
+
+def user_cache() -> Path:
+    """Where edgeskip keeps what only saves time; it need not be there yet.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = base if base.is_absolute() else Path.home() / ".cache"  # a relative one does not count, by its specification
+    if not base.is_absolute():
+        raise RuntimeError("no home folder")
+    return base / "edgeskip"
+
+
+def cache_folder(kind: str) -> Path | None:
+    """The user's cache folder of one kind, made where it is not there; None where there is none to be trusted.
+
+    What is in it is believed, and kernels are run, so others must not be able to write it.
+    """
+    try:
+        folder = user_cache() / kind
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for part in (folder.parent, folder):
+            with suppress(FileExistsError):
+                part.mkdir(mode=0o700)
+            if not _is_ours_alone(part.stat()):
+                return None
+    except (OSError, RuntimeError):  # read-only, or no home folder
+        return None
+    return folder
+
+
+def _is_ours_alone(status: os.stat_result) -> bool:
+    if os.name == "nt":
+        return True
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+# Hidden names
+
+
+def _tag(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
+def _hidden(folder: Path) -> list[tuple[Path, str, str]]:
+    """What stands in a folder under hidden names of ours, with the names that they are for, or begin with, and tags."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208  (the names alone)
+    except OSError:
+        return []
+    found = ((name, _HIDDEN.fullmatch(name)) for name in names)
+    return [(folder / name, match[1], match[2]) for name, match in found if match]
+
+
+def _sweep(folder: Path) -> None:
+    """Removes or puts back what no living process owns."""
+    for path, name, tag in _hidden(folder):
+        with suppress(OSError):
+            _clear(path, name, tag)
+
+
+def _clear(path: Path, name: str, tag: str) -> None:
+    if fcntl is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY | _PLAIN)
+    try:
+        is_ours = os.fstat(descriptor).st_uid == os.geteuid()
+        if not (is_ours and _lock(descriptor) and _is_at(descriptor, path)):
+            return
+        if tag == _OLD and not os.path.lexists(path.with_name(name)):
+            path.rename(path.with_name(name))
+            return
+        away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")  # its name is free from now on
+        path.rename(away)
+        _remove(away)
+    finally:
+        os.close(descriptor)
+
+
+def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: int) -> tuple[Path, int]:
+    """Makes what will be `path`, under a hidden name; gives that name and a descriptor, which holds the lock.
+
+    Raises:
+        InUseError: another process is making it, told by the tag.
+        OSError: it cannot be made.
+    """
+    for _ in range(_TRIES):
+        part = path.with_name(f".{path.name[:40]}.{tag or secrets.token_hex(4)}.edgeskip")
+        _sweep(path.parent)
+        try:
+            make(part)
+        except FileExistsError:
+            break
+        with suppress(FileNotFoundError, InUseError):  # one that sweeps was faster than our lock
+            descriptor = os.open(part, access | _PLAIN)
+            try:
+                _lock(descriptor)
+                if _is_at(descriptor, part):
+                    return part, descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    raise InUseError(errno.EWOULDBLOCK, f"another process is writing it, as {part.name}", str(path))
+
+
+@contextmanager
+def _owned_folder(path: Path, tag: str | None) -> Iterator[Path]:
+    """An empty folder of this process under a hidden name, removed at the end if it still has that name."""
+    part, descriptor = _owned(path, tag, lambda part: part.mkdir(mode=0o700), os.O_RDONLY)
+    try:
+        yield part
+    finally:
+        if _is_at(descriptor, part):
+            _remove(part)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks what is open until it is closed; False where the file system has no locks.
+
+    Raises:
+        InUseError: another process has locked it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError(errno.EWOULDBLOCK, "another process has it") from None
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open still stands under that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# Renames
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Renames to a name that nothing has.
+
+    Raises:
+        FileExistsError: something has it.
+    """
+    if _rename_with(source, target, _NO_REPLACE):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
+
+
+def _replace(destination: Path, folder: Path) -> None:
+    """Puts a folder in another's place and removes the other one; if it cannot be put there, nothing changes."""
+    with locked(destination):  # the lock goes with it, so that nobody takes the old one for left behind
+        if _rename_with(folder, destination, _EXCHANGE):
+            _remove(folder)
+            return
+        old = destination.with_name(f".{destination.name}.{_OLD}.edgeskip")
+        destination.rename(old)
+        try:
+            folder.rename(destination)
+        except BaseException:
+            old.rename(destination)
+            raise
+        _remove(old)
+
+
+def _rename_with(source: Path, target: Path, flag: int) -> bool:
+    """Linux's rename with a flag; False where the system or the file system does not have it.
+
+    Raises:
+        OSError: it refuses.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or an old one
+        return False
+    sys.audit("os.rename", os.fspath(source), os.fspath(target), -1, -1)
+    if not renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def _is_stream(path: Path) -> bool:
+    """A device or a pipe, or the name of an open file."""
+    return path.exists() and (not path.is_file() or str(path.absolute()).startswith(("/dev/", "/proc/")))
+
+
+def _disk_full(error: type[EdgeskipError], destination: Path, free: int, wanted: int) -> EdgeskipError:
+    return error(
+        destination,
+        f"{free / 1e6:.0f} MB free on the disk",
+        wanted=f"{wanted / 1e6:.0f} MB" if wanted else "",
+        fix="free some room or give a folder on another disk",
+    )
