@@ -31,10 +31,10 @@ def run_demo(console: Console, keep: Path | None, threads: int, progress: Progre
     """Exports, decodes, compares and sums up; returns whether all tokens were the same.
 
     Args:
-        console: where it is shown.
+        console: where to print.
         keep: folder for the bundle; a temporary one if None.
-        threads: of the CPU; 0 means one a core.
-        progress: told of long work.
+        threads: CPU threads; 0 means one per core.
+        progress: called during long work.
     """
     with scratch_folder("demo") as scratch:
         bundle = keep or scratch / "bundle"
@@ -76,6 +76,6 @@ def _print_summary(report: BenchReport, console: Console) -> None:
     )
     if report.differences:
         ties = len(report.differences) - report.faults
-        console.print(f"   {ties} texts part at a tie between two tokens; {report.faults} differ otherwise.")
+        console.print(f"   {ties} texts diverge at a tie between two tokens; {report.faults} differ otherwise.")
     else:
         console.print(f"   All {report.prompts} texts are the same, token by token.")

@@ -1,6 +1,6 @@
 """What is exported, and for which device: export recipes (recipes/*.toml) and devices (recipes/devices/*.toml).
 
-They are apart, so that any model combines with any device.
+They are separate, so that any model combines with any device.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class ExportRecipe:
         checkpoint: a hub id, a folder (relative to the recipe), or a checkpoint that ships with edgeskip.
         exit_layer: E; layers[:E] draft.
         source: where exit layer and speculation length come from.
-        num_speculations: K, drafts a round.
+        num_speculations: K, drafts per round.
         shape: the published shape that stands for its config.json where the checkpoint is not at hand.
-        dtype: of weights, activations and caches; else the device's.
-        max_length: cache capacity in tokens; else the device's.
+        dtype: that of weights, activations and caches; by default the device's.
+        max_length: cache capacity in tokens; by default the device's.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
 
@@ -59,18 +59,18 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class Kernels:
-    """How near calls come to the device's limits; `cost` has the formula.
+    """How close calls come to the device's limits; `plan/cost.py` has the formula.
 
-    The defaults are an H100's, fitted to docs/benchmarks (docs/planning.md). On slower devices reading weights takes
-    longer and the rest matters less.
+    The defaults are an H100's, fitted to docs/benchmarks (docs/planning.md). On slower devices, reading the weights
+    takes longer and the rest matters less.
 
     Attributes:
-        call_us: a call of a graph, whatever is in it.
-        layer_us: a decoder layer beside its products.
-        several_us: more of that, with more than one row.
-        row_us: each row after the first, a layer.
+        call_us: for each call of a graph, whatever is in it.
+        layer_us: for each decoder layer, apart from its products.
+        several_us: what is added to that where there is more than one row.
+        row_us: for each row after the first, per layer.
         copy_share: rate at which products read weights, over that of a copy.
-        flops_share: of `fp16_tflops`, in products of many rows.
+        flops_share: share of `fp16_tflops` that products of many rows reach.
     """
 
     call_us: Annotated[float, Range(0)] = 13.1
@@ -86,21 +86,21 @@ class Device:
     """A machine to run on. Sizes are in GB of 10^9 bytes.
 
     Attributes:
-        name: as its maker calls it.
+        name: what its maker calls it.
         compute_capability: SM, 87 for 8.7.
-        memory_gb: what the system or the driver shows.
-        reserved_gb: of it, what system and driver keep before edgeskip starts.
+        memory_gb: as the system or the driver shows it.
+        reserved_gb: the part that the system and the driver keep before edgeskip starts.
         shared_memory: CPU and GPU share it, as on a Jetson.
-        bandwidth_gb_per_s: by its data sheet.
-        copy_share: what a copy reaches of it, bytes read plus bytes written.
+        bandwidth_gb_per_s: according to its data sheet.
+        copy_share: the share of it that a copy reaches, bytes read plus bytes written.
         fp16_tflops: dense, on tensor cores.
-        dtype: what to export in.
-        max_length: cache capacity in tokens, where the recipe says none.
-        backends: that serve it, the preferred one first.
+        dtype: the one to export in.
+        max_length: cache capacity in tokens, where the recipe gives none.
+        backends: those that serve it, the preferred one first.
         tensorrt: version of the system's TensorRT.
         jetpacks: JetPack version -> its TensorRT.
         sources: where each figure comes from.
-        kernels: how near calls come to these limits.
+        kernels: how close calls come to these limits.
     """
 
     name: str
@@ -148,7 +148,7 @@ def load_device(name: str) -> Device:
 
 
 def checkpoint_source(recipe: ExportRecipe, path: Path) -> str:
-    """What to open: the recipe's checkpoint as a folder where there is one, else as the hub id that it is."""
+    """What to open: the recipe's checkpoint as a folder where there is such a folder, else as a hub id."""
     for folder in (path.parent / recipe.checkpoint, CHECKPOINTS / recipe.checkpoint):
         if folder.is_dir():
             return str(folder)

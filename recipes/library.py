@@ -1,4 +1,4 @@
-"""The recipes that ship with edgeskip, of every kind, and what holds for each beyond its form."""
+"""The recipes of every kind that ship with edgeskip, and what must hold for each beyond its form."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recipe_file(name: str) -> Path:
 
 
 def validate(path: Path) -> Kind:
-    """Reads a recipe of any kind and checks what one file alone can say; gives its kind, told by its keys.
+    """Reads a recipe of any kind and checks all that can be told from the file alone; its keys tell its kind.
 
     Raises:
         RecipeError: it is malformed, names a shape that is not there, or an exit layer that its model lacks.

@@ -35,7 +35,7 @@ def load_shape(name: str) -> Shape:
 
     Raises:
         RequestError: no such name, file, folder or hub id.
-        CheckpointError: the config.json is not that of a model that is supported, or the hub does not give it.
+        CheckpointError: the config.json is not that of a supported model, or cannot be had from the hub.
     """
     names = shape_names()
     path = FOLDER / f"{name}.json" if name in names else Path(name)

@@ -1,18 +1,18 @@
 """A checkpoint of a given shape with random weights whose exit agrees with the whole model at a chosen rate.
 
-Speed depends on shape and match rate alone, so a model that says nothing makes it measurable where the weights of a
-real one cannot be had.
+Speed depends on shape and match rate alone, so it can be measured with a model that says nothing, where the weights of
+a real one cannot be had.
 
     h_0 = embedding                      rows of length 1
     h_1 = h_0 + attention + mlp          attention about as large as the embedding, the MLP far larger
     h_l = h_(l-1) + attention + mlp      every MLP adds a variance of 1, attention less than that
     logits = head(norm(h))               with a standard deviation of 1
 
-*Texts that do not loop.* A gated MLP of random weights sends unlike inputs to nearly orthogonal outputs: a text is a
-walk of random jumps as long as the MLPs' inputs differ from place to place. So the first MLP must not see mostly an
+*Texts that do not loop.* A gated MLP with random weights sends different inputs to nearly orthogonal outputs: a text is
+a walk of random jumps as long as the MLPs' inputs differ from place to place. So the first MLP must not see mostly an
 average of the tokens so far, nor the later ones mostly attention. Nor may the embedding itself survive, or a tied model
-repeats its input: the logit of that token gains 1 / rms(h) <= 1 standard deviations, whatever the width, where the top
-of V random ones stands at sqrt(2 ln V), 4.9 of them for V = 128256.
+repeats its input: the logit of that token gains 1 / rms(h) <= 1 standard deviations, whatever the width, while the top
+one of V random logits is at sqrt(2 ln V), or 4.9 standard deviations for V = 128256.
 
 *The match rate.* The later layers add to h_E what the exit does not see. Their output projections are scaled by a
 damping in (0, 1]: at 1 they outweigh the early ones and the exit is rarely right, near 0 it nearly always is.
@@ -48,11 +48,11 @@ from edgeskip.runtime.files import whole_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1
-FIRST_ATTENTION = 3.0  # of one value against an embedding; an average of n of them measures 1 / sqrt(n) of it
-LATE_VARIANCE = 8.0  # of all later layers undamped, against that of the early ones
+FIRST_ATTENTION = 3.0  # one value over an embedding; an average of n of them measures 1 / sqrt(n) of it
+LATE_VARIANCE = 8.0  # that of all later layers, undamped, over that of the early ones
 STEEPNESS = 7.0  # the match rate is about exp(-STEEPNESS * damping), measured at many shapes
 SMALLEST_DAMPING = 1e-3
-TOLERANCE, LARGEST_ERROR = 0.01, 0.03  # of the match rate: what ends the search, what is refused
+TOLERANCE, LARGEST_ERROR = 0.01, 0.03  # errors of the match rate: what ends the search, what is refused
 DISTINCT_TOKENS = 0.9
 NUM_BYTES = 256
 SHARD_SIZE = "4GB"
@@ -65,14 +65,14 @@ class SyntheticSettings:
 
     Args:
         exit_layer: E, where drafting would end.
-        match_rate: the share of greedy tokens that the exit is to predict, 0 to 1.
-        seed: of weights and prompts; the same seed on another device gives other weights.
-        dtype: of the weights as stored.
+        match_rate: the share of greedy tokens that the exit shall predict, 0 to 1.
+        seed: that of weights and prompts; the same seed on another device gives other weights.
+        dtype: that of the weights as stored.
         device: where they are made and measured; `auto` is CUDA where there is one. A CPU computes in fp32.
-        num_prompts: B, of random tokens.
-        prompt_length: tokens of each.
-        new_tokens: T, that the whole model then writes.
-        max_steps: dampings tried.
+        num_prompts: B; their tokens are random.
+        prompt_length: tokens in each.
+        new_tokens: T, the tokens that the whole model then writes.
+        max_steps: how many dampings are tried, at most.
     """
 
     exit_layer: int
@@ -88,7 +88,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a rate over the prompts."""
+    """How a rate varies over the prompts."""
 
     min: float
     median: float
@@ -97,11 +97,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How the exit and the whole model go together on the whole model's own greedy texts.
+    """How well the exit and the whole model agree on the whole model's own greedy texts.
 
     Attributes:
-        damping: of the later layers, at which this was measured.
-        match_rate: share of the tokens that are the exit's pick too.
+        damping: the damping of the later layers at which this was measured.
+        match_rate: share of the tokens that the exit picks too.
         match_rate_by_prompt: the same, text by text.
         distinct_tokens: share of a text's tokens that repeat no earlier one, mean over texts.
     """
@@ -134,7 +134,7 @@ def synthesize(
         shape_name: a published shape, or the path of a config.json.
         destination: the folder.
         settings: what is made.
-        progress: told of long work.
+        progress: called during long work.
 
     Raises:
         RequestError: a shape, exit layer or rate that cannot be had.
@@ -156,7 +156,7 @@ def synthesize(
 
 
 class Weights:
-    """A model whose weights are a function of seed, name and damping: any can be drawn again, so none is kept twice.
+    """A model whose weights are a function of seed, name and damping. Any can be drawn again, so none is kept twice.
 
     Attributes:
         model: in transformers, on the device; undamped once it has been drawn.
@@ -185,7 +185,7 @@ class Weights:
         decoder = self.model.model
         self.model.to_empty(device=self.device)
         self.model.tie_weights()
-        decoder.rotary_emb = type(decoder.rotary_emb)(self.model.config).to(self.device)  # its tables are no parameters
+        decoder.rotary_emb = type(decoder.rotary_emb)(self.model.config).to(self.device)  # has no parameters
         done = 0
         for index, (name, parameter) in enumerate(self.model.named_parameters()):
             self._fill(index, name, parameter, 1.0)
@@ -193,7 +193,7 @@ class Weights:
             progress("drawing weights", done, self.stored_bytes)
 
     def damp(self, damping: float) -> None:
-        """Draws the output projections of the later layers again, times `damping`; nothing builds up."""
+        """Draws the output projections of the later layers again, times `damping`, so that errors do not add up."""
         for index, (name, parameter) in enumerate(self.model.named_parameters()):
             if self._is_late(name):
                 self._fill(index, name, parameter, damping)
@@ -203,7 +203,7 @@ class Weights:
         return layer is not None and layer >= self.settings.exit_layer and _is_output(name)
 
     def _deviation(self, name: str, fan_in: int) -> float:
-        """Standard deviation of a matrix's numbers, undamped: 1 / sqrt(fan-in), but for the module's formulas."""
+        """Standard deviation of a matrix's numbers, undamped: 1 / sqrt(fan-in) but for this module's formulas."""
         layers, exit_layer = self.architecture.num_layers, self.settings.exit_layer
         deviation = 1 / math.sqrt(fan_in)
         if "down_proj" in name:
@@ -239,7 +239,7 @@ def _is_output(name: str) -> bool:
 def measure(
     model: CausalLM, settings: SyntheticSettings, damping: float, progress: Callable[[int], None] = lambda _: None
 ) -> Measurement:
-    """Continues random prompts greedily; at each token asks the exit too, from the same caches as drafting does.
+    """Continues random prompts greedily and asks the exit at each token too, with the same caches as in drafting.
 
     `progress` is told how many tokens of each prompt are done.
     """
@@ -268,8 +268,8 @@ def measure(
 def find_damping(weights: Weights, settings: SyntheticSettings, progress: Progress = lambda *_: None) -> Measurement:
     """Damps the later layers so that the match rate is nearest to what is wanted; returns what was measured then.
 
-    The next damping is read off exp(-c * damping) through the last measurement, or halves the logarithm of what is left
-    where that leads out of it. Every try has its own texts, so rates jitter by some 0.01.
+    The next damping is read off exp(-c * damping) through the last measurement; where that leads out of the interval
+    that is left, it is that interval's geometric mean. Every try has its own texts, so rates jitter by about 0.01.
     """
     wanted, total = settings.match_rate, (settings.max_steps + 1) * settings.new_tokens
 
@@ -341,9 +341,9 @@ def _check_memory(weights: Weights, device: torch.device) -> None:
 
 
 def _is_judged(a: Architecture, settings: SyntheticSettings) -> bool:
-    """Whether texts of random tokens hardly repeat and random states of this width are nearly orthogonal.
+    """Whether texts of random tokens hardly ever repeat and random states of this width are nearly orthogonal.
 
-    The figures of smaller shapes, good for tests only, are recorded and never refused.
+    The figures of smaller shapes, which are good for tests only, are recorded and never refused.
     """
     return a.vocab_size >= 100 * settings.new_tokens and a.hidden_size >= 512
 
@@ -379,7 +379,7 @@ def _write(weights: Weights, shape: Shape, made: Synthetic, folder: Path) -> Non
 
 
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """Id b < 256 is the byte b, so that any text is encoded a token a byte; another id i reads ` i`."""
+    """Id b < 256 is the byte b, so that any text takes one token per byte; any other id i reads ` i`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [c for c in alphabet if ord(c) < NUM_BYTES]  # ByteLevel writes these bytes as themselves,
     shifted = iter(sorted(set(alphabet) - set(printable)))  # the others, in order, by characters from 256 on
@@ -396,14 +396,14 @@ def _readme(made: Synthetic) -> str:
     exit_layer = made.exit_layer
     return f"""# Synthetic weights of the shape {made.shape}
 
-**This is no language model.** Its weights are random (seed {made.seed}), made by `edgeskip synth` to measure speed,
+**This is not a language model.** Its weights are random (seed {made.seed}), made by `edgeskip synth` to measure speed,
 and its texts mean nothing. No weight of any published model is in it.
 
 The output projections of the layers from {exit_layer} on are damped by {made.damping:.4g},
 so that exit layer {exit_layer} predicts {made.match_rate:.1%} of the tokens that the whole model writes greedily
 ({spread.min:.1%} to {spread.max:.1%} by prompt, median {spread.median:.1%}).
 {made.distinct_tokens:.1%} of the tokens of a text are distinct. There is no EOS: texts run to the length asked for.
-The tokenizer encodes a token a byte; other token ids read as their numbers.
+The tokenizer takes one token per byte; other token ids read as their numbers.
 
 Logits are those of random weights, so no token is ever probable: draft with `--confidence-threshold 0`.
 """

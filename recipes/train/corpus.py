@@ -4,7 +4,7 @@
 
 The sources are the running interpreter's standard library and the distributions of a site-packages folder
 whose metadata names a permissive licence. Only their own, hand-written modules are kept: vendored trees,
-generated files, tables of data and copies of what is there already are left out. The split is by file.
+generated files, tables of data and copies of other files are left out. The split is by file.
 
     OUT/train/<distribution>/<path>.py      OUT/SOURCES.md, OUT/sources.json   what came from where
     OUT/heldout/<distribution>/<path>.py    OUT/tokenizer/                     byte-level BPE
@@ -211,14 +211,14 @@ def select(
 ) -> Iterator[Document]:
     """The files worth learning from, training ones first.
 
-    A file is held out by its path alone. No distribution gives more than `limit_bytes`, nor tests that make
-    up more than a twentieth of its other code. A file is a copy, and left out, if half of its shingles were
-    seen in files before it, or 30% for a held-out one, which all training files come before.
+    Whether a file is held out depends on its path alone. No distribution gives more than `limit_bytes`, nor more
+    tests than a twentieth of its other code. A file counts as a copy, and is left out, if more than half of its
+    shingles were seen in files before it; 30% for a held-out file, which all training files come before.
 
     Args:
-        origins: where to take from.
+        origins: where files are taken from.
         heldout: the share of files to hold out.
-        limit_bytes: of any one distribution.
+        limit_bytes: taken from any one distribution, at most.
         left_out: counts the files that were left out, by reason.
     """
     queue = []
@@ -253,7 +253,7 @@ def select(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE (any text comes back exactly) that begins a text with BOS, trained on `texts`."""
+    """A byte-level BPE (any text comes back exactly) that begins each text with BOS, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -291,14 +291,14 @@ def build(
 
     Args:
         out: a new or an empty folder.
-        origins: where to take from.
+        origins: where files are taken from.
         heldout: the share of files to hold out.
-        limit_bytes: of any one distribution.
-        vocab_size: of the tokenizer, its two special tokens included.
+        limit_bytes: taken from any one distribution, at most.
+        vocab_size: the tokenizer's, its two special tokens included.
         sample_bytes: how much of the training text the tokenizer sees.
 
     Returns:
-        one line that says what was written.
+        A line that says what was written.
 
     Raises:
         RecipeError: `out` holds something, or no file is left after filtering.
@@ -381,9 +381,9 @@ def _write_sources(folder: Path, documents: Sequence[Document], left_out: Counte
     "--site-packages",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=sysconfig.get_path("purelib"),
-    help="Where the distributions are installed; this interpreter's own place if not given.",
+    help="Where the distributions are installed.  [default: where this interpreter's are]",
 )
-@click.option("--packages", multiple=True, help="A distribution, or a file that lists some; all if not given.")
+@click.option("--packages", multiple=True, help="A distribution, or a file that lists some.  [default: all]")
 @click.option("--heldout", type=click.FloatRange(0, 0.5), default=0.02, show_default=True)
 @click.option("--limit-mb", type=click.FloatRange(0, min_open=True), default=20, show_default=True)
 @click.option("--vocab-size", type=click.IntRange(258), default=4096, show_default=True)

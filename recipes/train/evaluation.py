@@ -69,9 +69,9 @@ class Evaluation:
         exits: one each for E = 1 .. L; the last is the model itself.
         num_tokens: held-out tokens predicted.
         num_continued_tokens: tokens in the greedy continuations.
-        distinct_4grams: of these continuations, the mean share of 4-grams that are not repetitions. Small models
+        distinct_4grams: the mean share of their 4-grams that are not repetitions. Small models
             loop, and a loop is easy to match.
-        text_distinct_4grams: the same of the text that the prompts' files go on with.
+        text_distinct_4grams: the same for the text that really follows the prompts.
     """
 
     exits: tuple[ExitEvaluation, ...]
@@ -150,7 +150,7 @@ def sequences(tokens: Array, settings: EvaluationSettings) -> Tensor:
 
 
 def file_beginnings(tokens: Array, eos_id: int, settings: EvaluationSettings) -> tuple[Tensor, Tensor]:
-    """Prompts [P, prompt_length] and how the text goes on [P, continuation_length], from the longer files."""
+    """Prompts [P, prompt_length] and the text that follows them [P, continuation_length], from the longer files."""
     span = settings.prompt_length + settings.continuation_length
     starts = file_starts(tokens, eos_id)
     lengths = np.diff(np.append(starts, len(tokens)))
@@ -162,7 +162,7 @@ def file_beginnings(tokens: Array, eos_id: int, settings: EvaluationSettings) ->
 
 
 def greedy_continuations(model: CausalLM, prompts: Tensor, eos_id: int, settings: EvaluationSettings) -> Tensor:
-    """Prompts with the full model's greedy continuations [P, T], ignored after EOS."""
+    """Prompts with the full model's greedy continuations [P, T]; what follows an EOS is marked as ignored."""
     batches = []
     for batch in torch.split(prompts, settings.batch_size):
         batch = batch.to(model.device)
@@ -184,7 +184,7 @@ def greedy_continuations(model: CausalLM, prompts: Tensor, eos_id: int, settings
     return continued.masked_fill(ended, _IGNORED).cpu()
 
 
-# How
+# Scores
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,9 @@ class _Scores:
 def _teacher_forced(
     model: CausalLM, token_ids: Tensor, bos_id: int | None, settings: EvaluationSettings, first: int = 1
 ) -> _Scores:
-    """Predict the tokens at places `first` and on of `token_ids` [S, T+1], each from the true ones before it.
+    """Predict the tokens of `token_ids` [S, T+1] from place `first` on, each from the true ones before it.
 
-    A BOS is not predicted: it only says that the packed text goes on with another file.
+    A BOS is not predicted: it only says that another file begins in the packed text.
     """
     sums = torch.zeros(3, len(model.model.layers), dtype=torch.float64, device=model.device)
     count = 0

@@ -1,10 +1,10 @@
 """The formulas of LayerSkip: layer dropout, early-exit loss weights and curricula (arXiv 2404.16710).
 
-Sections below are that paper's.
+Section numbers are that paper's.
 
 Layers are counted from 0, as in the paper: l = 0 .. L-1. An exit layer E stands for layers[:E], so its loss is that
-of layer l = E-1. Where the paper counts steps, t of T, these functions take the step for what rotates and
-`progress` = t / (T-1), 0 to 1, for what ramps: a training limited by time has no T.
+of layer l = E-1. Where the paper counts steps, t of T, these functions take the step where something rotates and
+`progress` = t / (T-1), 0 to 1, where something ramps up: a training limited by time has no T.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def exit_scale(layer: int, num_layers: int, e_scale: float) -> float:
 
 
 def rotational(step: int, num_layers: int, rotation: int) -> frozenset[int]:
-    """C_rot,R: every R-th layer has a loss, shifting by one layer each step; the last layer always has."""
+    """C_rot,R: every R-th layer has a loss, shifting by one layer each step; the last layer always has one."""
     return frozenset(range(step % rotation, num_layers, rotation)) | {num_layers - 1}
 
 
 def gradual(progress: float, num_layers: int) -> frozenset[int]:
-    """C_grad: the layers with a loss grow from the last one backwards, by one each T / 2L steps."""
+    """C_grad: the layers with a loss grow in number, backwards from the last one, by one every T / 2L steps."""
     added = int(progress * 2 * num_layers)
     return frozenset(range(max(0, num_layers - 1 - added), num_layers))
 
@@ -79,7 +79,7 @@ def loss_weights(recipe: LayerSkipRecipe | None, num_layers: int, step: int, pro
 
 
 def distillation_weights(recipe: LayerSkipRecipe | None) -> dict[int, float]:
-    """Layer -> weight of its cross entropy with the last layer's prediction (the exits in focus, if so set)."""
+    """Layer -> weight of its cross entropy with the last layer's prediction (exits in focus, where they learn it)."""
     if recipe is None or recipe.focus_target != "last-layer":
         return {}
     return {exit_layer - 1: share for exit_layer, share in recipe.focus.items()}

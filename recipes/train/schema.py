@@ -64,7 +64,7 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class LayerSkipRecipe:
-    """Layer dropout and early-exit loss (LayerSkip, arXiv 2404.16710); `recipes.layerskip` has the formulas.
+    """Layer dropout and early-exit loss (LayerSkip, arXiv 2404.16710); `layerskip.py` has the formulas.
 
     Attributes:
         p_max: dropout probability of the last layer.
@@ -91,11 +91,11 @@ class LayerSkipRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW and its learning rate, as shares of the whole training.
+    """AdamW and its learning rate; periods are shares of the whole training.
 
     Attributes:
         learning_rate: its peak.
-        schedule: after the warm-up, a half cosine, or constant and then a linear decay.
+        schedule: after the warm-up, a half cosine, or a constant rate and then a linear decay.
         warmup: share of the training in which the rate rises from 0.
         decay: share of the training in which it falls at the end (warmup-stable-decay only).
         final_rate: the rate at the end, as a share of the peak.
@@ -127,7 +127,7 @@ class RunRecipe:
             whichever of the two limits is nearer.
         batch_size: sequences in a forward pass.
         gradient_accumulation: forward passes in a step.
-        precision: of the arithmetic; weights and optimizer are fp32 while training, and sums of the loss always.
+        precision: of the arithmetic; weights and optimizer are fp32 while training, and sums of the loss are always.
         compile: compile the decoder layer and the loss.
         checkpoint_minutes: minutes between checkpoints.
         checkpoint_steps: steps between checkpoints.
@@ -154,10 +154,10 @@ class RunRecipe:
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """All of a training; exactly one of `model` (from scratch) and `checkpoint` (continue a folder) is given.
+    """A whole training; exactly one of `model` (from scratch) and `checkpoint` (a folder to continue) is given.
 
     Attributes:
-        layerskip: absent for an ordinary training, to compare with.
+        layerskip: absent for an ordinary training, made to compare with.
     """
 
     data: DataRecipe

@@ -60,18 +60,18 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
     eos_id = token_id("eos_token")
     if eos_id is None:
-        raise RecipeError(folder / "tokenizer_config.json", "no eos_token of the vocabulary", fix="add one")
+        raise RecipeError(folder / "tokenizer_config.json", "no eos_token from the vocabulary", fix="add one")
     return TextTokenizer(folder, tokenizer, token_id("bos_token"), eos_id)
 
 
 def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder: Path) -> Array:
-    """The tokens of a folder of text [tokens], or of the `.npy` beside its name; mapped, not read.
+    """The tokens of a folder of text [tokens], or of the `.npy` of that name beside it; mapped, not read.
 
-    Tokenizing is done once: the array is kept in `cache_folder` under a name made from the files' names, sizes
-    and times and from the tokenizer.
+    Tokenizing is done once: the array is kept in `cache_folder`, under a name made from the tokenizer and from the
+    files' names, sizes and times.
 
     Raises:
-        RecipeError: nothing is there, or the array is not one of token ids of this vocabulary.
+        RecipeError: nothing is there, or the array does not hold token ids of this vocabulary.
     """
     ready = source if source.suffix == ".npy" else source.with_name(source.name + ".npy")
     if ready.is_file():
@@ -115,7 +115,7 @@ def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
     try:
         tokens: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise RecipeError(path, f"not an array of numpy's ({error})", wanted="token ids, uint16 or uint32") from None
+        raise RecipeError(path, f"not a numpy array ({error})", wanted="token ids, uint16 or uint32") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise RecipeError(path, f"an array {tokens.dtype}{list(tokens.shape)}", wanted="token ids, uint16 or uint32")
     if int(tokens.max()) >= tokenizer.vocab_size:
@@ -128,7 +128,7 @@ def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
 
 
 def file_starts(tokens: Array, eos_id: int) -> npt.NDArray[np.int64]:
-    """Where the files begin: 0 and every place after an EOS [files]."""
+    """Where the files begin [files]: 0 and every place after an EOS."""
     ends = np.flatnonzero(tokens == eos_id)[:-1]
     return np.concatenate([np.zeros(1, np.int64), ends + 1])
 

@@ -78,8 +78,8 @@ class TrainingResult:
         output: the folder of the model, which is there only when `finished`.
         finished: False where it stopped before the recipe's end; `resume` continues.
         steps: optimizer steps since the recipe's beginning.
-        tokens: seen since then.
-        minutes: of training since then.
+        tokens: tokens seen since then.
+        minutes: minutes of training since then.
     """
 
     output: Path
@@ -95,9 +95,9 @@ class TrainingResult:
 class Windows(Dataset[int]):
     """A list, as long as the training, of the places where training sequences begin in the token array.
 
-    It goes through the array epoch after epoch. In each, the array is cut at a new offset into sequences, in a new
-    order, and a share of them is replaced by sequences that begin where a file begins, going through the files in
-    turn. Item i depends on the seed and i alone, so a resumed training sees what it would have seen.
+    It goes through the array epoch after epoch. Each epoch cuts the array into sequences at a new offset, puts them in
+    a new order, and replaces a share of them with sequences that begin where a file begins, taking the files in turn.
+    Item i depends on the seed and i alone, so a resumed training sees what it would have seen.
     """
 
     def __init__(self, tokens: Array, starts: Array, data: DataRecipe, seed: int, length: int) -> None:
@@ -167,7 +167,7 @@ class LayerSkipTrainer(Trainer):
     """transformers' Trainer with LayerSkip's forward pass and loss, and schedules that follow `progress`.
 
     It never waits for the device between two lines of the log: batches are cut on the device, and weights
-    and probabilities are numbers of the host.
+    and probabilities are numbers on the host.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class LayerSkipTrainer(Trainer):
         return prepared
 
     def progress(self, step: int) -> float:
-        """How far the training is at this step and now, 0 to 1: in steps or in time, whichever is further."""
+        """How far the training has come at this step and moment, 0 to 1: in steps or in time, whichever is further."""
         run = self.recipe.run
         by_steps = step / max(1, run.max_steps - 1) if run.max_steps else 0.0
         by_time = self.watch.elapsed_s / (60 * run.max_minutes) if run.max_minutes else 0.0
@@ -255,7 +255,7 @@ class LayerSkipTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the time and the last layer's loss (the total changes its meaning as exits rotate)."""
+        """Add the time and the last layer's loss (what the total means changes as exits rotate)."""
         if self.losses_summed:
             logs["last_layer_loss"] = self.last_layer_loss.item() / self.losses_summed
             self.last_layer_loss.zero_()
@@ -263,7 +263,7 @@ class LayerSkipTrainer(Trainer):
         logs["minutes"] = self.watch.elapsed_s / 60
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise RecipeError("optimizer.learning_rate", f"the loss is {logs['loss']} by now", fix="lower the rate")
+            raise RecipeError("optimizer.learning_rate", f"the loss has become {logs['loss']}", fix="lower the rate")
 
 
 def rate_factor(recipe: OptimizerRecipe, progress: float) -> float:
@@ -279,7 +279,7 @@ def rate_factor(recipe: OptimizerRecipe, progress: float) -> float:
 
 
 class Limits(TrainerCallback):
-    """Ends the training at its limits of steps and time, and writes checkpoints before and at the end."""
+    """Ends the training at its limits of steps and time, and writes checkpoints along the way and at the end."""
 
     def __init__(self, recipe: TrainingRecipe, watch: Stopwatch, stop_at: float | None) -> None:
         self.recipe, self.watch, self.stop_at = recipe, watch, stop_at
@@ -358,10 +358,10 @@ def train(
 
     Args:
         recipe_path: the recipe, TOML.
-        output: folder of the finished model; "runs/<name of the recipe>" where None. Checkpoints are in
-            `output`/training, the tokenized text beside `output`, so that trainings share it.
+        output: folder of the finished model; "runs/<name of the recipe>" if None. Checkpoints are in
+            `output`/training, and the tokenized text is beside `output`, so that trainings share it.
         resume: continue from the latest checkpoint in `output`, if there is one.
-        stop_after_minutes: write a checkpoint and stop after so many minutes of this call; `resume` continues.
+        stop_after_minutes: write a checkpoint and stop this many minutes after the call; `resume` continues.
         data: the corpus folder, in place of the recipe's.
 
     Raises:
@@ -483,10 +483,10 @@ def run_training(
 
 
 def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM:
-    """The model that the training begins with, fp32: newly initialized, or the checkpoint to be continued.
+    """The model that the training begins with, in fp32: newly initialized, or the checkpoint to be continued.
 
     Raises:
-        RecipeError: the checkpoint is none, or of an architecture or size that does not fit the recipe.
+        RecipeError: there is no checkpoint, or its architecture or size does not fit the recipe.
     """
     if recipe.model:
         config = LlamaConfig(
@@ -521,7 +521,7 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
 
 
 def training_arguments(recipe: TrainingRecipe, folder: Path) -> TrainingArguments:
-    """The recipe in the words of transformers; checkpoints, autocast and the schedule are the trainer's here."""
+    """The recipe in transformers' terms; checkpoints, autocast and the schedule are left to the trainer here."""
     run, optimizer = recipe.run, recipe.optimizer
     arguments = TrainingArguments(
         output_dir=str(folder),

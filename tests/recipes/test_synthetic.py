@@ -118,7 +118,7 @@ def test_the_checkpoint_is_marked_and_has_no_eos(name, made, shapes):
     for file in ("config.json", "generation_config.json"):
         assert json.loads((folder / file).read_text())["eos_token_id"] is None
     readme = (folder / "README.md").read_text()
-    assert "no language model" in readme
+    assert "not a language model" in readme
     assert f"{said.match_rate:.1%}" in readme
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     assert {tensor.dtype for tensor in tensors(folder).values()} == {dtypes[SETTINGS[name].dtype]}

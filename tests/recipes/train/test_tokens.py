@@ -66,5 +66,5 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train: no files '\*\.py' here; wanted a folder of text, or train\.npy"):
         token_array(tmp_path / "train", "*.py", tokenizer, tmp_path)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
-    with pytest.raises(RecipeError, match=r"tokenizer_config\.json: no eos_token of the vocabulary"):
+    with pytest.raises(RecipeError, match=r"tokenizer_config\.json: no eos_token from the vocabulary"):
         load_tokenizer(tmp_path / "tokenizer")

@@ -335,7 +335,7 @@ def test_damaged_checkpoints_are_refused(folder: Path) -> None:
 
 def test_a_loss_that_is_no_number_ends_the_training(folder: Path) -> None:
     recipe = write_recipe(folder, ("learning_rate = 1e-2", "learning_rate = 1e30"))
-    with pytest.raises(RecipeError, match=r"optimizer\.learning_rate: the loss is nan by now; lower the rate"):
+    with pytest.raises(RecipeError, match=r"optimizer\.learning_rate: the loss has become nan; lower the rate"):
         train(recipe, folder / "out")
 
 
