@@ -35,13 +35,32 @@ SYNTHETIC = "edgeskip_synthetic"
 
 _INERT = {
     SYNTHETIC,
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
-    "model_max_length", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version", "use_cache", "_attn_implementation", "_attn_implementation_autoset",
-    "tokenizer_class", "torchscript", "hidden_dropout", "attention_probs_dropout_prob",
+    # where it comes from, what reads it, which tokens are special
+    "_commit_hash", "_name_or_path", "name_or_path", "architectures", "auto_map", "custom_pipelines", "model_name",
+    "tokenizer_class", "tokenizer_model_max_length", "tokenizer_padding_side", "transformers_version",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", "unsloth_bnb_4bit_use_double_quant",
+    "is_llama_config", "model_max_length", "max_sequence_length", "max_seq_len", "seq_length",
+    "bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "sep_token_id", "cls_token_id", "mask_token_id", "end_token_id", "decoder_start_token_id",
+    # how it is held and run
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_experts_implementation", "_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention",
+    "chunk_size_feed_forward", "dtype", "torch_dtype", "use_bfloat16", "gradient_checkpointing",
+    "is_decoder", "is_encoder_decoder", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict",
+    "tensor_parallel_degree", "torchscript", "tf_legacy_loss", "use_cache", "cache_implementation",
+    # training, and heads of other tasks
+    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout",
+    "hidden_dropout", "hidden_dropout_prob", "classifier_dropout", "initializer_range", "finetuning_task", "id2label",
+    "label2id", "num_labels", "problem_type", "prefix", "task_specific_params", "neftune_noise_alpha",
+    # generation, which generation_config.json took over
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
+
+_QUANTIZED = {"quantization_config", "quantization", "compression_config"}
 
 _ROPE_KEYS: dict[Any, tuple[str, ...]] = {
     "default": (),
@@ -49,16 +68,25 @@ _ROPE_KEYS: dict[Any, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
 _REQUIRED_VALUE: dict[str, tuple[Any, ...]] = {
-    "pretraining_tp": (1, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None),
     "partial_rotary_factor": (1.0, None),
     "pruned_heads": ({}, None),
-    "rope_interleaved": (False, None),
+    "is_causal": (True, None),
+    "use_rope": (True, None),
 }
-"""Keys that are harmless only at these values."""
+"""Keys that are harmless only at these values; of any other, `false` switches off what the model does not have."""
+
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {
+        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128,
+    },
+}  # fmt: skip
+"""What transformers takes for a key that is absent; null is another thing."""
 
 
 def read_json(path: Path, otherwise: str = "download the checkpoint again") -> dict[str, Any]:
@@ -89,19 +117,22 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
     if model_type not in MODEL_TYPES:
         raise CheckpointError(place, f"model_type {model_type!r}", wanted=f"one of {', '.join(MODEL_TYPES)}")
     _refuse_unknown(config, place)
-    fields = _Fields(config, place)
+    fields = _Fields(_DEFAULTS[model_type] | dict(config), place)
     hidden_size, num_heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    head_dim = fields.whole("head_dim", 128 if model_type == "qwen3" else max(hidden_size // num_heads, 1))
-    kv_heads = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(model_type, num_heads)
-    num_kv_heads = fields.whole("num_key_value_heads", kv_heads)
+    if model_type == "llama" and hidden_size % num_heads:  # transformers refuses it even where head_dim is given
+        raise CheckpointError(
+            place, f"hidden_size {hidden_size} over {num_heads} attention heads", wanted="a whole ratio"
+        )
+    head_dim = fields.whole("head_dim", None if model_type == "qwen3" else max(hidden_size // num_heads, 1))
+    num_kv_heads = fields.whole("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             place, f"{num_heads} attention heads over {num_kv_heads} KV heads", wanted="a whole ratio"
         )
     if head_dim % 2:
         raise CheckpointError(place, f"head_dim {head_dim}", wanted="an even number, for RoPE")
-    attention_bias = fields.flag("attention_bias")
-    context = fields.whole("max_position_embeddings", 2048, high=MOST_CONTEXT)
+    attention_bias = fields.flag("attention_bias") and model_type in ("llama", "qwen3")
+    context = fields.whole("max_position_embeddings", high=MOST_CONTEXT)
     return Architecture(
         model_type=model_type,
         num_layers=fields.whole("num_hidden_layers", high=MOST_LAYERS),
@@ -116,7 +147,7 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
         rope=_rope(config, place),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=attention_bias or model_type == "qwen2",
-        output_bias=attention_bias and model_type != "qwen2",
+        output_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias") and model_type == "llama",
         qk_norm=model_type == "qwen3",
     )
@@ -124,7 +155,9 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
 
 @dataclass(frozen=True)
 class _Fields:
-    """A table of config.json, read key by key; an absent or null key takes the default."""
+    """A table of config.json, read key by key: `default` stands for a whole number that is absent or null, and for
+    another value that is absent.
+    """
 
     table: Mapping[str, Any]
     place: object
@@ -136,7 +169,7 @@ class _Fields:
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        value = default if self.table.get(key) is None else self.table[key]
+        value = self.table.get(key, default)
         if (
             not isinstance(value, (int, float))
             or isinstance(value, bool)
@@ -146,38 +179,59 @@ class _Fields:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        value = self.table.get(key) or False
-        if value is not True and value is not False:
+        value = self.table.get(key, False)
+        if not isinstance(value, bool):
             raise CheckpointError(self.place, f"{key} is {value!r:.60}", wanted="true or false")
         return value
 
 
 def sliding_window(config: Mapping[str, Any], place: object) -> int | None:
-    """Tokens that attention looks back over, or None where it sees all: Mistral always, Qwen where switched on."""
-    if config.get("model_type") in ("qwen2", "qwen3"):
-        layer_types = config.get("layer_types") or []
-        if not config.get("use_sliding_window") and "sliding_attention" not in layer_types:
-            return None
-    return (
-        None
-        if config.get("sliding_window") is None
-        else _Fields(config, place).whole("sliding_window", high=MOST_CONTEXT)
-    )
+    """Tokens that a layer with a window looks back over, or None where all layers see all: in Llama always, in Qwen
+    where it is switched off or the window begins after the last layer.
+    """
+    model_type = config["model_type"]
+    fields = _Fields(_DEFAULTS[model_type] | dict(config), place)
+    slides = model_type != "llama" and fields.table.get("sliding_window") is not None
+    layer_types = config.get("layer_types")
+    if model_type in ("qwen2", "qwen3"):
+        slides = fields.flag("use_sliding_window") and slides
+        if layer_types is None:
+            first = config.get("max_window_layers", 28)
+            if type(first) is not int:
+                raise CheckpointError(place, f"max_window_layers is {first!r:.60}", wanted="a whole number")
+            slides = slides and first < fields.whole("num_hidden_layers", high=MOST_LAYERS)
+    if layer_types is not None and model_type != "llama":
+        if "sliding_attention" in layer_types and not slides:
+            raise CheckpointError(place, "layer_types has 'sliding_attention', and there is no sliding_window")
+        slides = "sliding_attention" in layer_types
+    return fields.whole("sliding_window", high=MOST_CONTEXT) if slides else None
 
 
 def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise CheckpointError(place, f"hidden_act {activation!r}", wanted="'silu'")
-    layer_types = config.get("layer_types") or []
-    others = [kind for kind in layer_types if kind not in ("full_attention", "sliding_attention")]
-    if others:
-        raise CheckpointError(place, f"layer_types has {others[0]!r:.60}", wanted="'full_attention'")
+        raise CheckpointError(place, f"hidden_act {activation!r:.60}", wanted="'silu'")
+    layer_types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if layer_types is not None:
+        others = [kind for kind in layer_types if kind not in _LAYER_TYPES] if isinstance(layer_types, list) else []
+        if others:
+            raise CheckpointError(place, f"layer_types has {others[0]!r:.60}", wanted=f"{_LAYER_TYPES[0]!r}")
+        if not isinstance(layer_types, list) or len(layer_types) != layers:
+            wanted = f"a list for {layers!r:.9} layers"
+            raise CheckpointError(place, f"layer_types is {layer_types!r:.60}", wanted=wanted)
     for key, value in config.items():
+        if key in _QUANTIZED and value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            raise CheckpointError(
+                place,
+                f"{key} is {value!r:.60}" if method is None else f"{key} is by {method!r:.20}",
+                wanted="a model that is not quantized",
+                fix="give the checkpoint that this one was made from",
+            )
         if key in _REQUIRED_VALUE:
             if value not in _REQUIRED_VALUE[key]:
-                raise CheckpointError(place, f"{key} is {value!r}", wanted=f"{_REQUIRED_VALUE[key][0]!r}")
-        elif key not in _READ and key not in _INERT and value is not None:
+                raise CheckpointError(place, f"{key} is {value!r:.60}", wanted=f"{_REQUIRED_VALUE[key][0]!r}")
+        elif key not in _READ and key not in _INERT and value is not None and value is not False:
             raise CheckpointError(
                 place,
                 f"{key} is {value!r:.60}, which may change the mathematics and is not handled",
@@ -186,15 +240,13 @@ def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
 
 
 def _rope(config: Mapping[str, Any], place: object) -> Rope:
-    """Either spelling: rope_theta with rope_scaling, or rope_parameters with both."""
-    parameters: dict[str, Any] = {}
+    """Either spelling: rope_theta with rope_scaling, or rope_parameters with both. Of two tables the older counts."""
     for key in ("rope_scaling", "rope_parameters"):
-        table = config.get(key) or {}
-        if not isinstance(table, Mapping):
-            raise CheckpointError(place, f"{key} is {table!r:.60}", wanted="a table")
-        parameters.update(table)
-    fields = _Fields({"rope_theta": config.get("rope_theta")} | parameters, place)
-    kinds = [parameters[key] for key in ("rope_type", "type") if parameters.get(key) is not None] or ["default"]
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise CheckpointError(place, f"{key} is {config[key]!r:.60}", wanted="a table")
+    parameters: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    fields = _Fields({"rope_theta": config.get("rope_theta", 10000.0)} | dict(parameters), place)
+    kinds = [parameters[key] for key in ("rope_type", "type") if key in parameters] or ["default"]
     kind = kinds[0]
     if not isinstance(kind, str) or any(other != kind for other in kinds) or kind not in _ROPE_KEYS:
         raise CheckpointError(place, f"RoPE type {kinds[-1]!r:.60}", wanted="default, linear or llama3")
@@ -213,4 +265,4 @@ def _rope(config: Mapping[str, Any], place: object) -> Rope:
         values["original_max_position_embeddings"] = fields.whole("original_max_position_embeddings", high=MOST_CONTEXT)
         if values["low_freq_factor"] >= values["high_freq_factor"]:
             raise CheckpointError(place, "low_freq_factor is not below high_freq_factor")
-    return Rope(theta=fields.positive("rope_theta", 10000.0), type=cast(Any, kind), **values)
+    return Rope(theta=fields.positive("rope_theta"), type=cast(Any, kind), **values)

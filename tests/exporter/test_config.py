@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from tests.conftest import BASE, LLAMA3_ROPE
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edgeskip.exporter.config import architecture_from_config, sliding_window
 from edgeskip.exporter.weights import rope_tables
 from edgeskip.recipes.shape import load_shape, shape_names
 from edgeskip.runtime.bundle.architecture import Rope
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.errors import CheckpointError
 
 LLAMA3_SCALING = {
@@ -35,8 +38,6 @@ LAYERSKIP = {  # facebook/layerskip-*: parameters in 1e9
 
 @pytest.mark.parametrize("name", LAYERSKIP)
 def test_the_published_layerskip_configs_are_read(name):
-    from edgeskip.runtime.bundle.tensors import bundle_tensors
-
     shape = load_shape(name)
     config, a = shape.config, shape.architecture
     assert (a.num_layers, a.hidden_size, a.num_kv_heads) == (
@@ -98,7 +99,15 @@ def test_rope_tables_equal_transformers(rope, parameters):
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; wanted 1.0"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; wanted 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is {'bits': 4}; wanted a model that is not quantized",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config is by 'awq'; wanted a model that is not",
+        ),
+        ({"quantization": {"bits": 4}}, "quantization is"),
         ({"logits_scaling": 8.0}, "logits_scaling is 8.0, which may change the mathematics"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3 KV heads"),
@@ -106,7 +115,22 @@ def test_rope_tables_equal_transformers(rope, parameters):
         ({"hidden_size": None}, "hidden_size is None; wanted a whole number from 1"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types is .*; wanted a list for 4 layers"),
+        ({"layer_types": 4}, "layer_types is 4; wanted a list"),
+        ({"hidden_size": 66, "head_dim": 16}, "hidden_size 66 over 4 attention heads; wanted a whole ratio"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": None, "num_attention_heads": 3, "hidden_size": 63},
+            "head_dim 21",
+        ),
+        ({"model_type": "qwen3", "head_dim": None}, "head_dim is None"),
+        ({"model_type": "qwen2", "max_window_layers": None, "use_sliding_window": True}, "max_window_layers is None"),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4, "sliding_window": 8},
+            "layer_types has 'sliding_attention', and there is no sliding_window",
+        ),
+        ({"is_causal": False}, "is_causal is False; wanted True"),
+        ({"use_mrope": True}, "use_mrope is True, which may change the mathematics"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; wanted a number above 0"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
@@ -125,8 +149,71 @@ def test_what_is_not_handled_is_refused_by_name(change, message):
         architecture_from_config({"model_type": "llama"} | BASE | change, "config.json")
 
 
+ABSENT = object()
+WINDOW = {"use_sliding_window": True, "sliding_window": 32}
+NO_THETA = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+SPELLINGS = [
+    *({"num_key_value_heads": value, "num_attention_heads": 32, "hidden_size": 512} for value in (ABSENT, None, 1, 32)),
+    *({"head_dim": value} for value in (ABSENT, 8, 48)),
+    *({"max_position_embeddings": value} for value in (ABSENT, 50)),
+    {"rms_norm_eps": ABSENT},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True, "mlp_bias": True},
+    *({"sliding_window": value} for value in (ABSENT, None, 32, 200)),
+    *(WINDOW | {"max_window_layers": value} for value in (ABSENT, 0, 3, 4, 28)),
+    *(WINDOW | {"layer_types": ["full_attention"] * 3 + [last]} for last in ("full_attention", "sliding_attention")),
+    {"sliding_window": 32, "use_sliding_window": False, "layer_types": ["full_attention"] * 4},
+    *({"rope_theta": value, "rope_scaling": None} for value in (ABSENT, 5e5, 1000000)),
+    *({"rope_theta": 7e4, key: {"type": "linear", "factor": 4.0}} for key in ("rope_scaling", "rope_parameters")),
+    {"rope_theta": 7e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_theta": 7e4, "rope_parameters": {"rope_type": "default"}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"rope_scaling": {}, "rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    *({"rope_theta": 7e4, "rope_scaling": table} for table in (LLAMA3_ROPE, NO_THETA)),
+    {"hidden_act": "swish", "pretraining_tp": 4, "pad_token_id": -1, "quantization_config": None},
+    {"is_llama_config": True, "rope_interleaved": False, "use_mrope": False, "max_sequence_length": 96},
+]
+"""Keys as published checkpoints have them, and as they lack them; absent is not always null."""
+
+
+def as_transformers_reads(config):
+    """Shapes of the tensors by name, heads, KV heads, epsilon, context, window and RoPE's frequencies."""
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if made.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    slides = made.model_type == "mistral" or "sliding_attention" in (getattr(made, "layer_types", None) or ())
+    window = made.sliding_window if slides and made.model_type != "llama" else None
+    context = min(made.max_position_embeddings, window or made.max_position_embeddings)
+    frequencies = type(model.model.rotary_emb)(made).inv_freq.tolist()
+    figures = (made.num_attention_heads, made.num_key_value_heads, model.model.norm.variance_epsilon, context, window)
+    return shapes, figures, frequencies
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_config_means_what_transformers_makes_of_it(model_type):
+    for change in SPELLINGS:
+        config = {"model_type": model_type, "head_dim": 16} | BASE | change
+        config = {key: value for key, value in config.items() if value is not ABSENT}
+        if model_type == "mistral" and ("layer_types" in config or config.get("num_key_value_heads", 0) is None):
+            continue  # which transformers 5 reads as another family, or not at all
+        a = architecture_from_config(config, "config.json")
+        shapes, figures, frequencies = as_transformers_reads(config)
+        read = {source: (rows, *shape[1:]) for shape, sources in bundle_tensors(a).values() for source, rows in sources}
+        assert read == shapes, change
+        window = sliding_window(config, "config.json")
+        assert (a.num_heads, a.num_kv_heads, a.rms_norm_eps, a.max_position_embeddings, window) == figures, change
+        sines = rope_tables(a.rope, a.head_dim, 2)[1][1]
+        np.testing.assert_allclose(sines, np.sin(frequencies), rtol=1e-5, err_msg=str(change))
+
+
 def test_a_sliding_window_counts_only_where_it_is_in_use():
     assert sliding_window({"model_type": "mistral", "sliding_window": 4096}, "x") == 4096
     assert sliding_window({"model_type": "mistral", "sliding_window": None}, "x") is None
     assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, "x") is None
-    assert sliding_window({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, "x") == 4096
+    switched_on = {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True, "num_hidden_layers": 36}
+    assert sliding_window(switched_on, "x") == 4096
+    assert sliding_window(switched_on | {"num_hidden_layers": 28}, "x") is None  # it begins at layer 28
+    assert sliding_window(switched_on | {"model_type": "llama"}, "x") is None
