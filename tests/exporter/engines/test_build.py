@@ -284,14 +284,12 @@ def test_an_interrupted_build_leaves_nothing_and_the_old_engines(number, code, s
             "86",
         ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
         while not list(bundle.folder.glob(f"{FOLDER}/.*/draft.engine")):
             assert process.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate()
         assert process.returncode == code
         assert stderr == ("edgeskip: interrupted\n" if number == signal.SIGINT else "")
         assert not [child for child in children if Path(f"/proc/{child}").exists()]

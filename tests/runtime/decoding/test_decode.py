@@ -20,6 +20,8 @@ from edgeskip.runtime.decoding.statistics import distinct_4grams
 from edgeskip.runtime.errors import RequestError
 
 CAPACITY = 96
+COMPARED = {"fp32": 30, "fp16": 30, "bf16": 5}
+"""Tokens ahead of the first near tie, or next to nothing was compared; bf16 is coarse for models this small."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, backend
     bundle = bundles("llama-tied", exit_layer=exit_layer, dtype=backend.dtype)
     accepted = compared = 0
     with backend.load(bundle) as model:
-        for prompt in prompts(6):
+        for prompt in prompts(6, seed=2):
             wanted, gaps = greedy("llama-tied", prompt, 33)
             plain = model.complete(prompt, mode="autoregressive", max_new_tokens=33)
             compared += assert_same_tokens(plain.token_ids, wanted, gaps, backend.tie)
@@ -82,7 +84,7 @@ def test_tokens_equal_transformers_for_every_exit_and_length(exit_layer, backend
                 assert_same_but_for_ties(model, prompt, ours.token_ids, plain.token_ids)
                 accepted += ours.statistics.accepted
     assert accepted > 0  # some drafts were right, or nothing was tested
-    assert compared > 30 or backend.dtype == "bf16"  # which is too coarse for models this small
+    assert compared >= COMPARED[backend.dtype]
 
 
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-llama3-rope", "mistral", "qwen2", "qwen3"])
@@ -94,7 +96,7 @@ def test_tokens_equal_transformers_for_every_family(variant, backend, bundles, g
             for k in (1, 4, 7):
                 ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=40)
                 compared += assert_same_tokens(ours.token_ids, wanted, gaps, backend.tie)
-    assert compared > 30 or backend.dtype == "bf16"
+    assert compared >= COMPARED[backend.dtype]
 
 
 def test_the_texts_of_these_tests_do_not_loop(bundles):
