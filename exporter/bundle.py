@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import onnx_ir as ir
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.config import SYNTHETIC, read_json
-from edgeskip.exporter.split import split_graph
+from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.weights import plan_weights, write_weights
-from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import (
-    CHAINS,
     DEFAULT_SPECULATIONS,
-    DIALECTS,
-    GRAPHS,
+    GraphName,
+    HeadRecord,
     check_exit_layer,
     check_num_speculations,
     graph_table,
@@ -32,6 +34,7 @@ from edgeskip.runtime.bundle.manifest import (
     FileRecord,
     Manifest,
     Progress,
+    chains_of,
 )
 from edgeskip.runtime.errors import CheckpointError, RequestError, reason
 from edgeskip.runtime.files import whole_folder, write_hashed
@@ -49,6 +52,10 @@ class ExportSettings:
         max_length: cache capacity in tokens, prompt included; by default the model's context, at most 2048.
         num_speculations: drafts a round, unless the user asks for another number.
         prefill_chunk: prompt tokens of one call.
+        other_exits: exit layers beside E, from which the bundle can draft too.
+        draft_vocabulary: rows of the vocabulary that a head of its own drafts from, the first so many.
+        picker: how the heads pick tokens.
+        formats: of tensors that are not stored in the dtype, by name.
     """
 
     exit_layer: int
@@ -56,6 +63,10 @@ class ExportSettings:
     max_length: int | None = None
     num_speculations: int = DEFAULT_SPECULATIONS
     prefill_chunk: int = 128
+    other_exits: tuple[int, ...] = ()
+    draft_vocabulary: int | None = None
+    picker: str = "greedy"
+    formats: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -70,17 +81,19 @@ def export_bundle(
     """
     capacity = _check_settings(checkpoint, settings)
     architecture = checkpoint.architecture
-    layout = plan_weights(checkpoint, settings.dtype, capacity)
+    layout = plan_weights(checkpoint, settings.dtype, capacity, settings.formats)
+    exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
+    graphs = graph_table(architecture.num_layers, exits, heads)
     tokenizer_config = _tokenizer_config(checkpoint.folder)
     texts = _text_files(checkpoint, tokenizer_config)
     with whole_folder(destination, layout.bytes) as folder:
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
-        table = graph_table(architecture.num_layers, settings.exit_layer)
-        for dialect, pattern in DIALECTS.items():
-            for name in GRAPHS:
-                model = split_graph(name, table[name], architecture, layout, dialect)
-                data = ir.to_proto(model).SerializeToString(deterministic=True)
-                files[pattern.format(name)] = _write(folder / pattern.format(name), data)
+        model = Model(architecture, settings.dtype, capacity, layout.tensors, layout.arrays)
+        for dialect in DIALECTS.values():
+            for name, graph in graphs.items():
+                proto = ir.to_proto(split_graph(name, graph, model, dialect.name))
+                file = dialect.file.format(name)
+                files[file] = _write(folder / file, proto.SerializeToString(deterministic=True))
         files |= {name: _write(folder / name, data) for name, data in texts.items()}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -88,15 +101,18 @@ def export_bundle(
             source=checkpoint.source,
             architecture=architecture,
             exit_layer=settings.exit_layer,
+            exit_layers=exits,
             dtype=settings.dtype,
+            formats=dict(settings.formats),
             max_length=capacity,
             num_speculations=settings.num_speculations,
             prefill_chunk=min(settings.prefill_chunk, capacity),
             eos_token_ids=checkpoint.eos_token_ids,
             bos_token=_special_token(tokenizer_config, "bos_token"),
             eos_token=_special_token(tokenizer_config, "eos_token"),
-            graphs={str(name): graph for name, graph in table.items()},
-            chains={name: tuple(chain) for name, chain in CHAINS.items()},
+            heads=heads,
+            graphs=graphs,
+            chains=chains_of(graphs, exits),
             files=files,
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
         )
@@ -107,16 +123,28 @@ def export_bundle(
 def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     """Returns the cache capacity."""
     layers, context = checkpoint.architecture.num_layers, checkpoint.architecture.max_position_embeddings
-    check_exit_layer(settings.exit_layer, layers)
+    for exit_layer in (settings.exit_layer, *settings.other_exits):
+        check_exit_layer(exit_layer, layers)
     capacity = min(context, DEFAULT_MAX_LENGTH) if settings.max_length is None else settings.max_length
     if not 2 <= capacity <= context:
         window = checkpoint.sliding_window
         reason = f"its attention window is {window}" if window == context else "the model's context"
         raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
     check_num_speculations(settings.num_speculations)
+    vocab_size = checkpoint.architecture.vocab_size
+    if settings.draft_vocabulary is not None and not 1 <= settings.draft_vocabulary < vocab_size:
+        raise RequestError("draft vocabulary", f"{settings.draft_vocabulary}", wanted=f"1 to {vocab_size - 1} rows")
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity
+
+
+def _heads(architecture: Architecture, settings: ExportSettings) -> dict[GraphName, HeadRecord]:
+    """The heads by graph."""
+    heads = {"head": HeadRecord(architecture.vocab_size, settings.picker)}
+    if settings.draft_vocabulary is not None:
+        heads["draft_head"] = HeadRecord(settings.draft_vocabulary, settings.picker)
+    return heads
 
 
 def _write(path: Path, data: bytes) -> FileRecord:

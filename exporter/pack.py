@@ -10,13 +10,12 @@ packed/
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.engines import BUILD, FOLDER, Engines, check_engine
-from edgeskip.runtime.bundle.graphs import DIALECTS, GRAPHS
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.manifest import (
     MANIFEST,
     WEIGHTS,
@@ -28,7 +27,8 @@ from edgeskip.runtime.bundle.manifest import (
     counted,
     verify_hashes,
 )
-from edgeskip.runtime.bundle.weights import EMBEDDINGS, read_bytes, stored_tensors
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS
+from edgeskip.runtime.bundle.weights import header_of, lay_out, read_bytes, stored_arrays
 from edgeskip.runtime.errors import BundleError
 from edgeskip.runtime.files import blocks_of, check_destination, open_plain, whole_folder, write_hashed
 
@@ -46,10 +46,11 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
         )
     check_destination(destination)
     verify_hashes(bundle, progress)
-    graphs = {pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS}
+    graphs = {dialect.file.format(graph) for dialect in DIALECTS.values() for graph in manifest.graphs}
     kept = [name for name in manifest.files if name not in graphs | {WEIGHTS}]
-    table = stored_tensors(bundle)[EMBEDDINGS]
-    total = table.bytes + sum(record.bytes for one in engines for record in one.build.engines.values())
+    table = manifest.tensors[EMBEDDINGS]
+    total = FORMATS[table.format].bytes(table.shape, manifest.dtype)
+    total += sum(record.bytes for one in engines for record in one.build.engines.values())
     count = counted("packing", total, progress)
     with whole_folder(destination, total) as folder:
         files = {WEIGHTS: _write_table(bundle, folder / WEIGHTS, count)}
@@ -60,7 +61,7 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
         for one in engines:
             target = folder / FOLDER / one.folder.name
             target.mkdir(parents=True)
-            for graph in GRAPHS:
+            for graph in manifest.graphs:
                 copied = _copy(one.path(graph), target / one.path(graph).name, count)
                 check_engine(one.path(graph), copied.sha256, one.build.engines[graph])
             write_hashed(target / BUILD, [one.build.to_json().encode()])
@@ -73,14 +74,20 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
 
 def _write_table(bundle: Bundle, path: Path, count: Callable[[int], None]) -> FileRecord:
     """A safetensors file of the embedding table alone."""
-    table = stored_tensors(bundle)[EMBEDDINGS]
-    entry = {"dtype": table.dtype, "shape": list(table.shape), "data_offsets": [0, table.bytes]}
-    header = json.dumps({EMBEDDINGS: entry}, separators=(",", ":")).encode()
-    header += b" " * (-(len(header) + 8) % 64)
+    arrays, manifest = stored_arrays(bundle), bundle.manifest
+    laid = lay_out([manifest.tensors[EMBEDDINGS]], manifest.dtype)
     with bundle.path(WEIGHTS).open("rb") as source:
-        source.seek(table.offset)
-        start = (len(header).to_bytes(8, "little"), header)
-        return FileRecord(*write_hashed(path, chain(start, blocks_of(source, count, table.bytes))))
+
+        def blocks() -> Iterator[bytes]:
+            yield header_of(laid)
+            for name, array in laid.items():
+                if name in arrays:
+                    source.seek(arrays[name].offset)
+                    yield from blocks_of(source, count, array.bytes)
+                else:
+                    yield bytes(array.bytes)
+
+        return FileRecord(*write_hashed(path, blocks()))
 
 
 def _copy(source: Path, target: Path, count: Callable[[int], None]) -> FileRecord:

@@ -6,27 +6,30 @@ import inspect
 from time import perf_counter
 from typing import Any, Literal
 
+import numpy as np
+
 from edgeskip.runtime.bench.measure import Contestant, Run
-from edgeskip.runtime.bundle.architecture import DType
-from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
-from edgeskip.runtime.bundle.tensors import bundle_tensors
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import StoredTensor
 from edgeskip.runtime.errors import BackendError
 
 
 def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") -> Any:
     """A transformers model with the bundle's weights, its packed tensors split again."""
     import torch
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    torch_dtype = getattr(torch, NUMBER_TYPES[dtype].torch)
+    stored = getattr(torch, NUMBER_TYPES[bundle.manifest.dtype].torch)
     config = AutoConfig.from_pretrained(bundle.path("config.json"))
     state: dict[str, Any] = {}
-    with safe_open(bundle.path(WEIGHTS), "pt") as file:
-        for name, (_, sources) in bundle_tensors(bundle.manifest.architecture).items():
-            whole = file.get_tensor(name).to(device, torch_dtype)
-            parts = whole.split([rows for _, rows in sources])
-            state.update(zip((source for source, _ in sources), parts, strict=True))
+    for record in bundle.manifest.tensors.values():
+        if record.sources:
+            rows = torch.from_numpy(np.array(StoredTensor(bundle, record.name)[:]))
+            whole = rows.view(stored).to(device, torch_dtype)
+            parts: Any = torch.split(whole, [count for _, count in record.sources])
+            state.update(zip((source for source, _ in record.sources), parts, strict=True))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):

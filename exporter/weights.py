@@ -1,11 +1,5 @@
 """The bundle's weights file: laid out first, then streamed.
 
-    checkpoint                                     bundle
-    q_proj, k_proj, v_proj  [rows, H] each   ->    self_attn.qkv_proj     [q rows | k rows | v rows, H]
-    gate_proj, up_proj      [F, H] each      ->    mlp.gate_up_proj       [2F, H]
-    everything else                          ->    the same name, once
-    (computed)                               ->    rope.cos, rope.sin     [C, D/2]
-
 The safetensors library writes from memory in an order of its own; a 70B model does not fit there, so the header
 is written here, before the data, and the data follows by blocks of rows.
 """
@@ -13,89 +7,58 @@ is written here, before the data, and the data follows by blocks of rows.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
-from edgeskip.runtime.bundle.architecture import ITEMSIZE, DType, Rope
+from edgeskip.exporter.formats import NUMPY_DTYPES, WRITERS
+from edgeskip.runtime.bundle.architecture import Rope
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.manifest import FileRecord, Progress
-from edgeskip.runtime.bundle.tensors import bundle_tensors
+from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord, bundle_tensors
+from edgeskip.runtime.bundle.weights import StoredArray, header_of, lay_out
 from edgeskip.runtime.errors import CheckpointError
-
-NUMPY_DTYPES = {
-    "fp32": np.dtype(np.float32),
-    "fp16": np.dtype(np.float16),
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-}
-_SAFETENSORS_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class PlacedTensor:
-    """A tensor of the bundle: its shape, the checkpoint's tensors that make up its rows, and its place.
-
-    `offset` and `bytes` are within the file, header included, as ONNX external data wants them.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    offset: int
-    bytes: int
 
 
 @dataclass(frozen=True)
 class WeightsLayout:
-    """The whole file before it is written."""
+    """The whole file before it is written: its tensors, and where each of their parts stands.
+
+    Offsets are within the file, header included, as ONNX external data wants them.
+    """
 
     dtype: DType
     header: bytes
-    tensors: dict[str, PlacedTensor]
+    tensors: dict[str, TensorRecord]
+    arrays: dict[str, StoredArray]
     bytes: int
 
 
-def plan_weights(checkpoint: Checkpoint, dtype: DType, capacity: int) -> WeightsLayout:
-    """Lays out the weights file.
+def plan_weights(
+    checkpoint: Checkpoint, dtype: DType, capacity: int, formats: Mapping[str, str] | None = None
+) -> WeightsLayout:
+    """Lays out the weights file, tensors in the format of the dtype but for `formats`, by name.
 
     Raises:
         CheckpointError: a tensor is missing, or its shape or dtype is not what the config calls for.
     """
-    architecture = checkpoint.architecture
-    wanted = bundle_tensors(architecture)
-    for shape, sources in wanted.values():
-        for source, rows in sources:
-            _check_stored(checkpoint, source, (rows, *shape[1:]))
-    _refuse_unused(checkpoint, {source for _, sources in wanted.values() for source, _ in sources})
-    shapes = {name: (shape, tuple(s for s, _ in sources)) for name, (shape, sources) in wanted.items()}
-    for table in ("rope.cos", "rope.sin"):
-        shapes[table] = ((capacity, architecture.head_dim // 2), ())
-    entries: dict[str, object] = {"__metadata__": {"format": "edgeskip"}}
-    position = 0
-    for name, (shape, _) in shapes.items():
-        size = math.prod(shape) * ITEMSIZE[dtype]
-        entries[name] = _entry(_SAFETENSORS_NAMES[dtype], shape, position, size)
-        position += size
-        if gap := -position % _ALIGNMENT:  # the format allows no holes: a gap is a tensor too
-            entries[f"padding.{position}"] = _entry("U8", (gap,), position, gap)
-            position += gap
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
-    tensors = {}
-    for name, (shape, sources_) in shapes.items():
-        start, end = entries[name]["data_offsets"]  # type: ignore[index]
-        tensors[name] = PlacedTensor(name, shape, sources_, len(header) + start, end - start)
-    return WeightsLayout(dtype, header, tensors, len(header) + position)
+    tensors = bundle_tensors(checkpoint.architecture, capacity, dtype, formats)
+    for record in tensors.values():
+        for source, rows in record.sources:
+            _check_stored(checkpoint, source, (rows, *record.shape[1:]))
+    _refuse_unused(checkpoint, {source for record in tensors.values() for source, _ in record.sources})
+    arrays = lay_out(tensors.values(), dtype)
+    header = header_of(arrays)
+    placed = {name: replace(array, offset=len(header) + array.offset) for name, array in arrays.items()}
+    return WeightsLayout(dtype, header, tensors, placed, len(header) + sum(array.bytes for array in arrays.values()))
 
 
 def write_weights(
@@ -124,9 +87,10 @@ def write_weights(
                 under_way.pop().result()
 
         write(layout.header)
-        for tensor in layout.tensors.values():
-            write(b"\0" * (tensor.offset - written))
-            for block in _converted(checkpoint, reader, tensor, layout.dtype):
+        for record in layout.tensors.values():
+            for suffix, block in _encoded(checkpoint, reader, record, layout.dtype):
+                if suffix is not None:
+                    write(b"\0" * (layout.arrays[record.name + suffix].offset - written))
                 write(_bytes(block))
         write(b"\0" * (layout.bytes - written))
         wait()
@@ -151,10 +115,6 @@ def rope_tables(rope: Rope, head_dim: int, capacity: int) -> tuple[npt.NDArray[A
         inv_freq = ((1 - blend) * inv_freq / rope.factor + blend * inv_freq).astype(np.float32)
     angles = np.outer(np.arange(capacity, dtype=np.float32), inv_freq)
     return np.cos(angles), np.sin(angles)
-
-
-def _entry(dtype: str, shape: tuple[int, ...], start: int, size: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size]}
 
 
 def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
@@ -186,27 +146,45 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
             )
 
 
-def _converted(
-    checkpoint: Checkpoint, reader: TensorReader, tensor: PlacedTensor, dtype: DType
+def _encoded(
+    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
+) -> Iterator[tuple[str | None, npt.NDArray[Any]]]:
+    """A tensor's parts in order, by blocks of rows, each part's suffix with its first block.
+
+    The first part is the large one and is streamed; the others wait for it to end.
+    """
+    format_, encode = FORMATS[record.format], WRITERS[record.format].encode
+    waiting: list[list[npt.NDArray[Any]]] = [[] for _ in format_.parts[1:]]
+    begun = False
+    for rows in _rows(checkpoint, reader, record, dtype):
+        first, *others = encode(rows, dtype)
+        yield (None if begun else format_.parts[0].suffix), first
+        begun = True
+        for kept, block in zip(waiting, others, strict=True):
+            kept.append(block)
+    for part, blocks in zip(format_.parts[1:], waiting, strict=True):
+        yield part.suffix, np.concatenate(blocks)
+
+
+def _rows(
+    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
 ) -> Iterator[npt.NDArray[Any]]:
-    """A bundle tensor's rows, in its dtype."""
-    target = NUMPY_DTYPES[dtype]
-    if not tensor.sources:
+    """A tensor's rows as the checkpoint has them, or as they are computed, all finite in the bundle's dtype."""
+    if not record.sources:
         a = checkpoint.architecture
-        cos, sin = rope_tables(a.rope, a.head_dim, tensor.shape[0])
-        yield (cos if tensor.name == "rope.cos" else sin).astype(target)
+        yield rope_tables(a.rope, a.head_dim, record.shape[0])[ROPE_TABLES.index(record.name)]
         return
-    for source in tensor.sources:
+    for source, _ in record.sources:
         for block in reader.blocks(source):
             with np.errstate(over="ignore", invalid="ignore"):
-                converted = block.astype(target, copy=False)
+                converted = block.astype(NUMPY_DTYPES[dtype], copy=False)
             if not _is_finite(converted):
                 raise CheckpointError(
                     checkpoint.tensors[source].file,
                     f"{source} has values that are not finite in {dtype}",
                     fix="export in another dtype" if np.isfinite(block).all() else "the checkpoint is damaged",
                 )
-            yield converted
+            yield converted if record.format == dtype else block
 
 
 def _is_finite(block: npt.NDArray[Any]) -> bool:

@@ -13,7 +13,8 @@ from typing import Annotated
 from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.backends.choice import Backend
-from edgeskip.runtime.bundle.architecture import DType, Size
+from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.structure import Range

@@ -40,7 +40,8 @@ from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.reference import cache_argument
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.recipes.train.early_exit import CausalLM
-from edgeskip.runtime.bundle.architecture import Architecture, DType
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import check_exit_layer
 from edgeskip.runtime.bundle.manifest import Progress
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError

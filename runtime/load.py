@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
-from edgeskip.runtime.bundle.weights import stored_tensors
+from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.model import Model
 
 
@@ -17,6 +17,7 @@ def load(
     device: DeviceChoice = "auto",
     threads: int = 0,
     dialect: str | None = None,
+    exit_layer: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Model:
     """Loads a bundle: reads and checks it, and takes the memory it needs.
@@ -27,18 +28,20 @@ def load(
         device: of ONNX Runtime: `cpu`, `cuda`, or `auto`: the GPU where there is one.
         threads: of the CPU; 0 means one a core.
         dialect: `ort` or `standard`; by default what suits the device.
+        exit_layer: the exit that drafts, where the bundle has several; by default its own.
         progress: called while the files are checked.
 
     Raises:
+        RequestError: the bundle has no such exit.
         BundleError: the bundle is damaged, foreign or not there.
         BackendError: no backend can run it here.
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress)
-    stored_tensors(opened)  # a header that does not fit is found before any memory is taken by it
+    stored_arrays(opened)  # a header that does not fit is found before any memory is taken by it
     session = open_session(opened, backend=backend, device=device, threads=threads, dialect=dialect, progress=progress)
     try:
-        return Model(opened, session)
+        return Model(opened, session, exit_layer)
     except BaseException:
         session.close()
         raise

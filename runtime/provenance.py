@@ -6,7 +6,8 @@ import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgeskip.runtime.bundle.architecture import DType, Size
+from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from edgeskip.runtime.bundle.graphs import DIALECTS
+from edgeskip.runtime.bundle.dialects import DIALECTS
 
 if TYPE_CHECKING:
     from edgeskip.runtime.bundle.manifest import Bundle, Progress
@@ -101,12 +101,14 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "
         f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {', '.join(map(str, m.eos_token_ids)) or 'none'}"
     )
-    for chain, graphs in m.chains.items():
-        console.print(f"{chain} subgraph: {' -> '.join(graphs)}")
+    for exit_layer, chains in m.chains.items():
+        for chain, graphs in chains.items():
+            after = f" after layer {exit_layer}" if len(m.chains) > 1 else ""
+            console.print(f"{chain} subgraph{after}: {' -> '.join(graphs)}")
     graphs_table = Table(box=None, pad_edge=False)
     for name in ("graph", "layers", "inputs", "outputs"):
         graphs_table.add_column(name)
-    for name, graph in m.table.items():
+    for name, graph in m.graphs.items():
         layers = f"{graph.first_layer}-{graph.last_layer - 1}" if graph.layers else "none"
         cells = []
         for tensors in (graph.inputs, graph.outputs):
@@ -122,7 +124,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     for name, record in m.files.items():
         files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
     console.print(files)
-    dialects = (f"{dialect} ({pattern.format('draft')}, ...)" for dialect, pattern in DIALECTS.items())
+    dialects = (f"{dialect.name} ({dialect.file.format('draft')}, ...)" for dialect in DIALECTS.values())
     console.print(f"dialects: {', '.join(dialects)}")
 
 

@@ -19,6 +19,8 @@ from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.bundle.manifest import SEAL, Bundle, sealed
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.decoding.rounds import Round
+from edgeskip.runtime.decoding.session import RoundResult, Session
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.load import load
 from tests.standin import make_device, standin_model
@@ -133,6 +135,13 @@ def save_checkpoint(model: Any, folder: Path, **settings: Any) -> Path:
     model.save_pretrained(folder, **settings)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def run_round(session: Session, round_: Round, position: int) -> RoundResult:
+    """Runs a round, its first row at `position`."""
+    bound = session.bind(round_)
+    bound.start(position)
+    return bound.wait()
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -31,7 +31,7 @@ from edgeskip.runtime.bundle.engines import (
     engines_folder,
     read_engines,
 )
-from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.decoding.model import Model
 
@@ -275,9 +275,10 @@ def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION):
     target = engines_folder(copied, backend, sm, version)
     target.mkdir(parents=True)
     decode, prefill = (1, HEAD_ROWS), (1, copied.manifest.prefill_chunk)
-    profiles = {"draft": [decode, prefill], "verify": [decode, prefill], "head": [decode]}
+    graphs = copied.manifest.graphs
+    profiles = {name: [decode] if graph.head else [decode, prefill] for name, graph in graphs.items()}
     records = {}
-    for graph in GRAPHS:
+    for graph in copied.manifest.graphs:
         made = {"onnx": str(copied.graph_path(graph, "standard")), "profiles": profiles[graph]}
         data = json.dumps(made).encode()
         (target / f"{graph}.engine").write_bytes(data)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.dtypes import DType
 
 Array = npt.NDArray[Any]
 

@@ -21,17 +21,15 @@ Array = npt.NDArray[Any]
 class Trace:
     """One text through the model, every array in fp32 on the host, each row one position.
 
-    `embeddings` [T,H]; `attention` and `mlp`, what each layer adds to the residual stream, [T,H]; `exit_states` behind
-    layer E-1 and `last_states` behind the last layer, before the norm, [T,H]; `caches` by the graphs' input names,
-    [T, N*D].
+    `states` [T,H] by the number of layers that they passed: 0 for the embeddings, each exit layer, and L for what the
+    last norm reads; `attention` and `mlp`, what each layer adds to the residual stream, [T,H]; `caches` by the graphs'
+    input names, [T, N*D].
     """
 
     token_ids: tuple[int, ...]
-    embeddings: Array
+    states: dict[int, Array]
     attention: dict[int, Array]
     mlp: dict[int, Array]
-    exit_states: Array
-    last_states: Array
     caches: dict[str, Array]
 
 
@@ -47,7 +45,7 @@ class Golden:
     """A transformers model as the judge, in fp32.
 
     Args:
-        bundle: whose weights are taken, and whose exit layer and EOS count.
+        bundle: whose weights are taken, and whose exit layers and EOS count.
         checkpoint: a folder or hub id to take the weights from instead, so that a wrong export shows too.
         device: `cpu`, or `cuda` where torch has one with room for the model.
         threads: of the CPU; 0 leaves it to torch.
@@ -66,7 +64,7 @@ class Golden:
         if checkpoint is None:
             bundle.require_graphs(fix="give --reference CHECKPOINT, or check the bundle that it was packed from")
         self.source = "the bundle's own weights" if checkpoint is None else checkpoint
-        self._exit_layer, self._eos = manifest.exit_layer, list(manifest.eos_token_ids)
+        self._exit_layers, self._eos = manifest.exit_layers, list(manifest.eos_token_ids)
         self._model = reference_model(bundle) if checkpoint is None else _loaded(bundle, checkpoint)
         self._device = device if device == "cuda" and _has_room(self._model) else "cpu"
         self._model.to(self._device)
@@ -90,7 +88,8 @@ class Golden:
 
             return hook
 
-        watched = [(states, i, modules[i][1]) for i in (self._exit_layer - 1, len(modules) - 1)]
+        cuts = (*self._exit_layers, len(modules))
+        watched = [(states, passed, modules[passed - 1][1]) for passed in cuts]
         if layers:
             watched += [(attention, i, layer.self_attn) for i, layer in modules]
             watched += [(mlp, i, layer.mlp) for i, layer in modules]
@@ -108,8 +107,7 @@ class Golden:
             for i, layer in enumerate(cache.layers)
             for part, values in (("key", layer.keys), ("value", layer.values))
         }
-        exit_states, last_states = states[self._exit_layer - 1], states[len(modules) - 1]
-        return Trace(tuple(token_ids), self.embeddings(token_ids), attention, mlp, exit_states, last_states, caches)
+        return Trace(tuple(token_ids), {0: self.embeddings(token_ids)} | states, attention, mlp, caches)
 
     def embeddings(self, token_ids: Sequence[int] | Array) -> Array:
         """Rows of the embedding table, [T,H]."""

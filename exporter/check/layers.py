@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from edgeskip.exporter.check.golden import Golden, Trace
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
-from edgeskip.runtime.bundle.graphs import GraphName, dimensions, present_name
+from edgeskip.runtime.bundle.graphs import Graph, GraphName, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.errors import BackendError
 
@@ -41,11 +41,11 @@ class TappedGraph:
 
     def __init__(self, bundle: Bundle, name: GraphName, dialect: str, device: str) -> None:
         manifest = bundle.manifest
-        self.name, self._graph = name, manifest.table[name]
+        self.name, self._graph = name, manifest.graphs[name]
         self._pasts = [tensor.name for tensor in self._graph.inputs if tensor.is_cache]
         path = bundle.graph_path(name, dialect)
         model = ir.load(path)
-        taps = _taps(model.graph, name, self._graph.layers)
+        taps = _taps(model.graph, self._graph)
         _fp32_inputs(model.graph)
         presents = {str(value.name): value for value in model.graph.outputs}
         _set_outputs(model.graph, taps | {present_name(name): presents[present_name(name)] for name in self._pasts})
@@ -81,7 +81,7 @@ class TappedGraph:
 
     def order(self) -> Iterable[tuple[str, int | None, str]]:
         """Outputs in the order of computation: name, layer, and the part of it."""
-        if self.name == "head":
+        if self._graph.head:
             return [("norm", None, "norm"), ("logits", None, "LM head")]
         return [
             (name.format(i), i, part)
@@ -95,20 +95,21 @@ class TappedGraph:
         ]
 
 
-def golden_taps(golden: Golden, trace: Trace, name: GraphName, rows: slice) -> dict[str, Array]:
+def golden_taps(golden: Golden, trace: Trace, graph: Graph, rows: slice) -> dict[str, Array]:
     """What `TappedGraph.run` should give for these rows of a text."""
-    if name == "head":
-        states = trace.last_states[rows]
-        return {"norm": golden.norm(states), "logits": golden.logits(states)}
+    if graph.head:
+        states = trace.states[max(trace.states)][rows]
+        return {"norm": golden.norm(states), "logits": golden.logits(states)[:, : graph.head.vocabulary]}
     caches = {key: cache[rows] for key, cache in trace.caches.items()}
     attention = {f"layers.{i}.attention": added[rows] for i, added in trace.attention.items()}
     return caches | attention | {f"layers.{i}.mlp": added[rows] for i, added in trace.mlp.items()}
 
 
-def _taps(graph: ir.Graph, name: GraphName, layers: range) -> dict[str, ir.Value]:
+def _taps(graph: ir.Graph, contract: Graph) -> dict[str, ir.Value]:
     """Values to show, by name."""
     readers = {value.name: node for node in graph for value in node.inputs if value is not None}
-    if name == "head":
+    layers = contract.layers
+    if contract.head:
         return {"norm": readers["model.norm.weight"].outputs[0], "logits": graph.outputs[0]}
     taps = {}
     for i in layers:

@@ -76,7 +76,7 @@ def _where(report: CheckReport, graph: str) -> str:
     """The sentence behind a failing graph."""
     if report.departures is None:
         return "--layers tells where it departs."
-    departure: Departure | None = dict(report.departures)[graph]  # type: ignore[index]
+    departure: Departure | None = dict(report.departures)[graph]
     if departure is None:
         return "No part of its file departs in ONNX Runtime: suspect the session."
     place = departure.part if departure.layer is None else f"layer {departure.layer}, {departure.part}"

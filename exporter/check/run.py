@@ -16,8 +16,8 @@ from edgeskip.exporter.check.golden import Golden, GoldenText
 from edgeskip.exporter.check.layers import TappedGraph, golden_taps
 from edgeskip.exporter.check.teacher import Kind, Segment, SessionRunner, golden_outputs, split_text, tail
 from edgeskip.runtime.bench.measure import TIE_GAP
-from edgeskip.runtime.bundle.architecture import DType
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Manifest, Progress
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.rounds import Mode
@@ -159,10 +159,10 @@ def run_check(
     for text in _joined_texts(prompt_ids, manifest):
         look(text)
     tensors = tuple(
-        TensorReport(cast(GraphName, graph), name, cast(Kind, kind), errors, _passes(name, errors, manifest.dtype))
+        TensorReport(graph, name, cast(Kind, kind), errors, _passes(name, errors, manifest.dtype))
         for (graph, name, kind), errors in comparison.errors.items()
     )
-    failed = tuple(graph for graph in GRAPHS if any(t.graph == graph and not t.passed for t in tensors))
+    failed = tuple(graph for graph in manifest.graphs if any(t.graph == graph and not t.passed for t in tensors))
     return CheckReport(
         **vars(provenance(model, command)),
         reference=golden.source,
@@ -201,18 +201,18 @@ def _run_text(
     text: _Text, golden: Golden, runner: SessionRunner, comparison: Comparison, tie_gap: float
 ) -> Iterable[Disagreement]:
     """Compares a text's calls and the caches it leaves, and yields the tokens that the head picked otherwise."""
-    trace = golden.trace(text.token_ids)
+    trace, head = golden.trace(text.token_ids), runner.manifest.split().head.graph
     for segment in text.segments:
         outputs, picked = runner.run(segment, trace)
-        wanted = golden_outputs(golden, trace, segment, picked)
+        wanted = golden_outputs(golden, trace, segment, picked, runner.manifest)
         first = segment.text.stop - len(picked)
         for graph, tensors in outputs.items():
             for name, rows in tensors.items():
                 key = (graph, name, segment.kind)
-                comparison.add(key, rows, wanted[graph][name], first if graph == "head" else segment.start)
-        for row, (token, logits) in enumerate(zip(picked.tolist(), wanted["head"]["logits"], strict=True)):
+                comparison.add(key, rows, wanted[graph][name], first if graph == head else segment.start)
+        for row, (token, logits) in enumerate(zip(picked.tolist(), wanted[head]["logits"], strict=True)):
             if gap := float(logits.max() - logits[token]):
-                yield Disagreement("head", text.prompt, first + row, gap, gap < tie_gap)
+                yield Disagreement(head, text.prompt, first + row, gap, gap < tie_gap)
     used = text.segments[-1].text.stop
     for graph, caches in runner.caches(used):
         for name, rows in caches.items():
@@ -243,10 +243,11 @@ def _departure(
     tapped, comparison = TappedGraph(model.bundle, graph, session.dialect, session.device), Comparison()
     for text in texts:
         trace = golden.trace(text.token_ids, layers=True)
-        states = {"draft": trace.embeddings, "verify": trace.exit_states, "head": trace.last_states}[graph]
+        contract = model.bundle.manifest.graphs[graph]
+        states = trace.states[contract.first_layer]
         for segment in text.segments:
-            rows = slice(segment.text.stop - 1, segment.text.stop) if graph == "head" else segment.text
-            wanted = golden_taps(golden, trace, graph, rows)
+            rows = slice(segment.text.stop - 1, segment.text.stop) if contract.head else segment.text
+            wanted = golden_taps(golden, trace, contract, rows)
             for name, found in tapped.run(states[rows], rows.start).items():
                 comparison.add((name,), found, wanted[name], rows.start)
         comparison.finish_text()

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.check.golden import Golden, Trace
-from edgeskip.exporter.weights import NUMPY_DTYPES
+from edgeskip.exporter.formats import NUMPY_DTYPES
 from edgeskip.runtime.bundle.graphs import GraphName
-from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round, speculative_round
-from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.decoding.session import MeasuredSession
 
 Array = npt.NDArray[Any]
 Kind = Literal["prefill", "step", "verification", "cache"]
@@ -76,36 +76,38 @@ def tail(num_speculations: int) -> int:
 class SessionRunner:
     """Runs segments on a session, whatever its backend."""
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
+    def __init__(self, bundle: Bundle, session: MeasuredSession) -> None:
+        self.manifest = bundle.manifest
         self._session, self._dtype = session, bundle.manifest.dtype
+        self._graphs, self._split = bundle.manifest.graphs, bundle.manifest.split()
         self._caches = {
-            name: [t.name for t in graph.inputs if t.is_cache]
-            for name, graph in bundle.manifest.table.items()
-            if graph.layers
+            name: [t.name for t in graph.inputs if t.is_cache] for name, graph in self._graphs.items() if graph.layers
         }
 
     def run(self, segment: Segment, trace: Trace) -> tuple[dict[GraphName, dict[str, Array]], Array]:
         """Each graph's outputs [kept, values], the head's of a prompt for its last row alone, and the ids it picked."""
-        prefill = segment.kind == "prefill"
-        round_ = (
-            prefill_round(segment.rows, last=True, early_exit=False) if prefill else speculative_round(segment.rows - 1)
-        )
-        drafts = [call for call in round_.calls if call.graph == "draft"]
-        verify, head = round_.calls[-2:]
-        self._call(drafts, segment, "inputs_embeds", trace.embeddings)
-        exit_states = self._session.read(View("exit_hidden_states", 0, segment.kept))
-        self._call([verify], segment, "exit_hidden_states", trace.exit_states)
-        states = self._session.read(View("hidden_states", 0, segment.kept))
-        self._call([head], segment, "hidden_states", trace.last_states)
-        kept = 1 if prefill else segment.kept
-        logits, embeds, picked = (
-            self._session.read(View(buffer, 0, kept)) for buffer in ("logits", "target_embeds", "target_token_ids")
-        )
-        return {
-            "draft": {"exit_hidden_states": exit_states},
-            "verify": {"hidden_states": states},
-            "head": {"logits": logits, "inputs_embeds": embeds},
-        }, picked
+        if segment.kind == "prefill":
+            round_ = prefill_round(self._split, segment.rows, last=True, early_exit=False)
+        else:
+            round_ = speculative_round(self._split, segment.rows - 1)
+        outputs: dict[GraphName, dict[str, Array]] = {}
+        for name in self._caches:
+            graph = self._graphs[name]
+            calls = [call for call in round_.calls if call.graph == name]
+            self._call(calls, segment, graph.reads, trace.states[graph.first_layer])
+            outputs[name] = {graph.writes: self._session.read(View(graph.writes, 0, segment.kept))}
+        head, draft_head = round_.calls[-1], self._split.draft_head
+        drafts = [call for call in round_.calls[:-1] if call.graph == draft_head.graph]
+        if drafts and draft_head.graph != head.graph:
+            self._call(drafts, segment, self._split.exit_states, trace.states[self._split.exit_layer])
+            found = self._session.read(View("draft_logits", 0, min(len(drafts), segment.kept)))
+            outputs[draft_head.graph] = {"logits": found[:, : draft_head.vocabulary]}
+        self._call([head], segment, "hidden_states", trace.states[self._graphs[head.graph].first_layer])
+        kept = 1 if segment.kind == "prefill" else segment.kept
+        names = ("target_logits", "target_embeds", "target_token_ids")
+        logits, embeds, picked = (self._session.read(View(name, 0, kept)) for name in names)
+        outputs[head.graph] = {"logits": logits, "inputs_embeds": embeds}
+        return outputs, picked
 
     def caches(self, rows: int) -> Iterator[tuple[GraphName, dict[str, Array]]]:
         """The first rows of every cache, [rows, N*D], by graph."""
@@ -120,16 +122,23 @@ class SessionRunner:
             stored = rows.astype(NUMPY_DTYPES[self._dtype])
         self._session.write(buffer, stored.view(np.uint16) if self._dtype == "bf16" else stored)
         for call in calls:
-            self._session.bind(Round((call,), rows=segment.rows, num_drafts=0, num_targets=0))(segment.start)()
+            bound = self._session.bind(Round((call,), rows=segment.rows, num_drafts=0, num_targets=0))
+            bound.start(segment.start)
+            bound.wait()
 
 
 def golden_outputs(
-    golden: Golden, trace: Trace, segment: Segment, picked: Array
+    golden: Golden, trace: Trace, segment: Segment, picked: Array, manifest: Manifest
 ) -> Mapping[GraphName, Mapping[str, Array]]:
     """What `SessionRunner.run` should have given, with the embeddings of the ids that it picked."""
+    split, layers = manifest.split(), manifest.architecture.num_layers
     last = slice(segment.text.stop - len(picked), segment.text.stop)
-    return {
-        "draft": {"exit_hidden_states": trace.exit_states[segment.text]},
-        "verify": {"hidden_states": trace.last_states[segment.text]},
-        "head": {"logits": golden.logits(trace.last_states[last]), "inputs_embeds": golden.embeddings(picked)},
+    wanted: dict[GraphName, dict[str, Array]] = {
+        name: {graph.writes: trace.states[graph.last_layer][segment.text]}
+        for name, graph in manifest.graphs.items()
+        if not graph.head
     }
+    drafted = golden.logits(trace.states[split.exit_layer][segment.text][: max(segment.rows - 1, 0)])
+    wanted[split.draft_head.graph] = {"logits": drafted[:, : split.draft_head.vocabulary]}
+    logits = golden.logits(trace.states[layers][last])
+    return wanted | {split.head.graph: {"logits": logits, "inputs_embeds": golden.embeddings(picked)}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from edgeskip.runtime.bundle.graphs import DIALECTS
+from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.commands.options import (
     backend_option,
     bundle_argument,

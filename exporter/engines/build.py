@@ -39,7 +39,7 @@ from edgeskip.runtime.bundle.engines import (
     engine_profiles,
     engines_folder,
 )
-from edgeskip.runtime.bundle.graphs import GRAPHS, Graph, dimensions
+from edgeskip.runtime.bundle.graphs import Graph, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
@@ -160,12 +160,12 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
             timings, timings_name = folder / "timings", f"{destination.name}.cache"
             if settings.backend == "tensorrt" and (measured := kept("timings", timings_name)):
                 timings.write_bytes(measured)
-            for graph in GRAPHS:
+            for graph in manifest.graphs:
                 job = Job(
                     onnx=str(bundle.graph_path(graph, "standard")),
                     engine=str(folder / f"{graph}.engine"),
-                    decoder_layers=len(manifest.table[graph].layers),
-                    profiles=[_shapes(manifest, manifest.table[graph], profile) for profile in profiles[graph]],
+                    decoder_layers=len(manifest.graphs[graph].layers),
+                    profiles=[_shapes(manifest, manifest.graphs[graph], profile) for profile in profiles[graph]],
                     compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
                     workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
                     load_timing_cache=str(timings) if timings.is_file() else None,
@@ -209,7 +209,7 @@ def _report(progress: Progress, what: str, done: int) -> None:
 
 def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[str, list[list[int]]]:
     """The least, best and largest shape of each input with rows."""
-    sizes = dimensions(manifest.architecture, manifest.max_length)
+    sizes = graph.dimensions(dimensions(manifest.architecture, manifest.max_length))
     rows = (profile.min_rows, profile.opt_rows, profile.max_rows)
     return {
         tensor.name: [[sizes.get(dim, count) for dim in tensor.shape] for count in rows]

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.commands.options import (
     require,
 )

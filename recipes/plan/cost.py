@@ -18,8 +18,9 @@ from math import inf
 import numpy as np
 
 from edgeskip.runtime.bench.measure import BenchReport
-from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, graph_table
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.graphs import GraphName, HeadRecord, graph_table, single_exit, split_at
 from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.bundle.weights import bytes_by_graph
 from edgeskip.runtime.decoding.rounds import speculative_round
@@ -33,6 +34,10 @@ class Sample:
     rows: int
     bytes: int
     ms: float
+
+
+ONE_EXIT = split_at(graph_table(2, (1,), {"head": HeadRecord(1, "greedy")}), 1)
+"""The chains of a bundle with one exit, whichever it is: rounds on them have the same calls."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,13 @@ class GraphSize:
 
 
 def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, GraphSize]:
-    """The three graphs of a model split at `exit_layer`."""
-    a, itemsize = architecture, ITEMSIZE[dtype]
-    sizes = {name: int(np.prod(shape, dtype=np.int64)) * itemsize for name, (shape, _) in bundle_tensors(a).items()}
-    weights = bytes_by_graph(sizes, exit_layer, tied=a.tie_word_embeddings)
+    """The graphs of a model with one exit."""
+    a, itemsize, graphs = architecture, ITEMSIZE[dtype], single_exit(architecture, exit_layer)
+    weights = bytes_by_graph(a, graphs, bundle_tensors(a, 1, dtype), dtype)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
-    layers = {graph: len(one.layers) for graph, one in graph_table(a.num_layers, exit_layer).items()}
     return {
-        graph: GraphSize(layers[graph], weights[graph] // itemsize, weights[graph], layers[graph] * row)
-        for graph in GRAPHS
+        name: GraphSize(len(graph.layers), weights[name] // itemsize, weights[name], len(graph.layers) * row)
+        for name, graph in graphs.items()
     }
 
 
@@ -113,7 +116,7 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
 
 def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
     """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
-    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(num_speculations).calls]
+    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(ONE_EXIT, num_speculations).calls]
     return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from edgeskip.recipes.deployment import Device
 from edgeskip.recipes.plan.cost import (
+    ONE_EXIT,
     Cost,
     GraphSize,
     best_speculation,
@@ -28,10 +29,11 @@ from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
 from edgeskip.runtime.bench.measure import BenchReport
-from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
-from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, GRAPHS, GraphName, check_exit_layer, graph_table
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, GraphName, check_exit_layer, single_exit
 from edgeskip.runtime.bundle.tensors import bundle_tensors
-from edgeskip.runtime.decoding.rounds import prefill_round, speculative_round
+from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
 
@@ -333,10 +335,10 @@ def _memory(
     shared: bool,
 ) -> dict[str, int]:
     """Device memory at run time by kind; the caches are the same wherever the model is split."""
-    a, chunk = architecture, min(PREFILL_CHUNK, capacity)
+    a, graphs, chunk = architecture, single_exit(architecture, 1), min(PREFILL_CHUNK, capacity)
     memory = {f"{graph} weights": size for graph, size in held.items()}
-    memory["caches"] = sum(cache_sizes(a, graph_table(a.num_layers, 1), dtype, capacity).values())
-    memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, dtype, chunk).values())
+    memory["caches"] = sum(cache_sizes(a, graphs, dtype, capacity).values())
+    memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, graphs, dtype, chunk).values())
     if backend != "onnxruntime":
         memory["kernels"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
         values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, beside the mask
@@ -359,7 +361,7 @@ def _largest(context: int, fits: Callable[[int], bool]) -> int:
 
 def _disk(architecture: Architecture, dtype: DType, capacity: int, *, engines: bool) -> dict[str, int]:
     a, itemsize = architecture, ITEMSIZE[dtype]
-    weights = sum(math.prod(shape) for shape, _ in bundle_tensors(a).values()) * itemsize
+    weights = sum(math.prod(tensor.shape) for tensor in bundle_tensors(a, 0, dtype).values()) * itemsize
     disk = {"weights": weights + capacity * a.head_dim * itemsize, "graphs and texts": TEXT_BYTES}
     if engines:
         disk["engines"] = weights + ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
@@ -464,8 +466,8 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
 
 def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
     """Each kind of call in a plain step and a round of K drafts, once."""
-    calls = {call.key for n in (0, k) for call in speculative_round(n).calls}
-    for graph, rows in sorted(calls, key=lambda call: (GRAPHS.index(call[0]), call[1])):
+    for call in distinct_calls(ONE_EXIT, (0, k), sizes):
+        graph, rows = call.key
         size = sizes[graph]
         yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))
 
@@ -477,7 +479,7 @@ def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: in
     return sum(
         call_ms(cost, sizes[call.graph], call.rows, start + rows)
         for start in chunks
-        for call in prefill_round(rows, last=start == chunks[-1], early_exit=False).calls
+        for call in prefill_round(ONE_EXIT, rows, last=start == chunks[-1], early_exit=False).calls
     )
 
 

@@ -22,14 +22,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.exporter.probe import Exits, Probe, check_probed
-from edgeskip.recipes.plan.cost import Sample, call_ms, fit_cost, graph_sizes
+from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
+from edgeskip.recipes.plan.cost import ONE_EXIT, Sample, call_ms, fit_cost, graph_sizes
 from edgeskip.runtime.bench.prompts import encoded_prompts
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, check_num_speculations
+from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations, single_exit
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import Round, draft_round, speculative_round, verification_round
-from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
@@ -177,6 +177,10 @@ def tune(
         check_num_speculations(k)
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
+        if set(manifest.graphs) != set(single_exit(manifest.architecture, manifest.exit_layer)):
+            raise RequestError(
+                bundle.folder, "has several exits or heads", wanted="a bundle with one of each to measure"
+            )
         device, head = session.device, provenance(model, command)
         check_probed(bundle, device)
         if settings.confidence_threshold is None:
@@ -300,7 +304,7 @@ def rounds_ms(measured: Measured, rounds: Rounds) -> float:
     calls = {(call.graph, call.rows): call.ms for call in measured.calls}
 
     def round_ms(drafts: int) -> float:
-        on_device = sum(calls[call.key] for call in speculative_round(drafts).calls)
+        on_device = sum(calls[call.key] for call in speculative_round(ONE_EXIT, drafts).calls)
         return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
 
     return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
@@ -322,7 +326,7 @@ def _measure(
     """Decodes the prompts and times calls, in turns: a device that slows down slows both."""
     session, manifest = model.session, model.bundle.manifest
     largest = min(max(*settings.grid, manifest.num_speculations), manifest.max_length - 1)
-    in_situ = set(session.stage_ns or ()) == set(GRAPHS)
+    in_situ = set(session.stage_ns or ()) == set(manifest.graphs)
     repeats = -(-_TIMED_ROUNDS // len(prompt_ids)) if in_situ else 0
 
     def turn(ids: list[int], max_new_tokens: int) -> _Turn:
@@ -335,8 +339,10 @@ def _measure(
         return _Turn(plain, speculative.statistics, position, times)
 
     if not in_situ:  # a device captures a round on its second run, and that is no decoding
-        for round_ in [speculative_round(k) for k in range(largest + 1) for _ in range(3)]:
-            session.bind(round_)(0)()
+        for round_ in [speculative_round(ONE_EXIT, k) for k in range(largest + 1) for _ in range(3)]:
+            bound = session.bind(round_)
+            bound.start(0)
+            bound.wait()
     turn(prompt_ids[0], min(settings.max_new_tokens, _WARM_UP_TOKENS))
     turns = []
     for done, ids in enumerate(prompt_ids):
@@ -351,7 +357,8 @@ def _measure(
     for timed in [t for one in turns for t in one.times] or [_times_alone(session, largest, position)]:
         for key, ms in timed:
             times[key].append(ms)
-    calls = sorted(times, key=lambda key: (GRAPHS.index(key[0]), key[1]))
+    order = list(manifest.graphs)
+    calls = sorted(times, key=lambda key: (order.index(key[0]), key[1]))
     plain, speculative = [one.plain.statistics for one in turns], [one.speculative for one in turns]
     host_ms, drafting_ms = (_quiet(map(_host_ms, runs)) for runs in (plain, speculative))
     drafts = sum(s.drafted for s in speculative) / sum(s.rounds for s in speculative)
@@ -374,23 +381,25 @@ _Times = Sequence[tuple[tuple[GraphName, int], float]]
 """Calls by graph and rows, and ms."""
 
 
-def _times_in_rounds(session: Session, largest: int, position: int) -> _Times:
+def _times_in_rounds(session: MeasuredSession, largest: int, position: int) -> _Times:
     """Every call of a round of each K from 0 to `largest`, by the session's clock of its graphs.
 
     A graph run alone in a loop finds its weights in the processor's caches; here it finds what a round leaves there.
     """
     times: list[tuple[tuple[GraphName, int], float]] = []
     for k in range(largest + 1):
-        for part in (*map(draft_round, range(k)), verification_round(k)):
+        for part in (*(draft_round(ONE_EXIT, row) for row in range(k)), verification_round(ONE_EXIT, k)):
             times += _lap(session, part, position)
         session.carry(0)
     return times
 
 
-def _lap(session: Session, part: Round, position: int) -> Iterator[tuple[tuple[GraphName, int], float]]:
+def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple[tuple[GraphName, int], float]]:
     """Runs a part of a round, in which no graph comes twice."""
     before = session.stage_ns
-    session.bind(part)(position)()
+    bound = session.bind(part)
+    bound.start(position)
+    bound.wait()
     after = session.stage_ns
     assert before is not None
     assert after is not None
@@ -398,9 +407,9 @@ def _lap(session: Session, part: Round, position: int) -> Iterator[tuple[tuple[G
         yield call.key, (after[call.graph] - before[call.graph]) / 1e6
 
 
-def _times_alone(session: Session, largest: int, position: int) -> _Times:
+def _times_alone(session: MeasuredSession, largest: int, position: int) -> _Times:
     """Each call of these rounds by itself, for a device that hides what runs within one: there the sum is the same."""
-    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(k).calls}
+    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(ONE_EXIT, k).calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from edgeskip.runtime.bundle.engines import EngineBackend, Engines
     from edgeskip.runtime.bundle.manifest import Bundle, Progress
-    from edgeskip.runtime.decoding.session import Session
+    from edgeskip.runtime.decoding.session import MeasuredSession
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 BackendChoice = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -28,7 +28,7 @@ def open_session(
     threads: int = 0,
     dialect: str | None = None,
     progress: Progress = lambda *_: None,
-) -> Session:
+) -> MeasuredSession:
     """Loads a bundle on a device.
 
     Args:
@@ -72,7 +72,7 @@ def _open_engines(
     found: Sequence[Engines],
     problems: Sequence[BundleError],
     progress: Progress,
-) -> Session:
+) -> MeasuredSession:
     from edgeskip.runtime.backends.device import CudaDevice
     from edgeskip.runtime.backends.trt import import_tensorrt
     from edgeskip.runtime.backends.trt_session import TrtSession, why_not
@@ -99,7 +99,7 @@ def _open_engines(
 
 def _open_onnxruntime(
     bundle: Bundle, device: DeviceChoice, threads: int, dialect: str | None, why: list[str]
-) -> Session:
+) -> MeasuredSession:
     from edgeskip.runtime.backends.cpu_session import OrtCpuSession
     from edgeskip.runtime.backends.device import CudaDevice
     from edgeskip.runtime.backends.ort import onnxruntime

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -13,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.backends.ort import OrtGraphs, cpu_options, onnxruntime
-from edgeskip.runtime.bundle.graphs import GRAPHS, Tensor, dimensions
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
+from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.decoding.rounds import Call, Round, View, workspace
-from edgeskip.runtime.decoding.session import BoundRound, Memory, RoundResult, Session
+from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.host import cpu_name, usable_cores
 
-_NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
-
-class OrtCpuSession(Session):
+class OrtCpuSession(MeasuredSession):
     """The `ort` dialect on ONNX Runtime's CPU provider, updating caches in place.
 
     Args:
@@ -51,26 +50,33 @@ class OrtCpuSession(Session):
         ort = onnxruntime()
         options = cpu_options(ort, threads)
         self._graphs = OrtGraphs(ort, bundle, dialect, options, [("CPUExecutionProvider", {})])
-        self._dims = dimensions(manifest.architecture, manifest.max_length)
-        dtypes: dict[str, Any] = {"float": _NUMPY[manifest.dtype], "int64": np.int64}
+        self._graph_table, self._dims = manifest.graphs, dimensions(manifest.architecture, manifest.max_length)
+        numbers = {"float": np.dtype(NUMBER_TYPES[manifest.dtype].numpy), "int64": np.dtype(np.int64)}
         self._buffers = {
-            name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), dtypes[dtype])
-            for name, (dim, dtype, rows) in workspace(manifest.prefill_chunk).items()
+            name: _zeros((rows, *([] if dim is None else [self._dims[dim]])), numbers[dtype])
+            for name, (dim, dtype, rows) in workspace(manifest.graphs.values(), manifest.prefill_chunk).items()
         }
-        self._caches = {
-            tensor.name: _zeros(tuple(self._dims[dim] for dim in tensor.shape), dtypes["float"])
-            for graph in manifest.table.values()
-            for tensor in graph.inputs
-            if tensor.is_cache
-        }
+        self._caches, self._new_rows = self._make_caches(manifest.graphs.values(), numbers["float"], dialect)
         self._weights_bytes = manifest.weights_bytes
         self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
         self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
-        self._stage_ns: dict[str, int] = dict.fromkeys(GRAPHS, 0)
+        self._stage_ns: dict[str, int] = dict.fromkeys(manifest.graphs, 0)
         self._threads = threads or usable_cores()
         self.hardware = f"{cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
+
+    def _make_caches(
+        self, graphs: Iterable[Graph], number: np.dtype[Any], dialect: str
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
+        """Caches by their input's name, and where a dialect hands back new rows, room for those by their output's."""
+        caches = [tensor for graph in graphs for tensor in graph.inputs if tensor.is_cache]
+        made = {t.name: _zeros(tuple(self._dims[dim] for dim in t.shape), number) for t in caches}
+        if DIALECTS[dialect].caches == "in-place":
+            return made, {}
+        sizes = self._dims | {"T": len(self._buffers["position_ids"])}
+        size = math.prod(sizes[dim] for dim in NEW_ROWS)
+        return made, {present_name(t.name): _zeros((size,), number) for t in caches}
 
     @property
     def stage_ns(self) -> Mapping[str, int]:
@@ -79,31 +85,32 @@ class OrtCpuSession(Session):
 
     def _bind(self, round_: Round) -> BoundRound:
         calls = [(call.graph, self._bound_call(call)) for call in round_.calls]
-        stage_ns = self._stage_ns
-        positions = self._buffers["position_ids"][: round_.rows]
-        rows = np.arange(round_.rows)
-        drafts = self._buffers["draft_token_ids"][: round_.num_drafts]
-        targets = self._buffers["target_token_ids"][: round_.num_targets]
-
-        def run(position: int) -> RoundResult:
-            np.add(rows, position, out=positions)
-            before = perf_counter_ns()
-            for graph, call in calls:
-                call()
-                after = perf_counter_ns()
-                stage_ns[graph] += after - before
-                before = after
-            return RoundResult(drafts.tolist(), targets.tolist())
-
-        return lambda position: partial(run, position)
+        return _CpuRound(round_, calls, self._buffers, self._stage_ns)
 
     def _bound_call(self, call: Call) -> Callable[[], None]:
-        def address(place: Tensor | View) -> int:
-            if isinstance(place, Tensor):
-                return int(self._caches[place.name].ctypes.data)
-            return int(self._buffers[place.buffer][place.start :].ctypes.data)
+        def address(place: str | View) -> int:
+            if isinstance(place, View):
+                return int(self._buffers[place.buffer][place.start :].ctypes.data)
+            return int((self._caches | self._new_rows)[place].ctypes.data)
 
-        return self._graphs.bound(call, "cpu", address)
+        run = self._graphs.bound(call, "cpu", address)
+        pasts = [call.cache(tensor.name) for tensor in self._graph_table[call.graph].inputs if tensor.is_cache]
+        if not self._new_rows or not pasts:
+            return run
+        sizes = self._dims | {"T": call.rows}
+        shape = [sizes[dim] for dim in NEW_ROWS]
+        written = [
+            (self._caches[past], self._new_rows[present_name(past)][: math.prod(shape)].reshape(shape))
+            for past in pasts
+        ]
+        position = self._buffers["position_ids"][dict(call.inputs)["position_ids"].start :]
+
+        def run_and_write() -> None:
+            run()
+            for cache, rows in written:
+                cache[:, :, position[0] : position[0] + call.rows] = rows
+
+        return run_and_write
 
     def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
@@ -123,12 +130,12 @@ class OrtCpuSession(Session):
         """Makes the token that target row `row` picked the next round's first input."""
         self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]
 
-    def draft_confidence(self, row: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row."""
-        logits, scratch = self._buffers["logits"][row], self._scratch
-        np.subtract(logits, logits[self._buffers["draft_token_ids"][row]], out=scratch)
+    def draft_confidence(self, row: int, vocabulary: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+        logits, scratch = self._buffers["draft_logits"][row, :vocabulary], self._scratch[:vocabulary]
+        np.subtract(logits, self._buffers["draft_token_logits"][row], out=scratch)
         np.exp(scratch, out=scratch)
-        return 1.0 / float(scratch.dot(self._ones))  # a sum, by one kernel
+        return 1.0 / float(scratch.dot(self._ones[:vocabulary]))  # a sum, by one kernel
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
@@ -163,6 +170,41 @@ class OrtCpuSession(Session):
         self._graphs.close()
         self._buffers.clear()
         self._caches.clear()
+
+
+class _CpuRound:
+    """A round bound to memory: it runs when somebody waits."""
+
+    def __init__(
+        self,
+        round_: Round,
+        calls: Sequence[tuple[str, Callable[[], None]]],
+        buffers: Mapping[str, npt.NDArray[Any]],
+        stage_ns: dict[str, int],
+    ) -> None:
+        self._calls, self._stage_ns = calls, stage_ns
+        self._rows = np.arange(round_.rows)
+        self._positions = buffers["position_ids"][: round_.rows]
+        self._row_inputs = {name: buffers[name][: round_.rows] for name in round_.row_inputs}
+        self._drafts = buffers["draft_token_ids"][: round_.num_drafts]
+        self._targets = buffers["target_token_ids"][: round_.num_targets]
+        self._target_logits = buffers["target_token_logits"][: round_.num_targets]
+
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Writes where its rows stand, and what its heads are told of them."""
+        np.add(self._rows, position, out=self._positions)
+        for name, buffer in self._row_inputs.items():
+            buffer[:] = row_inputs[name]
+
+    def wait(self) -> RoundResult:
+        """Runs the calls, and takes the time of each."""
+        before = perf_counter_ns()
+        for graph, call in self._calls:
+            call()
+            after = perf_counter_ns()
+            self._stage_ns[graph] += after - before
+            before = after
+        return RoundResult(self._drafts.tolist(), self._targets.tolist(), self._target_logits.tolist())
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

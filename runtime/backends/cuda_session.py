@@ -20,16 +20,17 @@ import numpy.typing as npt
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Tensor, dimensions
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round
-from edgeskip.runtime.decoding.session import BoundRound, Memory, RoundResult, Session
+from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 
-_NUMPY = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 _IDS = ("draft_token_ids", "target_token_ids")
+_READ_BACK = (*_IDS, "target_token_logits")
 
 
-class CudaSession(Session):
+class CudaSession(MeasuredSession):
     """A session whose memory is on a CUDA device; a backend adds how one call is enqueued.
 
     Args:
@@ -51,10 +52,10 @@ class CudaSession(Session):
         self._device_ns = self._captured_rounds = 0
         self.hardware = device.name
         self._dims = dimensions(manifest.architecture, manifest.max_length)
-        self._table = manifest.table
+        self._graph_table, self._split = manifest.graphs, manifest.split()
         self._weights_bytes = weights_bytes
-        buffers = buffer_sizes(manifest.architecture, manifest.dtype, manifest.prefill_chunk)
-        caches = cache_sizes(manifest.architecture, self._table, manifest.dtype, manifest.max_length)
+        buffers = buffer_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.prefill_chunk)
+        caches = cache_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.max_length)
         self._caches_bytes = sum(caches.values())
         self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
         self.planned_bytes = self._weights_bytes + self._caches_bytes + self._workspace_bytes
@@ -63,10 +64,13 @@ class CudaSession(Session):
             raise out_of_memory(bundle.folder, self.planned_bytes, free)
         self._caches = dict(zip(caches, device.zeros([(size, 1) for size in caches.values()]), strict=True))
         self._buffers = dict(zip(buffers, device.zeros(buffers.values()), strict=True))
-        # the two arrays of ids lie side by side on the device, so that one copy reads both
-        self._buffers |= dict(zip(_IDS, self._adjacent(HEAD_ROWS), strict=True))
-        self._ids = device.pinned((2, HEAD_ROWS), np.int64)
-        self._positions = device.pinned((buffers["position_ids"][1],), np.int64)
+        # what is read back after each round lies side by side on the device, so that one copy reads it all
+        self._buffers |= self._adjacent({name: buffers[name] for name in _READ_BACK})
+        self._results = device.pinned((sum(self._buffers[name].bytes for name in _READ_BACK),), np.uint8)
+        self._row_inputs = {
+            name: device.pinned((buffers[name][1],), np.int64)
+            for name in ("position_ids", *(t.name for g in self._graph_table.values() if g.head for t in g.inputs[1:]))
+        }
         self._staging = device.pinned((max(size * rows for size, rows in buffers.values()),), np.uint8)
         first, size = self._buffers["inputs_embeds"].address, buffers["inputs_embeds"][0]
         self._carry = [
@@ -87,42 +91,37 @@ class CudaSession(Session):
 
     def _warm_up(self, chunk: int) -> None:
         """Runs the largest calls once, so that memory that does not suffice is found now."""
-        self.bind(prefill_round(chunk, last=True, early_exit=False))(0)()
+        round_ = self.bind(prefill_round(self._split, chunk, last=True, early_exit=False))
+        round_.start(0)
+        round_.wait()
 
     def _bind(self, round_: Round) -> BoundRound:
-        device, watch = self._device, self._device.stopwatch()
         calls = [self._enqueued(call) for call in round_.calls]
-        rows, positions = np.arange(round_.rows), self._positions[: round_.rows]
-        target, ids = self._buffers["position_ids"].address, self._buffers[_IDS[0]].address
-        write_positions = device.copier(target, positions.ctypes.data, positions.nbytes)
-        read_ids = device.copier(self._ids.ctypes.data, ids, self._ids.nbytes)
-        drafts, targets = self._ids[0, : round_.num_drafts], self._ids[1, : round_.num_targets]
-        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, and each but once
-        runs, launch = 0, None
+        device, written, writes = self._device, {}, []
+        for name in ("position_ids", *round_.row_inputs):
+            written[name] = host = self._row_inputs[name][: round_.rows]
+            writes.append(device.copier(self._buffers[name].address, host.ctypes.data, host.nbytes))
+        first = self._buffers[_READ_BACK[0]].address
+        read = device.copier(self._results.ctypes.data, first, self._results.nbytes)
 
         def enqueue() -> None:
-            write_positions()
-            for call in calls:
-                call()
-            read_ids()
+            for step in (*writes, *calls, read):
+                step()
 
-        def start(position: int) -> Callable[[], RoundResult]:
-            nonlocal runs, launch
-            if runs and replayed and launch is None and self._is_capturable(round_):
-                launch = device.captured(enqueue)
-            np.add(rows, position, out=positions)
-            watch.start()
-            (launch or enqueue)()
-            watch.stop()
-            runs += 1
-            return wait
+        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, and each but once
+        return _CudaRound(self, round_, enqueue, written, replayed=replayed)
 
-        def wait() -> RoundResult:
-            self._device_ns += watch.elapsed_ns()
-            self._captured_rounds += launch is not None and round_.num_targets > 0
-            return RoundResult(drafts.tolist(), targets.tolist())
-
-        return start
+    def _result(self, round_: Round) -> RoundResult:
+        """What the last round left in pinned memory."""
+        parts, start = {}, 0
+        for name in _READ_BACK:
+            buffer = self._buffers[name]
+            parts[name] = self._results[start : start + buffer.bytes]
+            start += buffer.bytes
+        drafts, targets = (parts[name].view(np.int64) for name in _IDS)
+        logits = self._widened(parts["target_token_logits"])
+        k, n = round_.num_drafts, round_.num_targets
+        return RoundResult(drafts[:k].tolist(), targets[:n].tolist(), logits[:n].tolist())
 
     @property
     def captured_rounds(self) -> int:
@@ -139,7 +138,7 @@ class CudaSession(Session):
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         target = self._buffers[buffer]
         part = self._staging[: target.row_bytes * len(rows)]
-        part.view(_NUMPY[self._dtype]).reshape(rows.shape)[:] = rows
+        part.view(NUMBER_TYPES[self._dtype].numpy).reshape(rows.shape)[:] = rows
         self._device.copier(target.address, part.ctypes.data, part.nbytes)()
 
     def read(self, view: View) -> npt.NDArray[Any]:
@@ -161,17 +160,18 @@ class CudaSession(Session):
         """Makes the token that target row `row` picked the next round's first input."""
         self._carry[row]()
 
-    def draft_confidence(self, row: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row."""
-        logits = self.read_logits(row + 1)[row]
+    def draft_confidence(self, row: int, vocabulary: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+        logits = self.read(View("draft_logits", row, 1))[0, :vocabulary]
         return float(1.0 / np.exp(logits - logits.max()).sum())
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median device time of one call by itself, as a graph of its own, its first row at `position`."""
         self._device.stream.sync()
-        self._positions[:] = position + np.arange(len(self._positions))
+        positions = self._row_inputs["position_ids"]
+        positions[:] = position + np.arange(len(positions))
         target = self._buffers["position_ids"]
-        self._device.copier(target.address, self._positions.ctypes.data, target.bytes)()
+        self._device.copier(target.address, positions.ctypes.data, target.bytes)()
         enqueue, watch, times = self._enqueued(call), self._device.stopwatch(), []
         enqueue()
         alone = Round((call,), rows=0, num_drafts=0, num_targets=0)
@@ -203,9 +203,13 @@ class CudaSession(Session):
         finally:
             self._device.close()
 
-    def _adjacent(self, rows: int) -> tuple[DeviceArray, DeviceArray]:
-        (block,) = self._device.zeros([(8, 2 * rows)])
-        return DeviceArray(block.address, 8, rows), DeviceArray(block.address + 8 * rows, 8, rows)
+    def _adjacent(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, DeviceArray]:
+        (block,) = self._device.zeros([(sum(row_bytes * rows for row_bytes, rows in shapes.values()), 1)])
+        address, arrays = block.address, {}
+        for name, shape in shapes.items():
+            arrays[name] = DeviceArray(address, *shape)
+            address += arrays[name].bytes
+        return arrays
 
     def _fetched(self, address: int, size: int) -> npt.NDArray[Any]:
         """Bytes of device memory, when all that was started is done; good until the next copy."""
@@ -218,11 +222,51 @@ class CudaSession(Session):
         """Bytes of the bundle's dtype, in fp32."""
         if self._dtype == "bf16":
             return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return raw.view(_NUMPY[self._dtype]).astype(np.float32)
+        return raw.view(NUMBER_TYPES[self._dtype].numpy).astype(np.float32)
 
     def _address(self, view: View) -> int:
         buffer = self._buffers[view.buffer]
         return buffer.address + view.start * buffer.row_bytes
 
-    def _shape(self, tensor: Tensor, rows: int) -> tuple[int, ...]:
-        return tuple(rows if dim == "T" else self._dims[dim] for dim in tensor.shape)
+    def _shape(self, graph: GraphName, tensor: Tensor, rows: int) -> tuple[int, ...]:
+        sizes = self._graph_table[graph].dimensions(self._dims) | {"T": rows}
+        return tuple(sizes[dim] for dim in tensor.shape)
+
+
+class _CudaRound:
+    """A round bound to device memory, which runs without the host between its start and its end."""
+
+    def __init__(
+        self,
+        session: CudaSession,
+        round_: Round,
+        enqueue: Callable[[], None],
+        written: Mapping[str, npt.NDArray[Any]],
+        *,
+        replayed: bool,
+    ) -> None:
+        self._session, self._round, self._enqueue, self._replayed = session, round_, enqueue, replayed
+        self._rows, self._written = np.arange(round_.rows), written
+        self._watch = session._device.stopwatch()
+        self._runs = 0
+        self._launch: Callable[[], None] | None = None
+
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Enqueues the round, or from its third run on launches it as one graph."""
+        session = self._session
+        if self._runs and self._replayed and self._launch is None and session._is_capturable(self._round):
+            self._launch = session._device.captured(self._enqueue)
+        np.add(self._rows, position, out=self._written["position_ids"])
+        for name, rows in row_inputs.items():
+            self._written[name][:] = rows
+        self._watch.start()
+        (self._launch or self._enqueue)()
+        self._watch.stop()
+        self._runs += 1
+
+    def wait(self) -> RoundResult:
+        """Waits for the device, and keeps the time that it took."""
+        session = self._session
+        session._device_ns += self._watch.elapsed_ns()
+        session._captured_rounds += self._launch is not None and self._round.num_targets > 0
+        return session._result(self._round)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from edgeskip.runtime.bundle.architecture import ITEMSIZE, Architecture, DType
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.graphs import Graph, GraphName, dimensions
 from edgeskip.runtime.decoding.rounds import workspace
 
@@ -23,11 +24,13 @@ def cache_sizes(
     }
 
 
-def buffer_sizes(architecture: Architecture, dtype: DType, chunk: int) -> dict[str, tuple[int, int]]:
+def buffer_sizes(
+    architecture: Architecture, table: Mapping[GraphName, Graph], dtype: DType, chunk: int
+) -> dict[str, tuple[int, int]]:
     """Bytes of a row, and rows, of every buffer of the workspace, for prefill chunks of `chunk` tokens."""
     sizes = dimensions(architecture, 1)
     itemsize = {"float": ITEMSIZE[dtype], "int64": ITEMSIZE["int64"]}
     return {
         name: (itemsize[kind] * (1 if dim is None else sizes[dim]), rows)
-        for name, (dim, kind, rows) in workspace(chunk).items()
+        for name, (dim, kind, rows) in workspace(table.values(), chunk).items()
     }

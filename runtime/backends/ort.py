@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from edgeskip.runtime.backends.device import INSTALL
-from edgeskip.runtime.bundle.architecture import DType
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, Tensor, dimensions, present_name
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
+from edgeskip.runtime.bundle.graphs import NEW_ROWS, GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import mapped, stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.host import usable_cores
 from edgeskip.runtime.packages import install
-
-_ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
-"""Numbers of the dtypes in ONNX's TensorProto."""
-_ELEMENT_NAMES = {
-    "fp32": "tensor(float)",
-    "fp16": "tensor(float16)",
-    "bf16": "tensor(bfloat16)",
-    "int64": "tensor(int64)",
-}
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
 """With fp32 as it is: by default products round it to the 10 bits of TF32."""
 
 
 class OrtGraphs:
-    """The three graphs, loaded, whose calls are bound by address."""
+    """A bundle's graphs, loaded, whose calls are bound by address."""
 
     def __init__(
         self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
     ) -> None:
         manifest = bundle.manifest
         bundle.require_graphs(fix="use the bundle that it was packed from, or --backend with its engines")
-        self._table, self._dtype = manifest.table, manifest.dtype
+        self._table, self._dtype, self._dialect = manifest.graphs, manifest.dtype, DIALECTS[dialect]
         self._dims = dimensions(manifest.architecture, manifest.max_length)
+        self._weights = _mapped_weights(bundle) if self._dialect.weights == "inputs" else {}
         self._sessions: dict[GraphName, Any] = {}
-        for graph in GRAPHS:
+        for graph in self._table:
             path = bundle.graph_path(graph, dialect)
             try:
                 session = ort.InferenceSession(path, options, providers=providers)
@@ -54,41 +50,63 @@ class OrtGraphs:
 
     def _check_tensors(self, path: Path, graph: GraphName) -> None:
         """Compares a loaded graph with the manifest's: memory is bound by address, so nothing later would notice."""
-        session = self._sessions[graph]
-        for tensors, nodes in (
-            (self._table[graph].inputs, session.get_inputs()),
-            (self._table[graph].outputs, session.get_outputs()),
-        ):
-            wanted = [
-                (t.name, _ELEMENT_NAMES[self._dtype_of(t)], [self._dims.get(dim, dim) for dim in t.shape])
-                for t in tensors
-            ]
-            if [(node.name, node.type, node.shape) for node in nodes] != wanted:
-                raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
+        session, record = self._sessions[graph], self._table[graph]
+        dims = record.dimensions(self._dims)
+        wanted = [
+            {t.name: (NUMBER_TYPES[self._number(t)].ort, [dims.get(dim, dim) for dim in shape]) for t, shape in tensors}
+            for tensors in (
+                [(t, t.shape) for t in record.inputs],
+                [(t, self._output_shape(t)) for t in record.outputs],
+            )
+        ]
+        found = [
+            {node.name: (node.type, node.shape) for node in nodes}
+            for nodes in (session.get_inputs(), session.get_outputs())
+        ]
+        for name in found[0].keys() & self._weights.keys():
+            array, number = self._weights[name]
+            wanted[0][name] = (NUMBER_TYPES[number].ort, list(array.shape))
+        if found != wanted:
+            raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
 
-    def _dtype_of(self, tensor: Tensor) -> DType | str:
+    def _number(self, tensor: Tensor) -> str:
         return self._dtype if tensor.dtype == "float" else tensor.dtype
 
+    def _output_shape(self, tensor: Tensor) -> tuple[str, ...]:
+        return NEW_ROWS if tensor.is_cache and self._dialect.caches == "new-rows" else tensor.shape
+
     def bound(
-        self, call: Call, device: str, address: Callable[[Tensor | View], int], run_options: Any = None
+        self, call: Call, device: str, address: Callable[[str | View], int], run_options: Any = None
     ) -> Callable[[], None]:
-        """Binds a call to memory: `address` of a cache or of rows of the workspace. Calling the result runs it."""
+        """Binds a call to memory; calling the result runs it.
+
+        Args:
+            call: which graph, on which rows.
+            device: where the memory is.
+            address: of a cache, by its input's name; of the new rows of one, by its output's; of rows of the workspace.
+            run_options: of ONNX Runtime.
+        """
         session, graph = self._sessions[call.graph], self._table[call.graph]
         binding = session.io_binding()
-        inputs, outputs = dict(call.inputs), dict(call.outputs)
+        dims = graph.dimensions(self._dims) | {"T": call.rows}
+        in_place = self._dialect.caches == "in-place"
+        views = dict(call.inputs), dict(call.outputs)
 
-        def bind(method: Callable[..., None], name: str, tensor: Tensor, view: View | None) -> None:
-            shape = [view.rows if view and dim == "T" else self._dims[dim] for dim in tensor.shape]
-            place = address(view or tensor)
-            method(name, device, 0, _ELEMENT_TYPES[self._dtype_of(tensor)], shape, place)
+        def bind(method: Callable[..., None], tensor: Tensor, shape: Sequence[str], place: str | View) -> None:
+            element = NUMBER_TYPES[self._number(tensor)].onnx
+            method(tensor.name, device, 0, element, [dims[dim] for dim in shape], address(place))
 
         for tensor in graph.inputs:
-            bind(binding.bind_input, tensor.name, tensor, inputs.get(tensor.name))
-            if tensor.is_cache:
-                bind(binding.bind_output, present_name(tensor.name), tensor, None)
+            bind(binding.bind_input, tensor, tensor.shape, views[0].get(tensor.name) or call.cache(tensor.name))
         for tensor in graph.outputs:
-            if not tensor.is_cache:
-                bind(binding.bind_output, tensor.name, tensor, outputs[tensor.name])
+            place: str | View = views[1].get(tensor.name) or call.cache(tensor.name)
+            if tensor.is_cache and in_place:
+                place = past_name(str(place))
+            bind(binding.bind_output, tensor, self._output_shape(tensor), place)
+        for name in {node.name for node in session.get_inputs()} & self._weights.keys():
+            array, number = self._weights[name]
+            element = NUMBER_TYPES[number].onnx
+            binding.bind_input(name, device, 0, element, list(array.shape), array.ctypes.data)
         if run_options is None:
             return lambda: session.run_with_iobinding(binding)
         return lambda: session.run_with_iobinding(binding, run_options)
@@ -96,6 +114,15 @@ class OrtGraphs:
     def close(self) -> None:
         """Frees the graphs and their weights."""
         self._sessions.clear()
+        self._weights.clear()
+
+
+def _mapped_weights(bundle: Bundle) -> dict[str, tuple[npt.NDArray[Any], str]]:
+    """The arrays of the weights file, mapped, and their number types."""
+    return {
+        name: (mapped(bundle, array, BY_SAFETENSORS[array.dtype]), BY_SAFETENSORS[array.dtype])
+        for name, array in stored_arrays(bundle).items()
+    }
 
 
 def has_cuda_provider(ort: Any) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
-from edgeskip.runtime.bundle.graphs import Tensor
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
@@ -65,8 +64,8 @@ class OrtCudaSession(CudaSession):
         assert self._graphs is not None
         return self._graphs.bound(call, "cuda", self._place, self._run_options)
 
-    def _place(self, place: Tensor | View) -> int:
-        return self._caches[place.name].address if isinstance(place, Tensor) else self._address(place)
+    def _place(self, place: str | View) -> int:
+        return self._address(place) if isinstance(place, View) else self._caches[place].address
 
     def _release(self) -> None:
         if self._graphs is None:
@@ -74,7 +73,7 @@ class OrtCudaSession(CudaSession):
         # What runs left unsynchronized lent from the host goes back with one that is: left to its destructor, ONNX
         # Runtime frees it in a callback of the stream, where CUDA permits no such call, and aborts the process.
         with suppress(Exception):
-            for call in speculative_round(0).calls:
+            for call in speculative_round(self._split, 0).calls:
                 self._graphs.bound(call, "cuda", self._place)()
             self._device.stream.sync()
         self._graphs.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeskip.runtime.bundle.architecture import DType
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.engines import EngineBackend
 
 VERSIONS: dict[EngineBackend, str] = {

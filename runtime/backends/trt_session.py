@@ -13,7 +13,7 @@ from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.trt import make_logger
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
-from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, present_name
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
@@ -72,14 +72,16 @@ class TrtSession(CudaSession):
             self._logger = make_logger(library)
             self._runtime = library.Runtime(self._logger)
             with open_engines(engines, progress) as files:
-                for graph in GRAPHS:
+                for graph in self._graph_table:
                     self._engines[graph] = self._deserialized(engines.path(graph), files[graph], again)
                     self._check_tensors(engines.path(graph), graph, again)
             self._scratch = self._shared_scratch(bundle)
             self._warm_up(bundle.manifest.prefill_chunk)
             k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
             for _ in range(2):  # enqueued, then captured
-                self.bind(speculative_round(k))(0)()
+                round_ = self.bind(speculative_round(self._split, k))
+                round_.start(0)
+                round_.wait()
         except BaseException:
             self.close()
             raise
@@ -96,19 +98,16 @@ class TrtSession(CudaSession):
         """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
         engine, dtypes = self._engines[graph], self._library.DataType
         names = {"float": {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[self._dtype], "int64": "INT64"}
-        tensors = (*self._table[graph].inputs, *self._table[graph].outputs)
-        wanted = {t.name: (getattr(dtypes, names[t.dtype]), self._engine_shape(t)) for t in tensors}
+        tensors = (*self._graph_table[graph].inputs, *self._graph_table[graph].outputs)
+        wanted = {t.name: (getattr(dtypes, names[t.dtype]), self._shape(graph, t, -1)) for t in tensors}
         found_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in found_names}
         if found != wanted:
             raise BundleError(path, "its tensors are not those of the manifest", fix=again)
-        for past in (tensor.name for tensor in self._table[graph].inputs if tensor.is_cache):
+        for past in (tensor.name for tensor in self._graph_table[graph].inputs if tensor.is_cache):
             alias = engine.get_aliased_input_tensor(present_name(past))
             if alias != past:
                 raise BundleError(path, f"{present_name(past)} is not {past} updated in place but {alias}", fix=again)
-
-    def _engine_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        return tuple(-1 if dim == "T" else self._dims[dim] for dim in tensor.shape)
 
     def _shared_scratch(self, bundle: Bundle) -> DeviceArray:
         """One block for the activations of whichever context runs."""
@@ -130,7 +129,9 @@ class TrtSession(CudaSession):
         context = self._context(call.graph, rows)
         addresses, before, after = self._placed(call)
         shapes = {
-            tensor.name: self._shape(tensor, rows) for tensor in self._table[call.graph].inputs if "T" in tensor.shape
+            tensor.name: self._shape(call.graph, tensor, rows)
+            for tensor in self._graph_table[call.graph].inputs
+            if "T" in tensor.shape
         }
         stream = int(self._device.stream.handle)
 
@@ -190,9 +191,9 @@ class TrtSession(CudaSession):
         addresses: dict[str, int] = {}
         before: list[Callable[[], None]] = []
         after: list[Callable[[], None]] = []
-        for tensor in self._table[call.graph].inputs:
+        for tensor in self._graph_table[call.graph].inputs:
             if tensor.is_cache:
-                address = self._caches[tensor.name].address
+                address = self._caches[call.cache(tensor.name)].address
                 addresses[tensor.name] = addresses[present_name(tensor.name)] = address
         for copies, views in ((before, call.inputs), (after, call.outputs)):
             for name, view in views:

@@ -18,13 +18,14 @@ from typing import Annotated
 import numpy as np
 
 from edgeskip.runtime.bench.prompts import encoded_prompts
-from edgeskip.runtime.bundle.architecture import ITEMSIZE, Size
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName, check_num_speculations
+from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE
+from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
-from edgeskip.runtime.decoding.decode import prefill
+from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import Call, speculative_round
+from edgeskip.runtime.decoding.rounds import distinct_calls
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError, reason
@@ -254,12 +255,9 @@ def _time_stages(
     model: Model, grid: Sequence[int], position: int, weights: dict[GraphName, int], copy_rate: float
 ) -> Iterator[StageTime]:
     """Every graph in the shapes of these rounds, its first row at `position`."""
-    calls: dict[tuple[int, int], Call] = {}
-    for k in (0, *grid):
-        for call in speculative_round(k).calls:
-            calls[GRAPHS.index(call.graph), call.rows] = call
     position = max(min(position, model.bundle.manifest.max_length - 1 - max(grid, default=0)), 0)
-    for (_, rows), call in sorted(calls.items(), key=lambda item: item[0]):
+    for call in distinct_calls(model.split, (0, *grid), model.bundle.manifest.graphs):
+        rows = call.rows
         if rows > model.bundle.manifest.max_length:
             continue  # such a round is never run
         ms = model.session.time_call_ms(call, position, _STAGE_REPEATS)
@@ -272,7 +270,7 @@ def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
     """Keys and values of that many rows in a graph's layers."""
     manifest = bundle.manifest
     a = manifest.architecture
-    return len(manifest.table[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
+    return len(manifest.graphs[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
 
 
 def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
@@ -282,7 +280,9 @@ def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> f
     """
     if -1 in (ours, theirs):
         return math.inf
-    prefill(model.session, model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk)
+    prefill(
+        model.session, Decoding(model.split), model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk
+    )
     logits = model.session.read_logits(1)[0]
     return float(logits.max() - min(logits[ours], logits[theirs]))
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from edgeskip.runtime.structure import Positive, Range
 
-DType = Literal["fp32", "fp16", "bf16"]
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """The family, as config.json calls its members."""
 
@@ -17,7 +16,6 @@ MOST_LAYERS, MOST_SIZE, MOST_CONTEXT = 1000, 1 << 24, 1 << 31
 Layers = Annotated[int, Range(1, MOST_LAYERS)]
 Size = Annotated[int, Range(1, MOST_SIZE)]
 Context = Annotated[int, Range(1, MOST_CONTEXT)]
-ITEMSIZE: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)

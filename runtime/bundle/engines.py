@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Literal, get_args
 
-from edgeskip.runtime.bundle.architecture import DType, Size
-from edgeskip.runtime.bundle.graphs import GRAPHS, HEAD_ROWS, GraphName
+from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.manifest import (
     SEAL,
     Bundle,
@@ -110,10 +111,12 @@ def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, 
     most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
     rows = min(manifest.num_speculations + 1, most)
     prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
+    drafting = {link.graph for link in manifest.split().draft}
     return {
-        "draft": (EngineProfile(1, 1, most), *prefill),
-        "verify": (EngineProfile(1, rows, most), *prefill),
-        "head": (EngineProfile(1, rows, most),),
+        name: (EngineProfile(1, rows, most),)
+        if graph.head
+        else (EngineProfile(1, 1 if name in drafting else rows, most), *prefill)
+        for name, graph in manifest.graphs.items()
     }
 
 
@@ -179,7 +182,7 @@ def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iter
     count = counted("checking the engines", sum(record.bytes for record in records.values()), progress)
     files: dict[GraphName, IO[bytes]] = {}
     with ExitStack() as stack:
-        for graph in GRAPHS:
+        for graph in records:
             path = engines.path(graph)
             try:
                 files[graph] = stack.enter_context(open_plain(path))
@@ -212,7 +215,7 @@ def check_within(bundle: Bundle, path: Path) -> None:
 
 def _read(bundle: Bundle, folder: Path) -> Engines:
     path = folder / BUILD
-    for name in (BUILD, *(f"{graph}.engine" for graph in GRAPHS)):
+    for name in (BUILD, *(f"{graph}.engine" for graph in bundle.manifest.graphs)):
         check_within(bundle, folder / name)
     data = read_json(path, BundleError, fix="build the engines again")
     if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
@@ -222,11 +225,12 @@ def _read(bundle: Bundle, folder: Path) -> Engines:
         )
     seal = data.pop(SEAL, None)
     build = structure(Build, data, path, BundleError)
-    if set(build.engines) != set(GRAPHS):
-        raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(GRAPHS))
+    graphs = bundle.manifest.graphs
+    if set(build.engines) != set(graphs):
+        raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(graphs))
     again = build_command(bundle, build.backend, build.compute_capability)
     weights_sha256, onnx_sha256 = bundle.manifest.engine_sources
-    for graph in GRAPHS:
+    for graph in graphs:
         record = build.engines[graph]
         if build.weights_sha256 != weights_sha256 or record.onnx_sha256 != onnx_sha256[graph]:
             raise BundleError(path, f"built from another {graph} graph or other weights", fix=again)

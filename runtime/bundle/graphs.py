@@ -1,31 +1,33 @@
 """The contract between the graphs, the sessions and the loop: every tensor of every graph, in one table.
 
+A model is cut after its exit layers into runs of layers, each a graph, and one or more heads:
+
+    inputs_embeds -> [ draft: layers[:E] ] -> exit_hidden_states -> [ verify: layers[E:] ] -> hidden_states -> [ head ]
+
+With several exits there are graphs between them (`middle_4_6` for layers[4:6]), and a state for each exit
+(`exit_hidden_states.4`). A head over the first rows of the vocabulary alone is one more graph on the same table.
+
 Dimensions: B batch, T new tokens in this call, C cache capacity, H hidden size, N KV heads, D head size,
-V vocabulary.
+V vocabulary, of a head its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import RequestError
 
-GraphName = Literal["draft", "verify", "head"]
-GRAPHS: tuple[GraphName, ...] = ("draft", "verify", "head")
-
-CHAINS: dict[str, tuple[GraphName, ...]] = {"draft": ("draft", "head"), "verify": ("verify", "head")}
-"""The paper's subgraphs: each ends in the shared head."""
-
-DIALECTS = {"standard": "{}.onnx", "ort": "{}.ort.onnx"}
-"""File names of a graph in each dialect: ONNX operators only, or ONNX Runtime's fused ones too."""
+GraphName = str
 
 MAX_SPECULATIONS = 16
 """The longest speculation that workspaces and engine profiles are made for."""
 
 HEAD_ROWS = MAX_SPECULATIONS + 1
-"""Rows that the head sees at most."""
+"""Rows that a head sees at most."""
 
 DEFAULT_SPECULATIONS = 4
 """K of a bundle whose exporter was not told another."""
@@ -45,49 +47,146 @@ class Tensor:
         return self.name.startswith(("past_key_values.", "present."))
 
 
+NEW_ROWS = ("B", "N", "T", "D")
+"""Shape of a cache output that is only the rows of this call."""
+
+PICKERS: dict[str, tuple[Tensor, ...]] = {"greedy": ()}
+"""Ways in which a head picks a token from its logits, and what it is told of each row for that: tensors [B,T]."""
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """A head: the rows of the vocabulary that it knows, the first so many, and how it picks among them."""
+
+    vocabulary: int
+    picker: str
+
+
 @dataclass(frozen=True)
 class Graph:
-    """One subgraph: the layers it runs and the tensors it takes and gives."""
+    """One graph: the layers it runs, none for a head, and the tensors it takes and gives, the states first."""
 
     first_layer: int
     last_layer: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    head: HeadRecord | None = None
 
     @property
     def layers(self) -> range:
         """Indices of the decoder layers in this graph."""
         return range(self.first_layer, self.last_layer)
 
+    @property
+    def reads(self) -> str:
+        """The states that come in."""
+        return self.inputs[0].name
 
-def graph_table(num_layers: int, exit_layer: int) -> dict[GraphName, Graph]:
-    """The three graphs of a model split at `exit_layer`: layers[:exit_layer] draft, the rest verify."""
-    embeds = Tensor("inputs_embeds", "float", ("B", "T", "H"))
+    @property
+    def writes(self) -> str:
+        """The states, or a head's logits, that go out."""
+        return self.outputs[0].name
+
+    def dimensions(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of a model's dimensions, as this graph means them."""
+        return {**sizes, "V": self.head.vocabulary} if self.head else dict(sizes)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A graph of layers in a chain, and the states that it reads and writes."""
+
+    graph: GraphName
+    reads: str
+    writes: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head in a chain: its graph, the rows of its vocabulary, and what it is told of each row beside its state."""
+
+    graph: GraphName
+    vocabulary: int
+    row_inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The model cut after one exit layer: the graphs that draft and those that verify, in order, and their heads."""
+
+    exit_layer: int
+    draft: tuple[Link, ...]
+    verify: tuple[Link, ...]
+    draft_head: Head
+    head: Head
+
+    @property
+    def exit_states(self) -> str:
+        """The states after the exit layer."""
+        return self.draft[-1].writes
+
+
+def graph_table(
+    num_layers: int, exit_layers: Sequence[int], heads: Mapping[GraphName, HeadRecord]
+) -> dict[GraphName, Graph]:
+    """The graphs of a model cut after each of these layers, given in order, with these heads."""
+    cuts = (0, *exit_layers, num_layers)
+    states = {layer: _states(layer, num_layers, exit_layers) for layer in cuts}
     positions = Tensor("position_ids", "int64", ("B", "T"))
-    exit_states = Tensor("exit_hidden_states", "float", ("B", "T", "H"))
-    states = Tensor("hidden_states", "float", ("B", "T", "H"))
-    logits = Tensor("logits", "float", ("B", "T", "V"))
-    ids = Tensor("token_ids", "int64", ("B", "T"))
-    early, late = range(exit_layer), range(exit_layer, num_layers)
-    return {
-        "draft": Graph(
-            0,
-            exit_layer,
-            (embeds, positions, *_caches("past_key_values", early)),
-            (exit_states, *_caches("present", early)),
-        ),
-        "verify": Graph(
-            exit_layer,
-            num_layers,
-            (exit_states, positions, *_caches("past_key_values", late)),
-            (states, *_caches("present", late)),
-        ),
-        "head": Graph(num_layers, num_layers, (states,), (logits, ids, embeds)),
-    }
+    graphs = {}
+    for first, last in pairwise(cuts):
+        layers = range(first, last)
+        name = "draft" if first == 0 else "verify" if last == num_layers else f"middle_{first}_{last}"
+        inputs = (states[first], positions, *_caches("past_key_values", layers))
+        graphs[name] = Graph(first, last, inputs, (states[last], *_caches("present", layers)))
+    for name, head in heads.items():
+        picked = (
+            Tensor("logits", "float", ("B", "T", "V")),
+            Tensor("token_ids", "int64", ("B", "T")),
+            Tensor("token_logits", "float", ("B", "T")),
+            states[0],
+        )
+        graphs[name] = Graph(num_layers, num_layers, (states[num_layers], *PICKERS[head.picker]), picked, head)
+    return graphs
+
+
+def single_exit(architecture: Architecture, exit_layer: int) -> dict[GraphName, Graph]:
+    """The graphs of a model with one exit and one head, the common case."""
+    heads = {"head": HeadRecord(architecture.vocab_size, "greedy")}
+    return graph_table(architecture.num_layers, (exit_layer,), heads)
+
+
+def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | None = None) -> Split:
+    """How graphs are chained to draft from an exit layer, with the smallest head that picks in this way; by default as
+    the first head does.
+
+    Raises:
+        RequestError: the model is not cut there, or has no head that picks so.
+    """
+    links = [(graph, Link(name, graph.reads, graph.writes)) for name, graph in graphs.items() if not graph.head]
+    exits = [graph.last_layer for graph, _ in links[:-1]]
+    if exit_layer not in exits:
+        wanted = f"{', '.join(map(str, exits))}: the bundle is cut there"
+        raise RequestError("exit layer", f"{exit_layer}", wanted=wanted, fix="export with this exit layer")
+    pickers = [graph.head.picker for graph in graphs.values() if graph.head]
+    heads = [
+        Head(name, graph.head.vocabulary, tuple(tensor.name for tensor in graph.inputs[1:]))
+        for name, graph in graphs.items()
+        if graph.head and graph.head.picker == (picker or pickers[0])
+    ]
+    if not heads:
+        raise RequestError("picker", f"{picker}", wanted=" or ".join(sorted({*pickers})))
+    return Split(
+        exit_layer,
+        draft=tuple(link for graph, link in links if graph.last_layer <= exit_layer),
+        verify=tuple(link for graph, link in links if graph.first_layer >= exit_layer),
+        draft_head=min(heads, key=lambda head: head.vocabulary),
+        head=max(heads, key=lambda head: head.vocabulary),
+    )
 
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
-    """Finds that a model of so many layers can exit behind this one.
+    """Finds that a model of so many layers can exit after this one.
 
     Raises:
         RequestError: it cannot.
@@ -122,6 +221,18 @@ def dimensions(architecture: Architecture, capacity: int) -> dict[str, int]:
 def present_name(past: str) -> str:
     """The output that updates the given cache input."""
     return past.replace("past_key_values.", "present.")
+
+
+def past_name(present: str) -> str:
+    """The cache input that the given output updates."""
+    return present.replace("present.", "past_key_values.")
+
+
+def _states(layer: int, num_layers: int, exit_layers: Sequence[int]) -> Tensor:
+    """The states before a layer: the embeddings before the first one, and what a head reads after the last."""
+    name = "exit_hidden_states" if len(exit_layers) == 1 else f"exit_hidden_states.{layer}"
+    name = {0: "inputs_embeds", num_layers: "hidden_states"}.get(layer, name)
+    return Tensor(name, "float", ("B", "T", "H"))
 
 
 def _caches(prefix: str, layers: range) -> tuple[Tensor, ...]:

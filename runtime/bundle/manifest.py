@@ -3,7 +3,7 @@
     bundle/
       manifest.json        this module's `Manifest`
       weights.safetensors  every tensor once; the graphs point into it
-      draft.onnx verify.onnx head.onnx  draft.ort.onnx verify.ort.onnx head.ort.onnx
+      draft.onnx verify.onnx head.onnx  draft.ort.onnx verify.ort.onnx head.ort.onnx   (more exits, more graphs)
       tokenizer.json, chat_template.jinja, config.json, LICENSE*
 
 A bundle is data: nothing in it is run as code, and no name in it leads out of its folder.
@@ -16,13 +16,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from edgeskip.runtime.bundle.architecture import Architecture, DType, Size
-from edgeskip.runtime.bundle.graphs import CHAINS, DIALECTS, GRAPHS, MAX_SPECULATIONS, Graph, GraphName, graph_table
+from edgeskip.runtime.bundle.architecture import Architecture, Size
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.graphs import (
+    MAX_SPECULATIONS,
+    PICKERS,
+    Graph,
+    GraphName,
+    HeadRecord,
+    Split,
+    graph_table,
+    split_at,
+)
+from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
@@ -30,7 +43,7 @@ from edgeskip.runtime.structure import Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SEAL = "sha256"  # the key of a record's own hash
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
@@ -65,10 +78,12 @@ class Packed:
 class Manifest:
     """What a bundle holds.
 
-    `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts a round,
+    `dtype` is what is computed in; `formats` names the tensors that are stored in another format. The model is cut
+    after each of `exit_layers`, in order, and drafts from `exit_layer` unless told otherwise. `heads` are its heads
+    by graph. `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts per round,
     `prefill_chunk` the prompt tokens of one call; `bos_token` and `eos_token` are texts for the chat template. `graphs`
-    and `chains` repeat the contract for other readers. `synthetic` says that the weights are random, from
-    `edgeskip synth`: good for measuring speed only.
+    and `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
+    `synthetic` says that the weights are random, from `edgeskip synth`: good for measuring speed only.
     """
 
     format_version: int
@@ -76,15 +91,18 @@ class Manifest:
     source: str
     architecture: Architecture
     exit_layer: int
+    exit_layers: tuple[int, ...]
     dtype: DType
+    formats: dict[str, str]
     max_length: Size
     num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)]
     prefill_chunk: Size
     eos_token_ids: tuple[int, ...]
     bos_token: str
     eos_token: str
-    graphs: dict[str, Graph]
-    chains: dict[str, tuple[str, ...]]
+    heads: dict[GraphName, HeadRecord]
+    graphs: dict[GraphName, Graph]
+    chains: dict[str, dict[str, tuple[GraphName, ...]]]
     files: dict[str, FileRecord]
     synthetic: bool = False
     packed: Packed | None = None
@@ -93,17 +111,27 @@ class Manifest:
         """The text of manifest.json."""
         return sealed(dataclasses.asdict(self))
 
+    def split(self, exit_layer: int | None = None, picker: str | None = None) -> Split:
+        """How the graphs are chained to draft from an exit layer and to pick in some way; by default the bundle's own
+        exit, and the way of its first head.
+
+        Raises:
+            RequestError: the model is not cut there, or has no head that picks so.
+        """
+        return split_at(self.graphs, self.exit_layer if exit_layer is None else exit_layer, picker)
+
     @property
-    def table(self) -> dict[GraphName, Graph]:
-        """The graphs' tensors."""
-        return graph_table(self.architecture.num_layers, self.exit_layer)
+    def tensors(self) -> dict[str, TensorRecord]:
+        """The tensors that the weights file holds."""
+        return bundle_tensors(self.architecture, self.max_length, self.dtype, self.formats)
 
     @property
     def engine_sources(self) -> tuple[str, dict[GraphName, str]]:
         """sha256 of the weights and of each standard graph: what an engine of this bundle must have been built from."""
         if self.packed:
             return self.packed.weights_sha256, self.packed.onnx_sha256
-        graphs = {graph: self.files[DIALECTS["standard"].format(graph)].sha256 for graph in GRAPHS}
+        pattern = DIALECTS["standard"].file
+        graphs = {graph: self.files[pattern.format(graph)].sha256 for graph in self.graphs}
         return self.files[WEIGHTS].sha256, graphs
 
     @property
@@ -134,7 +162,7 @@ class Bundle:
 
     def graph_path(self, graph: GraphName, dialect: str) -> Path:
         """Where a graph is, in a dialect (`standard` or `ort`)."""
-        return self.folder / DIALECTS[dialect].format(graph)
+        return self.folder / DIALECTS[dialect].file.format(graph)
 
 
 def read_bundle(folder: str | Path) -> Bundle:
@@ -219,6 +247,20 @@ def check_hash(path: Path, found: str, sha256: str, when: str, fix: str) -> None
         raise BundleError(path, f"sha256 is {found[:12]}...", wanted=f"{sha256[:12]}..., {when}", fix=fix)
 
 
+def chains_of(
+    graphs: Mapping[GraphName, Graph], exit_layers: Sequence[int]
+) -> dict[str, dict[str, tuple[GraphName, ...]]]:
+    """By exit layer, the paper's two subgraphs: each a chain of graphs that ends in a head."""
+    splits = {str(layer): split_at(graphs, layer) for layer in exit_layers}
+    return {
+        layer: {
+            "draft": (*(link.graph for link in split.draft), split.draft_head.graph),
+            "verify": (*(link.graph for link in split.verify), split.head.graph),
+        }
+        for layer, split in splits.items()
+    }
+
+
 def counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
     """Adds up bytes as they come, and tells `progress`."""
     done = 0
@@ -244,22 +286,34 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     layers, vocab_size = manifest.architecture.num_layers, manifest.architecture.vocab_size
     if not all(0 <= i < vocab_size for i in manifest.eos_token_ids):
         raise BundleError(path, f"eos_token_ids {manifest.eos_token_ids}", wanted=f"0 to {vocab_size - 1}")
-    if not 1 <= manifest.exit_layer < layers:
-        raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"1 to {layers - 1}")
     context = manifest.architecture.max_position_embeddings
     if not 2 <= manifest.max_length <= context:
         raise BundleError(path, f"max_length {manifest.max_length}", wanted=f"2 to {context}, the model's context")
     if manifest.prefill_chunk > manifest.max_length:
         raise BundleError(path, f"prefill_chunk {manifest.prefill_chunk}", wanted=f"1 to {manifest.max_length}")
-    if manifest.graphs != manifest.table or manifest.chains != CHAINS:
+    exits = manifest.exit_layers
+    if not (exits and list(exits) == sorted({*exits}) and exits[0] >= 1 and exits[-1] < layers):
+        raise BundleError(path, f"exit_layers {exits}", wanted=f"layers in order, of 1 to {layers - 1}")
+    if manifest.exit_layer not in exits:
+        raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"one of {exits}")
+    for name, head in manifest.heads.items():
+        if head.picker not in PICKERS or not 1 <= head.vocabulary <= vocab_size or not FILE_NAME.fullmatch(name):
+            raise BundleError(path, f"head {name!r} {head}", wanted=f"1 to {vocab_size} rows, by {', '.join(PICKERS)}")
+    if max((head.vocabulary for head in manifest.heads.values()), default=0) != vocab_size:
+        raise BundleError(path, "no head knows the whole vocabulary", fix="export the bundle again")
+    table = graph_table(layers, exits, manifest.heads)
+    if manifest.graphs != table or manifest.chains != chains_of(table, exits):
         raise BundleError(
             path, "its graphs are not those of this version", fix="export the bundle again with this version"
         )
-    if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(GRAPHS):
-        raise BundleError(path, "packed: not of every graph", wanted=", ".join(GRAPHS), fix="pack the bundle again")
+    if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(table):
+        raise BundleError(path, "packed: not of every graph", wanted=", ".join(table), fix="pack the bundle again")
+    for name, format_ in manifest.formats.items():
+        if format_ not in FORMATS or name not in manifest.tensors:
+            raise BundleError(path, f"formats: {name!r} in {format_!r}", wanted=f"tensors in {', '.join(FORMATS)}")
     wanted = [WEIGHTS, "tokenizer.json"]
     if not manifest.packed:
-        wanted += [pattern.format(graph) for pattern in DIALECTS.values() for graph in GRAPHS]
+        wanted += [dialect.file.format(graph) for dialect in DIALECTS.values() for graph in table]
     for name in wanted:
         if name not in manifest.files:
             raise BundleError(path, f"lists no {name}", fix="export the bundle again")

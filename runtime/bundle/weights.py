@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.bundle.architecture import ITEMSIZE
-from edgeskip.runtime.bundle.graphs import GRAPHS, GraphName
-from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle, Manifest
-from edgeskip.runtime.bundle.tensors import bundle_tensors
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
+from edgeskip.runtime.bundle.formats import FORMATS, Format
+from edgeskip.runtime.bundle.graphs import Graph, GraphName
+from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, TensorRecord, graph_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.reading import MOST_BYTES, parse_json
 
-EMBEDDINGS = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-NORM = "model.norm.weight"
-
-_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _ALIGNMENT = 64
+_FILLER = "padding."
 _FIX = "export the bundle again"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the file: its dtype as safetensors spells it, shape, first byte in the file and size."""
+class StoredArray:
+    """An array of the file: its number type as safetensors spells it, shape, first byte in the file and size."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,31 +36,70 @@ class StoredTensor:
     bytes: int
 
 
-def stored_tensors(bundle: Bundle) -> dict[str, StoredTensor]:
-    """The file's tensors by name, fillers left out: those that the manifest calls for, in its order.
+def lay_out(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, StoredArray]:
+    """The arrays of a weights file in order, offsets counted from the end of its header.
+
+    Each begins on a 64-byte boundary. safetensors allows no holes, so a filler is an array too, and the last one
+    brings the file to such a boundary.
+    """
+    arrays: dict[str, StoredArray] = {}
+    end = 0
+
+    def place(name: str, number: str, shape: tuple[int, ...]) -> None:
+        nonlocal end
+        arrays[name] = StoredArray(
+            NUMBER_TYPES[number].safetensors, shape, end, math.prod(shape) * NUMBER_TYPES[number].bytes
+        )
+        end += arrays[name].bytes
+
+    for record in tensors:
+        for part in FORMATS[record.format].parts:
+            place(record.name + part.suffix, part.number_type(dtype), part.shape(record.shape))
+            if gap := -end % _ALIGNMENT:
+                place(f"{_FILLER}{end}", "uint8", (gap,))
+    return arrays
+
+
+def header_of(arrays: Mapping[str, StoredArray]) -> bytes:
+    """The beginning of a weights file with these arrays, up to the first of them."""
+    entries = {"__metadata__": {"format": "edgeskip"}} | {name: _entry(array) for name, array in arrays.items()}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry(array: StoredArray) -> dict[str, Any]:
+    offsets = [array.offset, array.offset + array.bytes]
+    return {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": offsets}
+
+
+def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
+    """The file's arrays by name, fillers left out: those that the manifest calls for, in its order.
 
     Raises:
-        BundleError: the file's header is none, or has another tensor, dtype, shape or place.
+        BundleError: the file's header is none, or has another array, number type, shape or place.
     """
-    path = bundle.path(WEIGHTS)
+    path, manifest = bundle.path(WEIGHTS), bundle.manifest
     header, start, end = _header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise BundleError(path, f"__metadata__ is {metadata!r:.60}", wanted="a table of texts", fix=_FIX)
-    tensors = _wanted_tensors(bundle.manifest, start, end)
-    last = max(tensor.offset + tensor.bytes for tensor in tensors.values())
+    tensors = [manifest.tensors[EMBEDDINGS]] if manifest.packed else manifest.tensors.values()
+    arrays = lay_out(tensors, manifest.dtype)
+    last = start + max(array.offset + array.bytes for array in arrays.values())
     if last != end:
         raise BundleError(path, f"{end} bytes", wanted=f"{last}, by the manifest", fix=_FIX)
-    for name, tensor in tensors.items():
-        offset = tensor.offset - start
-        offsets = [offset, offset + tensor.bytes]
-        wanted = _text({"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets})
-        found = _text(header.pop(name, None))
+    for name, array in arrays.items():
+        wanted, found = _text(_entry(array)), _text(header.pop(name, None))
         if found != wanted:
             raise BundleError(path, f"{name} is {found:.120}", wanted=f"{wanted}, by the manifest", fix=_FIX)
     if header:
         raise BundleError(path, f"has {next(iter(header))!r}, which the manifest does not call for", fix=_FIX)
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("padding.")}
+    return {
+        name: replace(array, offset=start + array.offset)
+        for name, array in arrays.items()
+        if not name.startswith(_FILLER)
+    }
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -83,57 +117,59 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + size, end
 
 
-def _wanted_tensors(manifest: Manifest, start: int, end: int) -> dict[str, StoredTensor]:
-    """The tensors that a manifest calls for and the fillers that align them, in a file with data from `start` on."""
-    a = manifest.architecture
-    shapes: dict[str, tuple[int, ...]]
-    if manifest.packed:
-        shapes = {EMBEDDINGS: (a.vocab_size, a.hidden_size)}
-    else:
-        shapes = {name: shape for name, (shape, _) in bundle_tensors(a).items()}
-        shapes |= dict.fromkeys(("rope.cos", "rope.sin"), (manifest.max_length, a.head_dim // 2))
-    tensors: dict[str, StoredTensor] = {}
-    position = start
-
-    def place(name: str, dtype: str, shape: tuple[int, ...], itemsize: int) -> None:
-        nonlocal position
-        tensors[name] = StoredTensor(dtype, shape, position, math.prod(shape) * itemsize)
-        position += tensors[name].bytes
-
-    for name, shape in shapes.items():
-        if gap := (start - position) % _ALIGNMENT:
-            place(f"padding.{position - start}", "U8", (gap,), 1)
-        place(name, _NAMES[manifest.dtype], shape, ITEMSIZE[manifest.dtype])
-    if 0 < end - position < _ALIGNMENT:
-        place(f"padding.{position - start}", "U8", (end - position,), 1)
-    return tensors
-
-
 def _text(entry: Any) -> str:
     """An entry of the header, to compare: a shape of [1.0] is not one of [1]."""
     return "missing" if entry is None else json.dumps(entry, sort_keys=True)
 
 
-def embedding_table(bundle: Bundle) -> npt.NDArray[Any]:
-    """The token embeddings [V,H], mapped from the weights file; bf16 as raw 16-bit words."""
-    table = stored_tensors(bundle)[EMBEDDINGS]
-    return np.memmap(bundle.path(WEIGHTS), _NUMPY[table.dtype], "r", offset=table.offset, shape=table.shape)
+class StoredTensor:
+    """A tensor of the bundle, mapped from the weights file, whatever its format."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        arrays, record = stored_arrays(bundle), bundle.manifest.tensors[name]
+        self._format: Format = FORMATS[record.format]
+        self._dtype: DType = bundle.manifest.dtype
+        self._parts = [
+            mapped(bundle, arrays[name + part.suffix], part.number_type(self._dtype)) for part in self._format.parts
+        ]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
+        """Rows [n, ...] in the bundle's dtype, bf16 as raw 16-bit words."""
+        return self._format.decode([part[rows] for part in self._parts], self._dtype)
+
+
+def embedding_table(bundle: Bundle) -> StoredTensor:
+    """The token embeddings [V,H]."""
+    return StoredTensor(bundle, EMBEDDINGS)
+
+
+def mapped(bundle: Bundle, array: StoredArray, number: str) -> npt.NDArray[Any]:
+    """An array of the weights file, mapped; bf16 as raw 16-bit words."""
+    kind = np.dtype(NUMBER_TYPES[number].numpy)
+    return np.memmap(bundle.path(WEIGHTS), kind, "r", offset=array.offset, shape=array.shape)
 
 
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
     """Bytes of weights that one call of each graph has to read, however few its rows."""
     manifest = bundle.manifest
     if manifest.packed:
-        return {graph: manifest.packed.read_bytes[graph] for graph in GRAPHS}
-    sizes = {name: tensor.bytes for name, tensor in stored_tensors(bundle).items()}
-    return bytes_by_graph(sizes, manifest.exit_layer, tied=manifest.architecture.tie_word_embeddings)
+        return {graph: manifest.packed.read_bytes[graph] for graph in manifest.graphs}
+    return bytes_by_graph(manifest.architecture, manifest.graphs, manifest.tensors, manifest.dtype)
 
 
-def bytes_by_graph(sizes: Mapping[str, int], exit_layer: int, *, tied: bool) -> dict[GraphName, int]:
-    """What one call of each graph reads of tensors of these sizes: of the embedding table, a tied head alone."""
-    read: dict[GraphName, int] = {"draft": 0, "verify": 0, "head": 0}
-    for name, size in sizes.items():
-        if layer := _LAYER.match(name):
-            read["draft" if int(layer[1]) < exit_layer else "verify"] += size
-    read["head"] = sizes[EMBEDDINGS if tied else LM_HEAD] + sizes[NORM]
-    return read
+def bytes_by_graph(
+    architecture: Architecture, graphs: Mapping[GraphName, Graph], tensors: Mapping[str, TensorRecord], dtype: DType
+) -> dict[GraphName, int]:
+    """What one call of each graph reads of these tensors: of the embedding table, a tied head alone."""
+
+    def size(name: str, graph: Graph) -> int:
+        record = tensors[name]
+        shape = record.shape
+        if graph.head and name in (EMBEDDINGS, LM_HEAD):
+            shape = (graph.head.vocabulary, *shape[1:])
+        return FORMATS[record.format].bytes(shape, dtype)
+
+    return {
+        name: sum(size(tensor, graph) for tensor in graph_tensors(architecture, graph.layers))
+        for name, graph in graphs.items()
+    }

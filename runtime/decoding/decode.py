@@ -7,21 +7,44 @@ position and overwritten by the next round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from edgeskip.runtime.bundle.graphs import Split
 from edgeskip.runtime.decoding.rounds import (
+    Round,
     draft_round,
     early_exit_round,
     prefill_round,
     speculative_round,
     verification_round,
 )
-from edgeskip.runtime.decoding.session import RoundResult, Session
+from edgeskip.runtime.decoding.sampling import GREEDY, Picker
+from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
+from edgeskip.runtime.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode.
+
+    Args:
+        split: which graphs draft and which verify.
+        num_speculations: K, drafts per round at most; 0 is plain decoding.
+        confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
+        early_exit: decode with the draft subgraph alone (K is then 0).
+        picker: how tokens are picked.
+    """
+
+    split: Split
+    num_speculations: int = 0
+    confidence_threshold: float = 0.0
+    early_exit: bool = False
+    picker: Picker = GREEDY
 
 
 @dataclass(frozen=True)
@@ -40,80 +63,124 @@ class Step:
         return len(self.token_ids) - 1
 
 
-def prefill(session: Session, embeddings: npt.NDArray[Any], chunk: int, *, early_exit: bool = False) -> Step:
+def prefill(session: Session, how: Decoding, embeddings: npt.NDArray[Any], chunk: int) -> Step:
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
     Full chunks, the last one overlapping backwards so that shapes stay few: its first rows are computed again,
     from the same inputs. A prompt shorter than a chunk is one call of its own length.
+
+    Raises:
+        BackendError: the model computes no finite logits.
     """
     length = len(embeddings)
     rows = min(chunk, length)
     starts = [*range(0, length - rows, rows), length - rows]
     for start in starts:
-        session.write_embeddings(embeddings[start : start + rows])
-        result = session.bind(prefill_round(rows, last=start == starts[-1], early_exit=early_exit))(start)()
+        session.write("inputs_embeds", embeddings[start : start + rows])
+        last = start == starts[-1]
+        round_ = session.bind(prefill_round(how.split, rows, last=last, early_exit=how.early_exit))
+        round_.start(start, how.picker.row_inputs(start, rows))
+        result = round_.wait()
     session.carry(0)
-    return Step(tuple(result.target_ids), 0)
+    return _step(result, 0, length)
 
 
-def decode(
-    session: Session,
-    position: int,
-    capacity: int,
-    num_speculations: int,
-    *,
-    end: int | None = None,
-    confidence_threshold: float = 0.0,
-    early_exit: bool = False,
-) -> Iterator[Step]:
+def decode(session: Session, how: Decoding, position: int, capacity: int, *, end: int | None = None) -> Iterator[Step]:
     """Rounds after a prefill of `position` rows, until the caches are full. Each is handed to the device before the
     tokens of the one before it are given out, so that what the caller does with them costs no time.
 
     Args:
         session: prefilled.
+        how: to decode.
         position: n, rows in the caches.
         capacity: C, rows that the caches hold; nothing is written past them.
-        num_speculations: K, drafts a round at most; 0 is plain decoding.
-        end: no round starts here or behind it, where the caller knows how far it will go.
-        confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
-        early_exit: decode with the draft subgraph alone (K is then 0).
+        end: no round starts here or later, where the caller knows how far it will go.
+
+    Raises:
+        BackendError: the model computes no finite logits.
     """
-    start = _drafting(session, num_speculations, confidence_threshold, early_exit)
+    drafting = _drafting(session, how)
     end = capacity if end is None else min(end, capacity)
-    under_way = start(position, min(num_speculations, capacity - position - 1)) if position < end else None
+
+    def started() -> _Started | None:
+        if position >= end:
+            return None
+        round_ = drafting(min(how.num_speculations, capacity - position - 1))
+        round_.start(position)
+        return round_
+
+    under_way = started()
     while under_way:
-        result = under_way()
+        result = under_way.wait()
         accepted = count_accepted(result.draft_ids, result.target_ids)
         session.carry(accepted)
         position += accepted + 1
-        under_way = start(position, min(num_speculations, capacity - position - 1)) if position < end else None
-        yield Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids))
+        under_way = started()
+        yield _step(result, accepted, position)
 
 
-def _drafting(
-    session: Session, num_speculations: int, threshold: float, early_exit: bool
-) -> Callable[[int, int], Callable[[], RoundResult]]:
-    """How a round starts: (position, K of this round) -> what waits for its result."""
-    if early_exit:
-        step = session.bind(early_exit_round())
-        return lambda position, _: step(position)
-    if not (num_speculations and threshold):
-        whole = [session.bind(speculative_round(k)) for k in range(num_speculations + 1)]
-        return lambda position, k: whole[k](position)
-    drafts = [session.bind(draft_round(row)) for row in range(num_speculations)]
-    checks = [session.bind(verification_round(k)) for k in range(num_speculations + 1)]
+class _Started(Protocol):
+    def start(self, position: int) -> None: ...
 
-    def while_confident(position: int, k: int) -> RoundResult:
-        """Ends drafting behind the first draft of a probability below the threshold."""
+    def wait(self) -> RoundResult: ...
+
+
+def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
+    """The rounds to run, by their number of drafts."""
+    if how.early_exit:
+        step = _Whole(session, how, early_exit_round(how.split))
+        return lambda _: step
+    if not (how.num_speculations and how.confidence_threshold):
+        whole = [_Whole(session, how, speculative_round(how.split, k)) for k in range(how.num_speculations + 1)]
+        return lambda k: whole[k]
+    confident = [_WhileConfident(session, how, k) for k in range(how.num_speculations + 1)]
+    return lambda k: confident[k]
+
+
+class _Whole:
+    """A round that a device runs without the host."""
+
+    def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
+        self._bound: BoundRound = session.bind(round_)
+        self._rows, self._picker = round_.rows, how.picker
+        self.wait = self._bound.wait
+
+    def start(self, position: int) -> None:
+        """Hands the round to the device."""
+        self._bound.start(position, self._picker.row_inputs(position, self._rows))
+
+
+class _WhileConfident:
+    """A round of at most K drafts that ends drafting after the first draft of a probability below the threshold."""
+
+    def __init__(self, session: Session, how: Decoding, num_speculations: int) -> None:
+        self._drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(num_speculations)]
+        self._checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(num_speculations + 1)]
+        self._session, self._threshold = session, how.confidence_threshold
+        self._vocabulary = how.split.draft_head.vocabulary
+        self._position = 0
+
+    def start(self, position: int) -> None:
+        """Remembers where the round begins: the host looks at each draft, so it runs when somebody waits."""
+        self._position = position
+
+    def wait(self) -> RoundResult:
+        """Runs the round."""
         drafted = 0
-        while drafted < k:
-            drafts[drafted](position)()
+        while drafted < len(self._drafts):
+            self._run(self._drafts[drafted])
             drafted += 1
-            if drafted < k and session.draft_confidence(drafted - 1) < threshold:
+            unsure = drafted < len(self._drafts) and self._confidence(drafted - 1) < self._threshold
+            if unsure:
                 break
-        return checks[drafted](position)()
+        return self._run(self._checks[drafted])
 
-    return lambda position, k: partial(while_confident, position, k)
+    def _confidence(self, row: int) -> float:
+        return self._session.draft_confidence(row, self._vocabulary)
+
+    def _run(self, round_: _Whole) -> RoundResult:
+        round_.start(self._position)
+        return round_.wait()
 
 
 def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
@@ -122,3 +189,18 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
         if draft != target:
             return accepted
     return len(draft_ids)
+
+
+def _step(result: RoundResult, accepted: int, position: int) -> Step:
+    """What a round gives out, its last token for `position`.
+
+    Logits that are not finite pick a token all the same, the first one as a rule, and so would all that follow.
+    """
+    kept = result.target_logits[: accepted + 1]
+    if not all(map(math.isfinite, kept)):
+        raise BackendError(
+            f"the token at position {position}",
+            "the model's logits are not finite, so nothing can be picked from them",
+            fix="export with --dtype fp32 or bf16, whose numbers reach farther than fp16's, or check the weights",
+        )
+    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids))

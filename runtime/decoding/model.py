@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.bundle.graphs import check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import embedding_table
-from edgeskip.runtime.decoding.decode import Step, decode, prefill
+from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
 from edgeskip.runtime.decoding.rounds import MODES, Mode
-from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 from edgeskip.runtime.errors import RequestError
@@ -51,8 +51,9 @@ class Model:
     Get one from `edgeskip.load`.
     """
 
-    def __init__(self, bundle: Bundle, session: Session) -> None:
+    def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
         self.bundle, self.session = bundle, session
+        self.split = bundle.manifest.split(exit_layer)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self._busy = self._closed = False
@@ -201,19 +202,17 @@ class Model:
         return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
 
     def _steps(self, request: _Request) -> Generator[Step, None, None]:
-        manifest, early_exit = self.bundle.manifest, request.mode == "early-exit"
+        manifest, new_tokens = self.bundle.manifest, request.max_new_tokens
         embeddings = self.embeddings[request.prompt_ids]
-        yield prefill(self.session, embeddings, manifest.prefill_chunk, early_exit=early_exit)
-        new_tokens = request.max_new_tokens
-        yield from decode(
-            self.session,
-            len(embeddings),
-            manifest.max_length,
+        how = Decoding(
+            self.split,
             request.num_speculations,
-            end=None if new_tokens is None else len(embeddings) + new_tokens - 1,
-            confidence_threshold=request.confidence_threshold,
-            early_exit=early_exit,
+            request.confidence_threshold,
+            early_exit=request.mode == "early-exit",
         )
+        yield prefill(self.session, how, embeddings, manifest.prefill_chunk)
+        end = None if new_tokens is None else len(embeddings) + new_tokens - 1
+        yield from decode(self.session, how, len(embeddings), manifest.max_length, end=end)
 
 
 @dataclass(frozen=True)

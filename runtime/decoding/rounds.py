@@ -1,6 +1,6 @@
 """Rounds as data: which graph runs on which rows of the workspace, in order.
 
-The workspace is a set of buffers, each a number of rows. A round of K drafts, one column a call:
+The workspace is a set of buffers, each a number of rows. A round of K drafts, one column per call:
 
               draft head  draft head  ...  draft | verify   head
     row j       0    0      1    1           K   |  0..K    0..K
@@ -11,15 +11,18 @@ The workspace is a set of buffers, each a number of rows. A round of K drafts, o
 Row 0 of `inputs_embeds` is the last token whose place in the caches is still empty. The exit state of every row is
 kept from drafting, so verify never runs the early layers again. Plain decoding is the round with K = 0. A session
 binds a round once and runs it many times.
+
+Where a bundle has several exits, `draft` and `verify` each stand for a chain of graphs: see `Split`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Graph, GraphName, Head, Link, Split
 
 Mode = Literal["self-speculative", "autoregressive", "early-exit"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -37,16 +40,28 @@ class View:
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a graph: its workspace inputs and outputs by tensor name. Caches are the session's."""
+    """One run of a graph: its workspace inputs and outputs by tensor name.
+
+    The caches are the session's. `layer_shift` binds those of other layers than the graph was made for, so many further
+    on, where one graph serves several runs of layers.
+    """
 
     graph: GraphName
     inputs: tuple[tuple[str, View], ...]
     outputs: tuple[tuple[str, View], ...]
+    layer_shift: int = 0
 
     @property
     def rows(self) -> int:
         """Rows T that the call computes."""
         return self.inputs[0][1].rows
+
+    def cache(self, name: str) -> str:
+        """The cache that is bound to this input or output of the graph."""
+        if not self.layer_shift:
+            return name
+        prefix, layer, part = name.split(".")
+        return f"{prefix}.{int(layer) + self.layer_shift}.{part}"
 
     @property
     def key(self) -> tuple[GraphName, int]:
@@ -56,108 +71,121 @@ class Call:
 
 @dataclass(frozen=True)
 class Round:
-    """Calls in order; `rows` positions are written before them, ids are read back after them."""
+    """Calls in order; `rows` positions are written before them, ids are read back after them.
+
+    `row_inputs` are the buffers, beside the positions, that must be told something of each row.
+    """
 
     calls: tuple[Call, ...]
     rows: int
     num_drafts: int
     num_targets: int
+    row_inputs: tuple[str, ...] = ()
 
 
-def workspace(chunk: int) -> dict[str, tuple[str | None, str, int]]:
+def workspace(graphs: Iterable[Graph], chunk: int) -> dict[str, tuple[str | None, str, int]]:
     """Buffers: the dimension of a row (None for a single number), dtype and rows, for prefill chunks of `chunk`."""
     rows = max(chunk, HEAD_ROWS)
-    return {
-        "inputs_embeds": ("H", "float", rows),
-        "position_ids": (None, "int64", rows),
-        "exit_hidden_states": ("H", "float", rows),
-        "hidden_states": ("H", "float", rows),
-        "logits": ("V", "float", HEAD_ROWS),
+    buffers: dict[str, tuple[str | None, str, int]] = {"position_ids": (None, "int64", rows)}
+    for graph in graphs:
+        if graph.head:
+            buffers |= {tensor.name: (None, tensor.dtype, rows) for tensor in graph.inputs[1:]}
+        else:
+            buffers |= dict.fromkeys((graph.reads, graph.writes), ("H", "float", rows))
+    return buffers | {
+        "draft_logits": ("V", "float", HEAD_ROWS),
+        "target_logits": ("V", "float", HEAD_ROWS),
         "draft_token_ids": (None, "int64", HEAD_ROWS),
         "target_token_ids": (None, "int64", HEAD_ROWS),
+        "draft_token_logits": (None, "float", HEAD_ROWS),
+        "target_token_logits": (None, "float", HEAD_ROWS),
         "target_embeds": ("H", "float", HEAD_ROWS),
     }
 
 
 @cache
-def speculative_round(num_speculations: int) -> Round:
+def speculative_round(split: Split, num_speculations: int) -> Round:
     """K drafts and their verification; K = 0 is one step of plain decoding."""
     k = num_speculations
-    drafting = tuple(call for row in range(k) for call in draft_round(row).calls)
-    return Round(drafting + verification_round(k).calls, rows=k + 1, num_drafts=k, num_targets=k + 1)
+    drafting = tuple(call for row in range(k) for call in draft_round(split, row).calls)
+    return _round(split, drafting + verification_round(split, k).calls, k)
 
 
 @cache
-def draft_round(row: int) -> Round:
+def draft_round(split: Split, row: int) -> Round:
     """The part of a speculative round that drafts one token, for a host that looks at each before the next."""
-    return Round((_draft(row, 1), _draft_head(row)), rows=row + 1, num_drafts=0, num_targets=0)
+    calls = (*_chain(split.draft, row, 1), _draft_head(split, row))
+    return Round(calls, rows=row + 1, num_drafts=0, num_targets=0, row_inputs=split.draft_head.row_inputs)
 
 
 @cache
-def verification_round(num_speculations: int) -> Round:
-    """The part of a speculative round behind its K drafts."""
+def verification_round(split: Split, num_speculations: int) -> Round:
+    """The part of a speculative round that follows its K drafts."""
     k = num_speculations
-    calls = (_draft(k, 1), _verify(0, k + 1), _target_head("hidden_states", 0, k + 1))
-    return Round(calls, rows=k + 1, num_drafts=k, num_targets=k + 1)
+    head = _target_head(split.head, "hidden_states", 0, k + 1)
+    return _round(split, (*_chain(split.draft, k, 1), *_chain(split.verify, 0, k + 1), head), k)
 
 
 @cache
-def early_exit_round() -> Round:
+def early_exit_round(split: Split) -> Round:
     """One step of the draft subgraph alone."""
-    return Round((_draft(0, 1), _target_head("exit_hidden_states", 0, 1)), rows=1, num_drafts=0, num_targets=1)
+    return _round(split, (*_chain(split.draft, 0, 1), _target_head(split.head, split.exit_states, 0, 1)), 0)
 
 
 @cache
-def prefill_round(rows: int, *, last: bool, early_exit: bool) -> Round:
+def prefill_round(split: Split, rows: int, *, last: bool, early_exit: bool) -> Round:
     """A chunk of the prompt; the last one also picks the first new token from its last row."""
-    calls = [_draft(0, rows)]
-    if not early_exit:
-        calls.append(_verify(0, rows))
+    calls = list(_chain(split.draft if early_exit else split.draft + split.verify, 0, rows))
     if last:
-        states = "exit_hidden_states" if early_exit else "hidden_states"
-        calls.append(_target_head(states, rows - 1, 1))
-    return Round(tuple(calls), rows=rows, num_drafts=0, num_targets=int(last))
+        calls.append(_target_head(split.head, split.exit_states if early_exit else "hidden_states", rows - 1, 1))
+    row_inputs = split.head.row_inputs if last else ()
+    return Round(tuple(calls), rows=rows, num_drafts=0, num_targets=int(last), row_inputs=row_inputs)
 
 
-def _draft(row: int, rows: int) -> Call:
+def distinct_calls(split: Split, lengths: Iterable[int], graphs: Iterable[GraphName]) -> list[Call]:
+    """The kinds of calls in rounds of these lengths, each once, by graph and then by rows."""
+    calls = {call.key: call for k in lengths for call in speculative_round(split, k).calls}
+    order = list(graphs)
+    return sorted(calls.values(), key=lambda call: (order.index(call.graph), call.rows))
+
+
+def _round(split: Split, calls: tuple[Call, ...], k: int) -> Round:
+    return Round(calls, rows=k + 1, num_drafts=k, num_targets=k + 1, row_inputs=split.head.row_inputs)
+
+
+def _chain(links: Iterable[Link], row: int, rows: int) -> Iterable[Call]:
+    for link in links:
+        states, positions = View(link.reads, row, rows), View("position_ids", row, rows)
+        inputs = ((link.reads, states), ("position_ids", positions))
+        yield Call(link.graph, inputs, ((link.writes, View(link.writes, row, rows)),))
+
+
+def _draft_head(split: Split, row: int) -> Call:
+    """One row at a time, so that the logits of a head with a smaller vocabulary lie as those of any other."""
     return Call(
-        "draft",
+        split.draft_head.graph,
+        _head_inputs(split.draft_head, split.exit_states, row, 1),
         (
-            ("inputs_embeds", View("inputs_embeds", row, rows)),
-            ("position_ids", View("position_ids", row, rows)),
-        ),
-        (("exit_hidden_states", View("exit_hidden_states", row, rows)),),
-    )
-
-
-def _verify(row: int, rows: int) -> Call:
-    states = View("exit_hidden_states", row, rows)
-    return Call(
-        "verify",
-        (("exit_hidden_states", states), ("position_ids", View("position_ids", row, rows))),
-        (("hidden_states", View("hidden_states", row, rows)),),
-    )
-
-
-def _draft_head(row: int) -> Call:
-    return Call(
-        "head",
-        (("hidden_states", View("exit_hidden_states", row, 1)),),
-        (
-            ("logits", View("logits", row, 1)),
+            ("logits", View("draft_logits", row, 1)),
             ("token_ids", View("draft_token_ids", row, 1)),
+            ("token_logits", View("draft_token_logits", row, 1)),
             ("inputs_embeds", View("inputs_embeds", row + 1, 1)),
         ),
     )
 
 
-def _target_head(states: str, row: int, rows: int) -> Call:
+def _target_head(head: Head, states: str, row: int, rows: int) -> Call:
     return Call(
-        "head",
-        (("hidden_states", View(states, row, rows)),),
+        head.graph,
+        _head_inputs(head, states, row, rows),
         (
-            ("logits", View("logits", 0, rows)),
+            ("logits", View("target_logits", 0, rows)),
             ("token_ids", View("target_token_ids", 0, rows)),
+            ("token_logits", View("target_token_logits", 0, rows)),
             ("inputs_embeds", View("target_embeds", 0, rows)),
         ),
     )
+
+
+def _head_inputs(head: Head, states: str, row: int, rows: int) -> tuple[tuple[str, View], ...]:
+    return (("hidden_states", View(states, row, rows)), *((name, View(name, row, rows)) for name in head.row_inputs))

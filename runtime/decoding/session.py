@@ -1,72 +1,56 @@
-"""The session interface: what a backend does for the loop, and nothing more."""
+"""The interfaces of a session: what a backend does for the loop, and what those who measure it ask beside that."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
 
 from edgeskip.runtime.decoding.rounds import Call, Round, View
 
+RowInputs = Mapping[str, npt.NDArray[Any]]
+"""What a round's heads are told of each row beside its position: int64 arrays [rows] by buffer."""
+
+NOTHING: RowInputs = {}
+
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave: K draft ids, and the target ids."""
+    """What a round gave: K draft ids, the target ids, and the logits with which these were picked."""
 
     draft_ids: list[int]
     target_ids: list[int]
+    target_logits: list[float]
 
 
-BoundRound = Callable[[int], Callable[[], RoundResult]]
-"""Hands the device a round whose first row stands at the given position; what it returns waits for the ids.
+class BoundRound(Protocol):
+    """A round with its shapes and memory fixed, to be run many times; one round at a time is under way."""
 
-A device works on its own from then on, a CPU begins when somebody waits. One round at a time is under way.
-"""
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Hands the device the round, its first row at the given position.
 
+        A device works on its own from then on; a CPU begins when somebody waits.
+        """
+        ...
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a session holds, by kind; `other` is the backend's own, null where it cannot be told."""
-
-    weights: int
-    caches: int
-    workspace: int
-    other: int | None
+    def wait(self) -> RoundResult:
+        """Waits for the ids of the round that was started."""
+        ...
 
 
 class Session(ABC):
-    """The three graphs of one bundle on one device, with their caches and workspace; a context manager.
+    """The graphs of one bundle on one device, with their caches and workspace: what the loop uses, and no more.
 
     A session owns its memory and frees it in `close`. It serves one sequence at a time: the caches hold whatever was
-    last written, and rows at or past the current position are hidden by position.
+    last written, and rows at or past the current position are hidden by position. It is a context manager.
     """
-
-    description: str
-    """Backend, device and dialect, for people."""
-
-    device: Literal["cpu", "cuda"]
-    hardware: str
-    """The chip's own name."""
-
-    dialect = "standard"
-    """Of the graph files that it runs, or that its engines were built from."""
 
     confidence_threshold = 0.0
     """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
     as a device wants that the host must not wait for."""
-
-    @property
-    @abstractmethod
-    def stage_ns(self) -> Mapping[str, int] | None:
-        """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
-
-    @property
-    def captured_rounds(self) -> int | None:
-        """Rounds so far that the device replayed as one captured graph; None where there is no such thing."""
-        return None
 
     _bound: dict[Round, BoundRound]
 
@@ -85,6 +69,58 @@ class Session(ABC):
         """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
 
     @abstractmethod
+    def carry(self, row: int) -> None:
+        """Makes the token that target row `row` picked the next round's first input."""
+
+    @abstractmethod
+    def draft_confidence(self, row: int, vocabulary: int) -> float:
+        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees everything; the session is of no use afterwards."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a session holds, by kind; `other` is the backend's own, null where it cannot be told."""
+
+    weights: int
+    caches: int
+    workspace: int
+    other: int | None
+
+
+class MeasuredSession(Session):
+    """A session that can be asked what it is, what it did, what it holds and how fast it is."""
+
+    description: str
+    """Backend, device and dialect, for people."""
+
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    """The chip's own name."""
+
+    dialect = "standard"
+    """Of the graph files that it runs, or that its engines were built from."""
+
+    @property
+    @abstractmethod
+    def stage_ns(self) -> Mapping[str, int] | None:
+        """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
+
+    @property
+    def captured_rounds(self) -> int | None:
+        """Rounds so far that the device replayed as one captured graph; None where there is no such thing."""
+        return None
+
+    @abstractmethod
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer, when all that was started is done: ids as they are, all else in fp32."""
 
@@ -92,21 +128,9 @@ class Session(ABC):
     def read_cache(self, name: str) -> npt.NDArray[Any]:
         """A whole cache, [N,C,D] in fp32, by its input's name (`past_key_values.0.key`)."""
 
-    def write_embeddings(self, rows: npt.NDArray[Any]) -> None:
-        """Puts [T,H] embedding rows into the first T rows of `inputs_embeds`."""
-        self.write("inputs_embeds", rows)
-
-    @abstractmethod
-    def carry(self, row: int) -> None:
-        """Makes the token that target row `row` picked the next round's first input."""
-
-    @abstractmethod
-    def draft_confidence(self, row: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row."""
-
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
-        """The first `rows` rows of the last head call's logits, [rows,V]."""
-        return self.read(View("logits", 0, rows))
+        """The first `rows` rows of the last target logits, [rows,V]."""
+        return self.read(View("target_logits", 0, rows))
 
     @abstractmethod
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
@@ -120,12 +144,5 @@ class Session(ABC):
     def memory(self) -> Memory:
         """What is held now."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Frees everything; the session is of no use afterwards."""
-
-    def __enter__(self) -> Session:
+    def __enter__(self) -> MeasuredSession:
         return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()

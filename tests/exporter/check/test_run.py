@@ -28,7 +28,7 @@ from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.bench.measure import TIE_GAP
 from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
-from edgeskip.runtime.bundle.weights import stored_tensors
+from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.rounds import View
 from edgeskip.runtime.errors import BundleError, RequestError
 
@@ -149,7 +149,7 @@ def copied(bundle, folder, name, data):
 
 
 def with_weight(bundle, folder, name, change):
-    tensor = stored_tensors(bundle)[name]
+    tensor = stored_arrays(bundle)[name]
     data = bytearray(bundle.path(WEIGHTS).read_bytes())
     dtype = {"F32": np.float32, "F16": np.float16}[tensor.dtype]
     change(np.frombuffer(data, dtype, int(np.prod(tensor.shape)), tensor.offset).reshape(tensor.shape))

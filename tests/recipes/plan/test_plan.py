@@ -21,7 +21,7 @@ from edgeskip.recipes.plan.plan import PlanSettings, make_plan
 from edgeskip.recipes.shape import load_shape
 from edgeskip.runtime.backends.targets import RTX_SERVES
 from edgeskip.runtime.bench.measure import read_report
-from edgeskip.runtime.bundle.weights import stored_tensors
+from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.load import load
 
@@ -90,9 +90,9 @@ def test_memory_is_counted_as_a_session_takes_it(variant, bundles):
     with load(bundle.folder, device="cpu") as model:
         memory = model.session.memory()
     assert (plan.memory["caches"], plan.memory["workspace"]) == (memory.caches, memory.workspace)
-    rope = sum(tensor.bytes for name, tensor in stored_tensors(bundle).items() if name.startswith("rope."))
+    rope = sum(tensor.bytes for name, tensor in stored_arrays(bundle).items() if name.startswith("rope."))
     held = sum(size for kind, size in plan.memory.items() if kind.endswith("weights"))
-    assert held == sum(tensor.bytes for tensor in stored_tensors(bundle).values()) - rope
+    assert held == sum(tensor.bytes for tensor in stored_arrays(bundle).values()) - rope
     assert plan.disk["weights"] == held + rope
 
 

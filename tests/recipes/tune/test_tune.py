@@ -17,10 +17,10 @@ import edgeskip
 from edgeskip.cli import main
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.exporter.probe import Probe
+from edgeskip.exporter.graphs.probe import Probe
 from edgeskip.recipes.demo import CHECKPOINT
 from edgeskip.recipes.deployment import load_export_recipe
-from edgeskip.recipes.plan.cost import Cost, graph_sizes
+from edgeskip.recipes.plan.cost import ONE_EXIT, Cost, graph_sizes
 from edgeskip.recipes.tune.report import tuned_recipe, tuning_page
 from edgeskip.recipes.tune.tune import (
     CallTime,
@@ -139,7 +139,7 @@ def measured(manifest, cost, position):
         size = sizes[graph]
         return cost.time_ms(size.layers, rows, size.weight_bytes + size.cache_row_bytes * position)
 
-    keys = {call.key for k in range(7) for call in speculative_round(k).calls}
+    keys = {call.key for k in range(7) for call in speculative_round(ONE_EXIT, k).calls}
     calls = tuple(CallTime(graph, rows, ms(graph, rows)) for graph, rows in sorted(keys))
     return Measured(calls, position, host_round_ms=0.1, host_draft_ms=0.02, plain_ms_per_token=1.0)
 
@@ -151,7 +151,7 @@ def test_times_carried_to_other_exit_layers_are_those_of_the_formula(exit_layer,
     there = dataclasses.replace(manifests[3], exit_layer=exit_layer)
     calls = {(call.graph, call.rows): call.ms for call in measured(there, COST, 200).calls}
     wanted = sum(
-        count * (sum(calls[c.key] for c in speculative_round(d).calls) + 0.1 + d * 0.02)
+        count * (sum(calls[c.key] for c in speculative_round(ONE_EXIT, d).calls) + 0.1 + d * 0.02)
         for d, count in enumerate(rounds.by_drafts)
     )
     for manifest in manifests.values():

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import onnxruntime
 import pytest
+from tests.conftest import run_round
 
 import edgeskip
 from edgeskip.runtime.backends import cuda_session, ort_cuda_session
@@ -84,10 +85,11 @@ def test_rounds_are_captured_on_their_second_run_and_stay_the_same(bundles, monk
     captured = []
     real = CudaDevice.captured
     monkeypatch.setattr(CudaDevice, "captured", lambda self, enqueue: captured.append(1) or real(self, enqueue))
-    with open_session(bundles("llama-gqa", dtype="fp16"), device="cuda") as session:
-        session.write_embeddings(np.ones((1, 64), np.float16))
-        round_ = session.bind(speculative_round(3))
-        results = [round_(0)() for _ in range(4)]
+    bundle = bundles("llama-gqa", dtype="fp16")
+    with open_session(bundle, device="cuda") as session:
+        session.write("inputs_embeds", np.ones((1, 64), np.float16))
+        round_ = speculative_round(bundle.manifest.split(), 3)
+        results = [run_round(session, round_, 0) for _ in range(4)]
     assert len(captured) == 1
     assert all(result == results[0] for result in results)
 

@@ -14,19 +14,20 @@ import shutil
 import weakref
 
 import pytest
-from tests.conftest import edit_json
+from tests.conftest import edit_json, run_round
 from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, standin_model, with_engines
 
 import edgeskip
 from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.runtime.backends import choice as backends
-from edgeskip.runtime.backends import trt, trt_session
+from edgeskip.runtime.backends import trt
 from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.trt_session import TrtSession
 from edgeskip.runtime.bench.measure import tie_gap
 from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS, read_engines
 from edgeskip.runtime.bundle.manifest import read_bundle
+from edgeskip.runtime.decoding.rounds import speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError, RequestError
 
 PROMPT = list(range(40, 60))
@@ -115,7 +116,7 @@ def test_a_context_serves_one_graph_and_number_of_rows(bundle, tmp_path):
     with TrtSession(copied, read_engines(copied)[0], device, library) as session:
         # a chunk's draft and verify over 8 rows; draft 1, head 1, verify 5 and head 5 of the round that warms up
         assert library.contexts == 6
-        session.bind(trt_session.speculative_round(4))(0)()
+        run_round(session, speculative_round(bundle.manifest.split(), 4), 0)
         assert library.contexts == 6
 
 

@@ -114,7 +114,7 @@ def test_another_format_version_is_told_before_anything_else(version, message, f
         (b"[]", "no format_version"),
         (b"null", "no format_version"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"format_version": 1}', "key 'edgeskip_version' is missing"),
+        (b'{"format_version": 2}', "key 'edgeskip_version' is missing"),
     ],
 )
 def test_a_malformed_manifest(text, message, folder):
@@ -125,7 +125,7 @@ def test_a_malformed_manifest(text, message, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(exit_layers=2), "unknown key 'exit_layers'; did you mean 'exit_layer'?"),
+        (lambda m: m.update(exit_layer_=2), "unknown key 'exit_layer_'; did you mean 'exit_layer'?"),
         (
             lambda m: m["architecture"].update(hidden=64),
             "architecture: unknown key 'hidden'; did you mean",
@@ -135,11 +135,18 @@ def test_a_malformed_manifest(text, message, folder):
         (lambda m: m.update(max_length="96"), "max_length: found '96'; wanted a whole number"),
         (lambda m: m.update(eos_token_ids=[1, "2"]), r"eos_token_ids\[1\]: found '2'; wanted a whole number"),
         (lambda m: m["files"][WEIGHTS].pop("sha256"), rf"files.{WEIGHTS}: key 'sha256' is missing"),
-        (lambda m: m.update(exit_layer=0), "exit_layer 0; wanted 1 to 3"),
-        (lambda m: m.update(exit_layer=4), "exit_layer 4; wanted 1 to 3"),
-        (lambda m: m.update(exit_layer=3), "its graphs are not those of this version"),
+        (lambda m: m.update(exit_layer=0), r"exit_layer 0; wanted one of \(2,\)"),
+        (lambda m: m.update(exit_layers=[4]), r"exit_layers \(4,\); wanted layers in order, of 1 to 3"),
+        (lambda m: m.update(exit_layers=[3, 2]), r"exit_layers \(3, 2\); wanted layers in order, of 1 to 3"),
+        (lambda m: m.update(exit_layers=[]), r"exit_layers \(\); wanted layers in order"),
+        (lambda m: m["heads"]["head"].update(vocabulary=301), "head 'head' .*; wanted 1 to 300 rows"),
+        (lambda m: m["heads"]["head"].update(vocabulary=299), "no head knows the whole vocabulary"),
+        (lambda m: m["heads"]["head"].update(picker="best"), "head 'head' .*; wanted 1 to 300 rows, by greedy"),
+        (lambda m: m["formats"].update({"lm_head.weight": "int3"}), "formats: 'lm_head.weight' in 'int3'; wanted"),
+        (lambda m: m["formats"].update({"lm_head": "fp32"}), "formats: 'lm_head' in 'fp32'; wanted tensors in"),
+        (lambda m: m.update(exit_layer=3, exit_layers=[3]), "its graphs are not those of this version"),
         (lambda m: m["graphs"].pop("head"), "its graphs are not those of this version"),
-        (lambda m: m["chains"].update(draft=["draft"]), "its graphs are not those of this version"),
+        (lambda m: m["chains"]["2"].update(draft=["draft"]), "its graphs are not those of this version"),
         (lambda m: m.update(eos_token_ids=[300]), r"eos_token_ids \(300,\); wanted 0 to 299"),
         (lambda m: m.update(prefill_chunk=0), "prefill_chunk: found 0; wanted"),
         (lambda m: m["architecture"].update(head_dim=-1), "architecture.head_dim: found -1; wanted"),
@@ -160,7 +167,14 @@ def test_a_manifest_that_is_not_consistent(change, message, folder):
         lambda m: m["architecture"].update(hidden_size=128),
         lambda m: m["architecture"].update(num_kv_heads=4),
         lambda m: m["architecture"].update(head_dim=32),
-        lambda m: m["architecture"].update(vocab_size=310),
+        lambda m: [
+            part.update(change)
+            for part, change in (
+                (m["architecture"], {"vocab_size": 310}),
+                (m["heads"]["head"], {"vocabulary": 310}),
+                (m["graphs"]["head"]["head"], {"vocabulary": 310}),
+            )
+        ],
     ],
 )
 def test_a_manifest_of_other_weights(change, folder):

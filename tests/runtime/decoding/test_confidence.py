@@ -46,10 +46,10 @@ def test_the_confidence_is_the_softmax_probability_of_the_drafted_token(model):
     session = model.session
     model.complete(PROMPT, num_speculations=1, confidence_threshold=0.5, max_new_tokens=4)
     logits = np.array([[0.5, 3.0, -1.0] + [-4.0] * 297], np.float64)
-    session._buffers["logits"][0] = logits
-    session._buffers["draft_token_ids"][0] = logits.argmax()
+    session._buffers["draft_logits"][0] = logits
+    session._buffers["draft_token_logits"][0] = logits.max()
     wanted = (np.exp(logits) / np.exp(logits).sum()).max()
-    assert session.draft_confidence(0) == pytest.approx(wanted, rel=1e-5)
+    assert session.draft_confidence(0, 300) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])

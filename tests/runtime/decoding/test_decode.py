@@ -15,7 +15,7 @@ from tests.conftest import edit_json
 import edgeskip
 from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
 from edgeskip.runtime.bundle.manifest import MANIFEST
-from edgeskip.runtime.decoding.decode import count_accepted, decode, prefill
+from edgeskip.runtime.decoding.decode import Decoding, count_accepted, decode, prefill
 from edgeskip.runtime.decoding.statistics import distinct_4grams
 from edgeskip.runtime.errors import RequestError
 
@@ -160,8 +160,9 @@ def test_eos_inside_accepted_drafts_drops_what_follows(bundles, tmp_path):
 def _steps(model, prompt, k, **settings):
     """The loop itself, without stop rules: prefill, then rounds until the caches are full."""
     session, manifest = model.session, model.bundle.manifest
-    yield prefill(session, model.embeddings[list(prompt)], manifest.prefill_chunk)
-    yield from decode(session, len(prompt), manifest.max_length, k, **settings)
+    how = Decoding(model.split, k, **settings)
+    yield prefill(session, how, model.embeddings[list(prompt)], manifest.prefill_chunk)
+    yield from decode(session, how, len(prompt), manifest.max_length)
 
 
 def _second_token_of_a_long_round(steps, plain):

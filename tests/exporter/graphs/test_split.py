@@ -7,11 +7,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tests.conftest import VARIANTS
+from tests.conftest import VARIANTS, run_round
 
 from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
-from edgeskip.runtime.bundle.graphs import DIALECTS, GRAPHS, dimensions
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.graphs import dimensions
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.decoding.rounds import early_exit_round, prefill_round, speculative_round
 
@@ -27,26 +28,26 @@ def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundl
     ids = np.random.default_rng(0).integers(0, 300, 40)
     with torch.no_grad():
         wanted = reference(variant)(torch.tensor(ids[None])).logits[0].numpy()
-    embeddings = embedding_table(bundle)
+    embeddings, split = embedding_table(bundle), bundle.manifest.split()
     with OrtCpuSession(bundle, dialect=dialect) as session:
 
         def run(round_, position, rows):
-            session.write_embeddings(embeddings[ids[position : position + round_.rows]])
-            session.bind(round_)(position)()
+            session.write("inputs_embeds", embeddings[ids[position : position + round_.rows]])
+            run_round(session, round_, position)
             return np.abs(
                 session.read_logits(rows) - wanted[position + round_.rows - rows : position + round_.rows]
             ).max()
 
-        chunk = prefill_round(8, last=True, early_exit=False)
+        chunk = prefill_round(split, 8, last=True, early_exit=False)
         assert run(chunk, 0, 1) < 1e-4
         assert run(chunk, 8, 1) < 1e-4
         assert run(chunk, 11, 1) < 1e-4  # overlaps backwards
-        assert run(prefill_round(3, last=True, early_exit=False), 19, 1) < 1e-4
+        assert run(prefill_round(split, 3, last=True, early_exit=False), 19, 1) < 1e-4
         for position in range(22, 26):
-            assert run(speculative_round(0), position, 1) < 1e-4
+            assert run(speculative_round(split, 0), position, 1) < 1e-4
         # verify alone over several rows: their exit states come from drafting them as one chunk
-        run(prefill_round(5, last=False, early_exit=False), 26, 1)
-        session.bind(type(chunk)(speculative_round(4).calls[-2:], rows=5, num_drafts=0, num_targets=5))(26)()
+        run(prefill_round(split, 5, last=False, early_exit=False), 26, 1)
+        run_round(session, type(chunk)(speculative_round(split, 4).calls[-2:], rows=5, num_drafts=0, num_targets=5), 26)
         assert np.abs(session.read_logits(5) - wanted[26:31]).max() < 1e-4
 
 
@@ -57,12 +58,13 @@ def test_exit_logits_are_the_shared_head_on_the_early_layers(dialect, bundles, r
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states[1]
         wanted = model.lm_head(model.model.norm(states))[0].numpy()
+    split = bundle.manifest.split()
     with OrtCpuSession(bundle, dialect=dialect) as session:
-        session.write_embeddings(embedding_table(bundle)[ids[0, :15].numpy()])
-        session.bind(prefill_round(15, last=True, early_exit=True))(0)()
+        session.write("inputs_embeds", embedding_table(bundle)[ids[0, :15].numpy()])
+        run_round(session, prefill_round(split, 15, last=True, early_exit=True), 0)
         np.testing.assert_allclose(session.read_logits(1)[0], wanted[14], atol=1e-4)
-        session.write_embeddings(embedding_table(bundle)[ids[0, 15:].numpy()])
-        result = session.bind(early_exit_round())(15)()
+        session.write("inputs_embeds", embedding_table(bundle)[ids[0, 15:].numpy()])
+        result = run_round(session, early_exit_round(split), 15)
         np.testing.assert_allclose(session.read_logits(1)[0], wanted[15], atol=1e-4)
         assert result.target_ids == [int(wanted[15].argmax())]
 
@@ -71,13 +73,13 @@ def test_exit_logits_are_the_shared_head_on_the_early_layers(dialect, bundles, r
 def test_graphs_are_valid_and_declare_every_tensor_of_the_contract(dialect, bundles):
     bundle = bundles("qwen3")
     sizes = dimensions(bundle.manifest.architecture, bundle.manifest.max_length)
-    for name in GRAPHS:
+    for name, contract in bundle.manifest.graphs.items():
         path = bundle.graph_path(name, dialect)
         onnx.checker.check_model(str(path), full_check=dialect == "standard")
         graph = onnx.load(str(path), load_external_data=False).graph
         for tensors, values in (
-            (bundle.manifest.table[name].inputs, graph.input),
-            (bundle.manifest.table[name].outputs, graph.output),
+            (contract.inputs, graph.input),
+            (contract.outputs, graph.output),
         ):
             assert [t.name for t in tensors] == [v.name for v in values]
             for tensor, value in zip(tensors, values, strict=True):
@@ -86,7 +88,7 @@ def test_graphs_are_valid_and_declare_every_tensor_of_the_contract(dialect, bund
 
 
 def test_the_standard_dialect_has_no_operators_but_onnx_own(bundles):
-    for name in GRAPHS:
+    for name in bundles("qwen3").manifest.graphs:
         model = onnx.load(str(bundles("qwen3").graph_path(name, "standard")), load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}
         assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
@@ -114,7 +116,7 @@ def test_half_precision_stays_close_to_transformers(device, dialect, dtype, bund
     with torch.no_grad():
         wanted = reference("llama-llama3-rope")(torch.tensor(ids[None])).logits[0, -1].numpy()
     with open_session(bundle, device=device, dialect=dialect) as session:
-        session.write_embeddings(embedding_table(bundle)[ids])
-        session.bind(prefill_round(16, last=True, early_exit=False))(0)()
+        session.write("inputs_embeds", embedding_table(bundle)[ids])
+        run_round(session, prefill_round(bundle.manifest.split(), 16, last=True, early_exit=False), 0)
         error = np.abs(session.read_logits(1)[0] - wanted).max()
     assert error < {"fp16": 0.02, "bf16": 0.2}[dtype] * np.abs(wanted).max()

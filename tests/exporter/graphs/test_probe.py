@@ -13,7 +13,7 @@ import torch
 from tests.conftest import VARIANTS
 
 import edgeskip
-from edgeskip.exporter.probe import Probe, probe_graph
+from edgeskip.exporter.graphs.probe import Probe, probe_graph
 from edgeskip.runtime.bundle.manifest import WEIGHTS, Packed
 from edgeskip.runtime.errors import BackendError, BundleError
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnxscript import GraphBuilder, OpBuilder
+from onnxscript import OpBuilder
 
-from edgeskip.exporter import decoder
-from edgeskip.exporter.split import DTYPES, OPSETS, external, finished
-from edgeskip.exporter.weights import NUMPY_DTYPES
+from edgeskip.exporter.formats import NUMPY_DTYPES, ONNX_DTYPES
+from edgeskip.exporter.graphs.pickers import greedy
+from edgeskip.exporter.graphs.split import Model, begin
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import embedding_table, stored_tensors
+from edgeskip.runtime.bundle.weights import embedding_table, stored_arrays
 from edgeskip.runtime.errors import BackendError
 
 Value = ir.Value
@@ -113,42 +113,30 @@ def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
         bundle: whose layers, and whose weights file the graph points into.
         dialect: `standard` or `ort`.
     """
-    a, tensors, fused = bundle.manifest.architecture, stored_tensors(bundle), dialect == "ort"
-    dtype = DTYPES[bundle.manifest.dtype]
-    opsets = {"": OPSETS[dialect]} | ({"com.microsoft": 1} if fused else {})
-    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=opsets, name="probe"))
+    manifest = bundle.manifest
+    a, number = manifest.architecture, ONNX_DTYPES[manifest.dtype]
+    model = Model(a, manifest.dtype, manifest.max_length, manifest.tensors, stored_arrays(bundle))
+    writing = begin("probe", model, dialect)
+    decoder, builder = writing.decoder, writing.decoder.builder
     op = builder.op
-    hidden = op.Cast(builder.input("inputs_embeds", ir.DataType.FLOAT, [1, "T", a.hidden_size]), to=dtype)
+    hidden = op.Cast(builder.input("inputs_embeds", ir.DataType.FLOAT, [1, "T", a.hidden_size]), to=number)
     first = builder.input("first", ir.DataType.INT64, [1])
     length = op.Shape(hidden, start=1, end=2)
-    tables = (builder.initializer(external(tensors[name], name, dtype), name) for name in ("rope.cos", "rope.sin"))
-    places = _places(op, length, *tables, fused=fused)
+    rows = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
     # caches as long as the text, which the call itself fills
-    past = op.Cast(op.ConstantOfShape(op.Concat([1], [a.num_kv_heads], length, [a.head_dim], axis=0)), to=dtype)
-    head = decoder.Head(a, dtype, fused=fused)
+    places = writing.places(op.Unsqueeze(rows, [0]), op.Squeeze(length))
+    past = op.Cast(op.ConstantOfShape(op.Concat([1], [a.num_kv_heads], length, [a.head_dim], axis=0)), to=number)
     exits = []
     for i in range(a.num_layers):
-        layer = decoder.Layers(a, range(i, i + 1), dtype, fused=fused)
-        hidden, _ = layer(op, hidden, {i: (past, past)}, places)
-        logits, token_ids, _ = head(op, op.Slice(hidden, first, length, [1]))
-        exits.append((token_ids, _top_probability(op, logits)))
+        hidden, _ = decoder.layers(hidden, range(i, i + 1), {i: (past, past)}, places)
+        logits = decoder.logits(op.Slice(hidden, first, length, [1]))
+        exits.append((greedy(op, logits, {}), _top_probability(op, logits)))
     names = {"token_ids": ir.DataType.INT64, "confidences": ir.DataType.FLOAT}
     for (name, element), parts in zip(names.items(), zip(*exits, strict=True), strict=True):
         output = op.Concat(*parts, axis=0)
         output.type, output.shape = ir.TensorType(element), ir.Shape([a.num_layers, "n"])
         builder.add_output(output, name)
-    return finished(builder, tensors, dtype)
-
-
-def _places(op: OpBuilder, length: Value, cos: Value, sin: Value, *, fused: bool) -> decoder.Places:
-    """Rows 0 .. T-1 over caches of capacity T, from `length` [1] = T."""
-    rows = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
-    position_ids = op.Unsqueeze(rows, [0])
-    if fused:
-        last, capacity = (op.Cast(x, to=ir.DataType.INT32) for x in (op.Sub(length, [1]), op.Squeeze(length)))
-        return decoder.Places(position_ids, cos, sin, last_position=last, capacity=capacity)
-    mask = op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
-    return decoder.Places(position_ids, cos, sin, write_index=op.Constant(value_ints=[0]), mask=mask)
+    return writing.finished()
 
 
 def _top_probability(op: OpBuilder, logits: Value) -> Value:

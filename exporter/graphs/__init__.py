@@ -1,0 +1,1 @@
+"""Graphs: the model's mathematics, written in the operators of each dialect."""

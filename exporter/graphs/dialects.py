@@ -1,0 +1,234 @@
+"""The dialects of the graphs: which operators say the same mathematics, for whom.
+
+`standard` has operators of ONNX's own set alone, for TensorRT; `ort` has ONNX Runtime's fused ones where they exist.
+One attention, `standard` (`ort` in brackets: one node for all of a box):
+
+    qkv -> split -+-> q -> RoPE ----------------------+
+                  +-> k -> RoPE -> TensorScatter -----+-> Attention
+                  +-> v ---------> TensorScatter -----+
+           [GroupQueryAttention                       ]
+
+A new dialect is a class here, its conventions in runtime/bundle/dialects.py, and an entry in `WRITERS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from edgeskip.runtime.bundle.architecture import Architecture
+
+Value = ir.Value
+Norm = Callable[[Value], Value]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an attention does to its heads: their number and size, and the norms of queries and keys, if any."""
+
+    a: Architecture
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+class DialectWriter(ABC):
+    """The operators of a dialect; `places` is its own affair, made once per graph and handed to each attention."""
+
+    name: str
+    opsets: Mapping[str, int]
+    """The lowest that have the dialect's operators, by domain."""
+
+    @abstractmethod
+    def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> Any:
+        """Derives where this call's rows stand, from `position_ids` [B,T], the one source of truth for place.
+
+        Args:
+            op: builds.
+            position_ids: [B,T] int64.
+            cos: [C, D/2].
+            sin: [C, D/2].
+            capacity: C, the rows of the caches; a value [] int64 where it is not known yet.
+        """
+
+    @abstractmethod
+    def attention(
+        self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: Any
+    ) -> tuple[Value, Value, Value]:
+        """Attends: projections [B*T, (Nq+2N)D] and caches [B,N,C,D] -> Nq*D per row, and the caches to hand back."""
+
+    def linear(self, op: OpBuilder, x: Value, weight: Value, bias: Value | None) -> Value:
+        """Y = x W^T + b over [rows, in] -> [rows, out]."""
+        inputs = (x, weight) if bias is None else (x, weight, bias)
+        out: Value = op.Gemm(*inputs, transB=1)
+        return out
+
+    def norm(self, op: OpBuilder, x: Value, weight: Value, eps: float) -> Value:
+        """Root mean square norm (arXiv 1910.07467) over the last axis, in fp32 within."""
+        out: Value = op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+        return out
+
+    def skip_norm(self, op: OpBuilder, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
+        """The residual sum and its norm: (norm(x + delta), x + delta); delta is absent at the start."""
+        total = x if delta is None else op.Add(x, delta)
+        return self.norm(op, total, weight, eps), total
+
+    def silu(self, op: OpBuilder, x: Value) -> Value:
+        """X * sigmoid(x)."""
+        out: Value = op.Mul(x, op.Sigmoid(x))
+        return out
+
+    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
+        """Normed states [B,T,H] and a table [V,H] -> [B,T,V]."""
+        assert table.shape is not None
+        rows, size = table.shape.numpy()
+        out: Value = op.Reshape(self.linear(op, op.Reshape(hidden, [-1, size]), table, None), [1, -1, rows])
+        return out
+
+
+@dataclass(frozen=True)
+class _StandardPlaces:
+    """`write_index` [B] int64, the first cache row; `mask` [B,1,T,C] bool."""
+
+    position_ids: Value
+    cos: Value
+    sin: Value
+    write_index: Value
+    mask: Value
+
+
+class Standard(DialectWriter):
+    """ONNX operators only, caches of static capacity updated in place."""
+
+    name = "standard"
+    opsets = MappingProxyType({"": 24})
+
+    def places(
+        self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value
+    ) -> _StandardPlaces:
+        """The first row, and which rows of the caches each row may see."""
+        if isinstance(capacity, int):
+            rows = op.Constant(value=ir.tensor(np.arange(capacity, dtype=np.int64)))
+        else:
+            rows = op.Range(op.Constant(value_int=0), capacity, op.Constant(value_int=1))
+        mask = op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
+        first = op.Squeeze(op.Slice(position_ids, [0], [1], [1]), [1])
+        return _StandardPlaces(position_ids, cos, sin, first, mask)
+
+    def attention(
+        self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: _StandardPlaces
+    ) -> tuple[Value, Value, Value]:
+        """Attends over the caches with the new rows written into them."""
+        q, k, v = self.rotated_heads(op, heads, qkv, places)
+        present_key = op.TensorScatter(pasts[0], k, places.write_index, axis=2)
+        present_value = op.TensorScatter(pasts[1], v, places.write_index, axis=2)
+        out = op.Attention(q, present_key, present_value, places.mask)
+        return op.Transpose(out, perm=[0, 2, 1, 3]), present_key, present_value
+
+    def rotated_heads(
+        self, op: OpBuilder, heads: Heads, qkv: Value, places: _StandardPlaces
+    ) -> tuple[Value, Value, Value]:
+        """Queries [B,Nq,T,D], keys and values [B,N,T,D] of this call's rows, normed and rotated."""
+        a = heads.a
+        # [B*T, (Nq+2N)D] -> [B, T, Nq+2N, D] -> [B, Nq+2N, T, D], then heads are parts of axis 1
+        parts = op.Transpose(op.Reshape(qkv, [1, -1, a.num_heads + 2 * a.num_kv_heads, a.head_dim]), perm=[0, 2, 1, 3])
+        sizes = op.Constant(value_ints=[a.num_heads, a.num_kv_heads, a.num_kv_heads])
+        q, k, v = op.Split(parts, sizes, axis=1, _outputs=3)
+        q = heads.q_norm(q) if heads.q_norm else q
+        k = heads.k_norm(k) if heads.k_norm else k
+        table = (places.cos, places.sin, places.position_ids)
+        return op.RotaryEmbedding(q, *table), op.RotaryEmbedding(k, *table), v
+
+
+@dataclass(frozen=True)
+class _OrtPlaces:
+    """`last_position` [B] and `capacity` [] int32, for GroupQueryAttention."""
+
+    position_ids: Value
+    cos: Value
+    sin: Value
+    last_position: Value
+    capacity: Value
+
+
+class Ort(DialectWriter):
+    """ONNX Runtime's fused operators, which attend to the rows in use and not to the whole capacity."""
+
+    name = "ort"
+    opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads 24 from its release 1.24 on
+
+    def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> _OrtPlaces:
+        """The last row, which is one less than the number of rows in use."""
+        last = op.Squeeze(op.Slice(position_ids, [-1], [np.iinfo(np.int64).max], [1]), [1])
+        if isinstance(capacity, int):
+            size = op.Constant(value=ir.tensor(np.array(capacity, np.int32)))
+        else:
+            size = op.Cast(capacity, to=ir.DataType.INT32)
+        return _OrtPlaces(position_ids, cos, sin, op.Cast(last, to=ir.DataType.INT32), size)
+
+    def attention(
+        self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: _OrtPlaces
+    ) -> tuple[Value, Value, Value]:
+        """One node, but for norms of queries and keys, and for a rotation that it does not have."""
+        a = heads.a
+        query, key, value = op.Reshape(qkv, [1, -1, a.qkv_rows]), None, None
+        rotates = a.head_dim % 16 == 0  # the operator's own condition
+        if a.qk_norm or not rotates:
+            q_size, kv_size = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+            sizes = op.Constant(value_ints=[q_size, kv_size, kv_size])
+            query, key, value = op.Split(query, sizes, axis=2, _outputs=3)
+        if heads.q_norm and heads.k_norm:
+            query, key = self._normed(op, query, heads.q_norm, a), self._normed(op, key, heads.k_norm, a)
+        if not rotates:
+            table = (places.cos, places.sin, places.position_ids)
+            query = op.RotaryEmbedding(query, *table, num_heads=a.num_heads)
+            key = op.RotaryEmbedding(key, *table, num_heads=a.num_kv_heads)
+        out, present_key, present_value = op.GroupQueryAttention(
+            query,
+            key,
+            value,
+            *pasts,
+            places.last_position,
+            places.capacity,
+            *((places.cos, places.sin) if rotates else ()),
+            num_heads=a.num_heads,
+            kv_num_heads=a.num_kv_heads,
+            do_rotary=int(rotates),
+            _domain="com.microsoft",
+            _outputs=3,
+        )
+        return out, present_key, present_value
+
+    def skip_norm(self, op: OpBuilder, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
+        """The sum and its norm as one node."""
+        if delta is None:
+            return super().skip_norm(op, x, delta, weight, eps)
+        normed, _, _, total = op.SkipSimplifiedLayerNormalization(
+            x, delta, weight, epsilon=eps, _domain="com.microsoft", _outputs=4
+        )
+        return normed, total
+
+    def silu(self, op: OpBuilder, x: Value) -> Value:
+        """X * sigmoid(x) as one node."""
+        out: Value = op.QuickGelu(x, alpha=1.0, _domain="com.microsoft")
+        return out
+
+    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
+        """Without reshapes, each of which would copy the logits."""
+        out: Value = op.FusedMatMul(hidden, table, transB=1, _domain="com.microsoft")
+        return out
+
+    def _normed(self, op: OpBuilder, x: Value | None, norm: Norm, a: Architecture) -> Value:
+        """Normalizes each head of [B,T,heads*D]."""
+        out: Value = op.Reshape(norm(op.Reshape(x, [0, 0, -1, a.head_dim])), [0, 0, -1])
+        return out
+
+
+WRITERS: dict[str, DialectWriter] = {"standard": Standard(), "ort": Ort()}
+"""By name, for each dialect of runtime/bundle/dialects.py."""

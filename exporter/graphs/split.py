@@ -1,0 +1,115 @@
+"""The graphs of a bundle, authored from the architecture and pointed at the weights file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from edgeskip.exporter.formats import ONNX_DTYPES
+from edgeskip.exporter.formats import WRITERS as FORMAT_WRITERS
+from edgeskip.exporter.graphs.decoder import Decoder
+from edgeskip.exporter.graphs.dialects import WRITERS as DIALECT_WRITERS
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, GraphName, Tensor, dimensions
+from edgeskip.runtime.bundle.manifest import WEIGHTS
+from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord
+from edgeskip.runtime.bundle.weights import StoredArray
+
+
+@dataclass(frozen=True)
+class Model:
+    """What graphs are written from: the architecture, the dtype that is computed in, the cache capacity C in rows, and
+    the tensors with the places of their parts in the weights file.
+    """
+
+    architecture: Architecture
+    dtype: DType
+    capacity: int
+    tensors: Mapping[str, TensorRecord]
+    arrays: Mapping[str, StoredArray]
+
+
+def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir.Model:
+    """Authors one graph of the contract in a dialect."""
+    writing = begin(name, model, dialect)
+    decoder, builder = writing.decoder, writing.decoder.builder
+    sizes = graph.dimensions(dimensions(model.architecture, model.capacity))
+
+    def declared(tensor: Tensor, shape: tuple[str, ...]) -> tuple[ir.DataType, list[int | str]]:
+        number = model.dtype if tensor.dtype == "float" else tensor.dtype
+        return ONNX_DTYPES[number], [sizes.get(dim, dim) for dim in shape]
+
+    inputs = {tensor.name: builder.input(tensor.name, *declared(tensor, tensor.shape)) for tensor in graph.inputs}
+    if graph.head:
+        row_inputs = {tensor.name: inputs[tensor.name] for tensor in graph.inputs[1:]}
+        outputs = list(decoder.head(inputs[graph.reads], graph.head, row_inputs))
+    else:
+        places = writing.places(inputs["position_ids"], model.capacity)
+        pasts = {i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers}
+        hidden, presents = decoder.layers(inputs[graph.reads], graph.layers, pasts, places)
+        outputs = [hidden, *presents]
+    in_place = DIALECTS[dialect].caches == "in-place"
+    for tensor, value in zip(graph.outputs, outputs, strict=True):
+        element, shape = declared(tensor, tensor.shape if in_place or not tensor.is_cache else NEW_ROWS)
+        value.type, value.shape = ir.TensorType(element), ir.Shape(shape)
+        builder.add_output(value, tensor.name)
+    return writing.finished()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A graph under way."""
+
+    decoder: Decoder
+    places: Callable[..., Any]
+
+    def finished(self) -> ir.Model:
+        """The model of the graph."""
+        for node in self.decoder.builder.graph:
+            node.metadata_props.clear()
+        return ir.Model(self.decoder.builder.graph, ir_version=11, producer_name="edgeskip")
+
+
+def begin(name: str, model: Model, dialect: str) -> Writing:
+    """Begins a graph; its `places` takes `position_ids` [B,T] and a capacity, as a number or a value."""
+    writer = DIALECT_WRITERS[dialect]
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=dict(writer.opsets), name=name))
+    decoder = Decoder(builder, model.architecture, writer, _weights(builder, model, dialect))
+
+    def places(position_ids: ir.Value, capacity: int | ir.Value) -> Any:
+        cos, sin = map(decoder.weights, ROPE_TABLES)
+        return writer.places(builder.op, position_ids, cos, sin, capacity)
+
+    return Writing(decoder, places)
+
+
+def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[..., ir.Value]:
+    """The bundle's tensors in a graph: each part once, as an initializer or as an input by the dialect's convention."""
+    values: dict[tuple[str, int | None], ir.Value] = {}
+    as_inputs = DIALECTS[dialect].weights == "inputs"
+
+    def part(name: str, number: str, rows: int | None) -> ir.Value:
+        array = model.arrays[name]
+        shape = array.shape if rows is None else (rows, *array.shape[1:])
+        if as_inputs:
+            return builder.input(name, ONNX_DTYPES[number], list(shape))
+        size = math.prod(shape) * ITEMSIZE[number]
+        tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, ONNX_DTYPES[number], shape=ir.Shape(shape), name=name)
+        return builder.initializer(tensor, name, qualify=False)
+
+    def weights(name: str, rows: int | None = None) -> ir.Value:
+        if (name, rows) not in values:
+            format_ = FORMATS[model.tensors[name].format]
+            parts = [part(name + one.suffix, one.number_type(model.dtype), rows) for one in format_.parts]
+            values[name, rows] = FORMAT_WRITERS[format_.name].read(builder.op, parts)
+        return values[name, rows]
+
+    return weights

@@ -1,0 +1,32 @@
+"""Dialects of the graph files, as far as a session must know them; exporter/graphs/dialects.py writes them.
+
+Each graph of a bundle comes in every dialect, and all of them read the same weights file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Conventions of a dialect's graph files.
+
+    `file` is the pattern of their names. `caches` says how a call hands back what it adds to the KV caches: `in-place`,
+    the outputs are the whole caches and are bound to the memory of the inputs, or `new-rows`, the outputs are the
+    rows of this call [B,N,T,D], which the session writes into the caches. `weights` says whether a graph holds its
+    weights as initializers that point into the weights file, or takes them as inputs under their names in it.
+    """
+
+    name: str
+    file: str
+    caches: Literal["in-place", "new-rows"] = "in-place"
+    weights: Literal["initializers", "inputs"] = "initializers"
+
+
+DIALECTS: dict[str, Dialect] = {
+    "standard": Dialect("standard", "{}.onnx"),
+    "ort": Dialect("ort", "{}.ort.onnx"),
+}
+"""`standard` has ONNX operators only, `ort` ONNX Runtime's fused ones too."""
