@@ -155,7 +155,7 @@ def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dic
     """Tokenizer, config, chat template and licences, under their own names."""
     paths = [checkpoint.folder / name for name in ("tokenizer.json", "config.json")]
     template = checkpoint.folder / "chat_template.jinja"
-    paths += [*([template] if template.is_file() else []), *checkpoint.licences()]
+    paths += [*([template] if template.is_file() else []), *checkpoint.licences]
     try:
         files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}
     except OSError as error:

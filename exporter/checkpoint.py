@@ -8,25 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
+from edgeskip.exporter.index import SourceTensor, Warn, index_tensors, tensor_rows
+from edgeskip.exporter.kinds import refuse_other_kinds
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError, reason
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]  # the same weights in other layouts
-_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder whose files are all there and agree with its config.
 
-    `tensors` maps each tensor's name to its file, shape and dtype; no data has been read.
+    `tensors` maps each tensor's name to its file, shape and dtype; no data has been read. `licences` are licence and
+    notice files, which travel with the weights.
     """
 
     source: str
@@ -36,23 +37,7 @@ class Checkpoint:
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
     tensors: dict[str, SourceTensor]
-
-    def licences(self) -> list[Path]:
-        """Licence and notice files, which travel with the weights."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file() and path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
-        )
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """Where a tensor is stored: dtype is one of fp32, fp16, bf16."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+    licences: tuple[Path, ...]
 
 
 class TensorReader:
@@ -75,15 +60,16 @@ class TensorReader:
         file = self._files.get(stored.file)
         if file is None:
             file = self._files[stored.file] = self._stack.enter_context(safe_open(stored.file, "numpy"))
-        view = file.get_slice(name)
-        row_bytes = 4 * int(np.prod(stored.shape[1:], dtype=np.int64))
-        rows = max(1, block_bytes // max(row_bytes, 1))
-        for start in range(0, stored.shape[0], rows):
-            yield view[start : min(start + rows, stored.shape[0])]
+        yield from tensor_rows(file, stored, block_bytes)
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, token: str | None = None, offline: bool = False
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    warn: Warn = lambda _: None,
 ) -> Checkpoint:
     """Finds a checkpoint, downloading it where `source` is a hub id, and checks it whole before any work is done.
 
@@ -92,6 +78,7 @@ def open_checkpoint(
         revision: branch, tag or commit on the hub.
         token: access token; without one, what `hf auth login` stored.
         offline: use only what has been downloaded before.
+        warn: told, in one line each, of what is taken although the folder says two things.
 
     Raises:
         CheckpointError: not found, not readable, not supported, or incomplete.
@@ -99,6 +86,7 @@ def open_checkpoint(
     folder = Path(source).expanduser()
     if not _is_dir(folder):
         folder = _download(source, revision, token, offline)
+    refuse_other_kinds(folder)
     config = read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
     architecture = architecture_from_config(config, folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
@@ -110,6 +98,7 @@ def open_checkpoint(
         Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(folder / "tokenizer.json", f"not a tokenizer ({error})") from None
+    tensors, architecture = index_tensors(folder, architecture, warn)
     return Checkpoint(
         source=source if not Path(source).is_dir() else Path(source).resolve().name,
         folder=folder,
@@ -117,8 +106,23 @@ def open_checkpoint(
         architecture=architecture,
         sliding_window=sliding_window(config, folder / "config.json"),
         eos_token_ids=_eos_token_ids(folder, config, architecture.vocab_size),
-        tensors=_index_tensors(folder),
+        tensors=tensors,
+        licences=tuple(_licences(folder, warn)),
     )
+
+
+def _licences(folder: Path, warn: Warn) -> Iterator[Path]:
+    """Those that are the checkpoint's own: a link may lead to what is nobody else's business."""
+    home = folder.resolve()
+    own = (
+        [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    )  # the hub's cache is all links
+    for path in sorted(folder.iterdir()):
+        if path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")) and path.is_file():
+            if any(path.resolve().is_relative_to(place) for place in own):
+                yield path
+            else:
+                warn(f"{path}: left out, as it is a link out of the checkpoint")
 
 
 def _is_dir(folder: Path) -> bool:
@@ -205,48 +209,3 @@ def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tup
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         raise CheckpointError(folder, f"eos_token_id is {value!r:.60}", wanted=f"token ids from 0 to {vocab_size - 1}")
     return tuple(ids)
-
-
-def _index_tensors(folder: Path) -> dict[str, SourceTensor]:
-    index = folder / "model.safetensors.index.json"
-    weight_map: Any = {}
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(index, "no weight_map of tensors to files", fix="download the checkpoint again")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = ["model.safetensors"]
-    tensors: dict[str, SourceTensor] = {}
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or "\0" in name:
-            raise CheckpointError(index, f"shard {name!r} leads out of the folder")
-        if not path.is_file():
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            found = "no safetensors, only pickled weights" if pickled else "no such file"
-            fix = "save it with safe_serialization=True" if pickled else "download the checkpoint again"
-            raise CheckpointError(path, found, fix=fix)
-        tensors.update(_headers(path))
-    if index.is_file():
-        for tensor, name in weight_map.items():
-            if tensor not in tensors or tensors[tensor].file.name != name:
-                raise CheckpointError(folder / name, f"lacks {tensor}, which the index places there")
-    return tensors
-
-
-def _headers(path: Path) -> Iterator[tuple[str, SourceTensor]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                view = file.get_slice(name)
-                yield (
-                    name,
-                    SourceTensor(path, tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())),
-                )
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read ({reason(error)})") from None
-    except SafetensorError as error:
-        raise CheckpointError(
-            path, f"not a whole safetensors file ({error})", fix="download the checkpoint again"
-        ) from None

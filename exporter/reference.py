@@ -30,6 +30,7 @@ def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") 
             whole = rows.view(stored).to(device, torch_dtype)
             parts: Any = torch.split(whole, [count for _, count in record.sources])
             state.update(zip((source for source, _ in record.sources), parts, strict=True))
+    config.tie_word_embeddings = bundle.manifest.architecture.tie_word_embeddings  # the weights may say otherwise
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
 from edgeskip.exporter.formats import NUMPY_DTYPES, WRITERS
+from edgeskip.exporter.index import READABLE
 from edgeskip.runtime.bundle.architecture import Rope
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS
@@ -125,11 +126,11 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         raise CheckpointError(
             stored.file, f"{name} has shape {list(stored.shape)}", wanted=f"{list(shape)}, by config.json"
         )
-    if stored.dtype not in NUMPY_DTYPES:
+    if stored.dtype not in READABLE.values():
         raise CheckpointError(
             stored.file,
             f"{name} has dtype {stored.dtype}",
-            wanted="F32, F16 or BF16",
+            wanted=", ".join(READABLE),
             fix="export an unquantized model",
         )
 
@@ -137,8 +138,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
 def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
     """A tensor that nothing reads means a model that config.json does not describe."""
     for name in checkpoint.tensors:
-        tied = checkpoint.architecture.tie_word_embeddings and name == "lm_head.weight"
-        if name not in used and not tied and not name.endswith("rotary_emb.inv_freq"):
+        if name not in used and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(
                 checkpoint.tensors[name].file,
                 f"has {name}, for which config.json has no place",

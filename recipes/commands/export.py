@@ -65,7 +65,11 @@ def export(
     from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
     from edgeskip.runtime.files import check_destination
+    from edgeskip.runtime.printable import one_line
     from edgeskip.runtime.terminal import progress_bar
+
+    def warn(line: str) -> None:
+        click.echo(f"edgeskip: warning: {one_line(line)}", err=True)
 
     device = None if device_name is None else load_device(device_name)
     source = paths[0] if paths else ""
@@ -79,7 +83,7 @@ def export(
         raise click.UsageError("give --exit-layer or --recipe")
     bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
     check_destination(bundle)
-    opened = open_checkpoint(source, revision=revision, token=token, offline=offline)
+    opened = open_checkpoint(source, revision=revision, token=token, offline=offline, warn=warn)
     if device is not None:
         wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
         fitted, problems = fit(opened.architecture, device, wanted)

@@ -188,6 +188,7 @@ def _(folder):
 
 @spoil("missing shard")
 def _(folder):
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return "model-00002-of-00002.safetensors: no such file"
@@ -195,14 +196,16 @@ def _(folder):
 
 @spoil("shard outside the folder")
 def _(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
     return "leads out of the folder"
 
 
 @spoil("index names a tensor that the shard lacks")
 def _(folder):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lost": "model.safetensors"}}))
-    return "model.safetensors: lacks lost"
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lost": "model-1.safetensors"}}))
+    return "model-1.safetensors: lacks lost"
 
 
 def edit_weights(folder, change):
@@ -232,7 +235,7 @@ def _(folder):
 @spoil("quantized weights")
 def _(folder):
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}))
-    return "lm_head.weight has dtype I8; wanted F32, F16 or BF16"
+    return "lm_head.weight has dtype I8; wanted F64, F32, F16, BF16"
 
 
 @spoil("a value that is not finite")

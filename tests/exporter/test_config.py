@@ -203,7 +203,8 @@ def test_a_config_means_what_transformers_makes_of_it(model_type):
             continue  # which transformers 5 reads as another family, or not at all
         a = architecture_from_config(config, "config.json")
         shapes, figures, frequencies = as_transformers_reads(config)
-        read = {source: (rows, *shape[1:]) for shape, sources in bundle_tensors(a).values() for source, rows in sources}
+        records = bundle_tensors(a, 0, "fp32").values()
+        read = {source: (rows, *record.shape[1:]) for record in records for source, rows in record.sources}
         assert read == shapes, change
         window = sliding_window(config, "config.json")
         assert (a.num_heads, a.num_kv_heads, a.rms_norm_eps, a.max_position_embeddings, window) == figures, change

@@ -1,0 +1,86 @@
+"""What a folder is that is not a checkpoint in transformers' format, and what to do with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeskip.exporter.config import read_json
+from edgeskip.exporter.index import INDEX, WEIGHTS
+from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.reading import kind_of
+
+_MERGE = "merge it with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+_DOWNLOAD = "give the model in transformers' format, with config.json and safetensors"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder: files that tell it, what it is, what to do."""
+
+    files: tuple[str, ...]
+    found: str
+    fix: str
+
+
+_KINDS = (
+    Kind(("manifest.json",), "a bundle of edgeskip, not a checkpoint", "give the checkpoint that it was exported from"),
+    Kind(("model_index.json",), "a pipeline of diffusers, not a language model", _DOWNLOAD),
+    Kind(("*.gguf",), "GGUF weights, which llama.cpp reads", _DOWNLOAD),
+    Kind(
+        ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "no safetensors, only pickled weights",
+        "save it again with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+    ),
+    Kind(("consolidated*.safetensors",), "weights in their maker's own format (consolidated.safetensors)", _DOWNLOAD),
+    Kind(
+        (".metadata", "*.distcp"),
+        "a distributed checkpoint of torch",
+        "consolidate it: save the model with transformers",
+    ),
+    Kind(("tf_model*.h5", "flax_model*.msgpack"), "weights of TensorFlow or Flax", _DOWNLOAD),
+    Kind(
+        ("model-*-of-*.safetensors",),
+        "shards of weights without model.safetensors.index.json",
+        "download the index, or save the model again with transformers",
+    ),
+    Kind(("rank*.safetensors", "*.engine"), "engines of another builder", _DOWNLOAD),
+    Kind(
+        ("*.safetensors",),
+        "weights under another name than model.safetensors",
+        "rename the file if it is the whole model",
+    ),
+    Kind(("*.onnx",), "ONNX graphs, not a checkpoint", _DOWNLOAD),
+    Kind(("checkpoint-*/config.json",), "a folder of checkpoints", "give one of them"),
+)
+
+
+def refuse_other_kinds(folder: Path) -> None:
+    """Looks whether a folder can be a checkpoint, and says what else it is.
+
+    Raises:
+        CheckpointError: an adapter is in it, or no weights are and something else is.
+    """
+    _refuse_adapter(folder)
+    if any(kind_of(folder / name, CheckpointError) for name in (WEIGHTS, INDEX)):
+        return
+    for kind in _KINDS:
+        for pattern in kind.files:
+            if names := sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)):
+                raise CheckpointError(folder, f"{kind.found} ({names[0]})", fix=kind.fix)
+    if kind_of(folder / "tokenizer.json", CheckpointError) and not kind_of(folder / "config.json", CheckpointError):
+        raise CheckpointError(folder, "a tokenizer without a model", fix=_DOWNLOAD)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Beside a model's own files too: where peft is installed, transformers loads the two together."""
+    settings = folder / "adapter_config.json"
+    weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+    if not any(kind_of(path, CheckpointError) for path in (settings, *weights)):
+        return
+    config = read_json(settings) if kind_of(settings, CheckpointError) else {}
+    method = config.get("peft_type", "LORA")
+    kind = "a LoRA adapter" if method == "LORA" else f"an adapter ({method!s:.20})"
+    base = config.get("base_model_name_or_path")
+    base = f" of {base:.100}" if base and isinstance(base, str) else ""
+    raise CheckpointError(folder, f"{kind}{base}, not a whole model", fix=_MERGE)
