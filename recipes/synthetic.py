@@ -41,13 +41,12 @@ from edgeskip.exporter.reference import cache_argument
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.recipes.train.early_exit import CausalLM
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.graphs import check_exit_layer
 from edgeskip.runtime.bundle.manifest import Progress
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
 from edgeskip.runtime.files import whole_folder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1
 FIRST_ATTENTION = 3.0  # one value over an embedding; an average of n of them measures 1 / sqrt(n) of it
 LATE_VARIANCE = 8.0  # that of all later layers, undamped, over that of the early ones
@@ -167,7 +166,7 @@ class Weights:
 
     def __init__(self, shape: Shape, settings: SyntheticSettings, device: torch.device) -> None:
         self.settings, self.device, self.architecture = settings, device, shape.architecture
-        self.dtype = DTYPES[settings.dtype]
+        self.dtype = getattr(torch, NUMBER_TYPES[settings.dtype].torch)
         inert = ("model_type", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
         config = AutoConfig.for_model(
             shape.architecture.model_type,

@@ -132,6 +132,20 @@ def test_a_folder_holds_at_most_12_modules():
     assert {folder: count for folder, count in folders.items() if count > 13} == {}  # with its __init__
 
 
+@pytest.mark.parametrize("part", ["runtime", "exporter", "recipes"])
+def test_functions_have_at_most_7_parameters(part):
+    """But for commands, whose parameters are their options."""
+    found = []
+    for path in (ROOT / part).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and path.parent.name != "commands":
+                names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                commands = [one for one in node.decorator_list if ast.unparse(one).startswith("click.")]
+                if len(names) - (names[:1] in (["self"], ["cls"])) > 7 and not commands:
+                    found.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert found == []
+
+
 def loaded_by(code, *arguments):
     """Top-level modules in sys.modules of a fresh process that ran the code."""
     code += "\nimport sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"

@@ -50,11 +50,11 @@ from edgeskip.recipes.train.layerskip import (
 from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
 from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
 from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
 from edgeskip.runtime.structure import Range, structure
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Files of a checkpoint that travel with its weights.
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*")
 CLOCK = "clock.json"  # the last file of a checkpoint, and the first that goes
@@ -446,7 +446,7 @@ def _train(
             "recipe.toml": recipe_path.read_text(encoding="utf-8"),
             "training.json": json.dumps(summary, indent=1),
         }
-        write_model(model, tokenizer, DTYPES[recipe.run.output_dtype], output, notes)
+        write_model(model, tokenizer, getattr(torch, NUMBER_TYPES[recipe.run.output_dtype].torch), output, notes)
     return result
 
 

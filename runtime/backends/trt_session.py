@@ -12,6 +12,7 @@ from typing import IO, Any
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.trt import make_logger
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, present_name
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
@@ -97,7 +98,7 @@ class TrtSession(CudaSession):
     def _check_tensors(self, path: Path, graph: GraphName, again: str) -> None:
         """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
         engine, dtypes = self._engines[graph], self._library.DataType
-        names = {"float": {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}[self._dtype], "int64": "INT64"}
+        names = {"float": NUMBER_TYPES[self._dtype].tensorrt, "int64": NUMBER_TYPES["int64"].tensorrt}
         tensors = (*self._graph_table[graph].inputs, *self._graph_table[graph].outputs)
         wanted = {t.name: (getattr(dtypes, names[t.dtype]), self._shape(graph, t, -1)) for t in tensors}
         found_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
