@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import click
 
 import edgeskip
-from edgeskip.runtime.errors import EdgeskipError, RequestError
+from edgeskip.runtime.errors import BackendError, EdgeskipError, RequestError, reason
 
 VERBS = {
     "export": "edgeskip.recipes.commands.export",
@@ -42,6 +44,10 @@ EXIT_CODES = (
 class _Group(click.Group):
     """Imports a verb when it is asked for; prints what the user can mend as one line, with its exit code."""
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        _prepare_streams()
+        return super().main(*args, **settings)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -57,19 +63,53 @@ class _Group(click.Group):
             if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
         try:
-            return super().invoke(ctx)
+            _check_current_folder()
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except EdgeskipError as error:
-            click.echo(f"edgeskip: {error}", err=True)
-            ctx.exit(error.exit_code)
+            said = error
+        except MemoryError as error:
+            said = BackendError("memory", f"there is not enough ({error or 'no more can be had'})", fix="free some")
         except OSError as error:
-            if error.errno != errno.ENOSPC or error.filename is not None:
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left has nowhere to go
-            click.echo("edgeskip: stdout: cannot be written (no space left)", err=True)
-            ctx.exit(RequestError.exit_code)
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly where nobody reads on
+            said = _of_the_system(error)
         except KeyboardInterrupt:
             click.echo("edgeskip: interrupted", err=True)
             ctx.exit(130)
+        click.echo(f"edgeskip: {said}", err=True)
+        ctx.exit(said.exit_code)
+
+
+def _prepare_streams() -> None:
+    """Streams that were closed are there but of no use, else the next file to be opened takes their place; what an
+    encoding lacks is spelled out.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            useless = os.O_WRONLY if name == "stdin" else os.O_RDONLY if name == "stdout" else os.O_WRONLY
+            descriptor = os.open(os.devnull, useless)  # the lowest that is free, and that is its own
+            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            assert descriptor == number
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise RequestError("current folder", f"is gone ({error.strerror})", fix="change into another") from None
+
+
+def _of_the_system(error: OSError) -> EdgeskipError:
+    """What the system refused and nobody expected: a file, or a stream, which has no name here."""
+    if error.filename is not None:
+        return RequestError(os.fsdecode(error.filename), reason(error))
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left has nowhere to go
+    return RequestError("stdout", f"cannot be written ({reason(error)})")
 
 
 _CLEANING_S = 5.0

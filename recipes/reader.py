@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from edgeskip.runtime.errors import RecipeError, reason
+from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.reading import check_plain, kind_of, read_text
+from edgeskip.runtime.structure import Positive as Positive
 from edgeskip.runtime.structure import Range, structure
 
 if sys.version_info >= (3, 11):
@@ -22,8 +24,12 @@ else:
     import tomli as tomllib
 
 PositiveInt = Annotated[int, Range(1)]
-Positive = Annotated[float, Range(sys.float_info.min)]  # and finite
 Share = Annotated[float, Range(0, 1)]
+
+MOST_BYTES = 1 << 20
+"""Of a recipe's file."""
+
+_MOST_BASES = 16
 
 Kind = Literal["model", "device", "training"]
 FOLDERS: dict[Kind, Path] = {
@@ -77,12 +83,13 @@ def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path =
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    text = read_text(path, RecipeError, fix="give a recipe in TOML", most=MOST_BYTES)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(path, f"is not TOML: {error}") from error
-    except (OSError, ValueError) as error:
-        raise RecipeError(path, f"cannot be read ({reason(error)})", wanted="a recipe in TOML") from error
+        table = tomllib.loads(text)
+        check_plain(table)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError
+        raise RecipeError(path, f"is not TOML: {error}") from None
+    return table
 
 
 def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -94,7 +101,9 @@ def _extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends", f"found {base!r:.60}", wanted="the name of a recipe")
     found = find_file(base, (path.parent, *FOLDERS.values()), f"{path}: extends", path.parent)
     above = (*above, path.resolve())
-    if found.resolve() in above:
+    if len(above) > _MOST_BASES:
+        raise RecipeError(f"{path}: extends", f"{len(above)} files, each of which extends another", fix="join some")
+    if kind_of(found, RecipeError) and found.resolve() in above:
         raise RecipeError(f"{path}: extends", f"{base!r} leads back to itself", fix="remove it from one of the files")
     return _merged(_extended(found, above), table)
 

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgeskip.runtime.errors import EdgeskipError, reason
 
@@ -60,21 +60,34 @@ def read_bytes(
     """
     wanted = {"a file", "a pipe", "a device"} if streams else {"a file"}
     flags = 0 if streams else getattr(os, "O_NONBLOCK", 0)  # what has become a pipe meanwhile must not hold us up
-    data = b""
     try:
         found = _kind(path.stat())  # before it is opened: that alone can set a device going
         if found in wanted:
             with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
                 found = _kind(os.fstat(file.fileno()))
-                data = file.read(most + 1) if found in wanted else b""
+                if found in wanted:
+                    return read_stream(file, path, error, fix=fix, most=most)
     except FileNotFoundError:
         raise error(path, "no such file", fix=fix) from None
     except (OSError, ValueError) as caught:
         raise error(path, f"cannot be read ({reason(caught)})", fix=fix) from None
-    if found not in wanted:
-        raise error(path, f"is {found}", wanted="a file", fix=fix)
+    raise error(path, f"is {found}", wanted="a file", fix=fix)
+
+
+def read_stream(
+    file: IO[bytes], place: object, error: type[EdgeskipError], *, fix: str = "", most: int = MOST_BYTES
+) -> bytes:
+    """What is left of an open file, such as standard input.
+
+    Raises:
+        error: it cannot be read, or has more than `most` bytes.
+    """
+    try:
+        data = file.read(most + 1)
+    except OSError as caught:
+        raise error(place, f"cannot be read ({reason(caught)})", fix=fix) from None
     if len(data) > most:
-        raise error(path, "is too large", wanted=f"at most {most / 1e6:.0f} MB", fix=fix)
+        raise error(place, "is too large", wanted=f"at most {most / 1e6:.0f} MB", fix=fix)
     return data
 
 
@@ -86,10 +99,19 @@ def read_text(
     Raises:
         error: as `read_bytes`, or it is no text.
     """
+    return decode_text(read_bytes(path, error, fix=fix, most=most, streams=streams), path, error, fix=fix)
+
+
+def decode_text(data: bytes, place: object, error: type[EdgeskipError], *, fix: str = "") -> str:
+    """Text from UTF-8, line breaks as they are.
+
+    Raises:
+        error: it is none.
+    """
     try:
-        return read_bytes(path, error, fix=fix, most=most, streams=streams).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as caught:
-        raise error(path, f"not UTF-8 text ({caught.reason} at byte {caught.start})", fix=fix) from None
+        raise error(place, f"not UTF-8 text ({caught.reason} at byte {caught.start})", fix=fix) from None
 
 
 def read_json(path: Path, error: type[EdgeskipError], *, fix: str = "", streams: bool = False) -> Any:

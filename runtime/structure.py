@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,20 @@ class Range:
         if self.high is None:
             return f"at least {self.low}"
         return f"at most {self.high}" if self.low is None else f"{self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a text has to look like, in a field's type: `Annotated[str, Pattern("[0-9]+", "digits")]`."""
+
+    expression: str
+    name: str
+
+    def __contains__(self, text: str) -> bool:
+        return re.fullmatch(self.expression, text) is not None
+
+    def __str__(self) -> str:
+        return self.name
 
 
 Positive = Annotated[float, Range(1 / MOST_FLOAT)]

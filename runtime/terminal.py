@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.segment import Segment
 from rich.table import Table
 
 from edgeskip.runtime.bundle.dialects import DIALECTS
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from edgeskip.runtime.decoding.model import Generation, Model, Piece
     from edgeskip.runtime.decoding.session import Memory
     from edgeskip.runtime.decoding.statistics import Statistics
+from edgeskip.runtime.printable import one_line, printable
 
 DRAFTED = "green"
 
@@ -30,7 +30,7 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     generation = None
     for piece in pieces:
         if console.is_terminal:  # the model must not drive the terminal
-            console.out(piece.text.replace("\x1b", "\u241b"), style=DRAFTED if piece.drafted else None, end="")
+            console.out(printable(piece.text), style=DRAFTED if piece.drafted else None, end="")
         else:
             console.file.write(piece.text)
         console.file.flush()
@@ -43,7 +43,7 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
 def print_model(model: Model, console: Console) -> None:
     """What was chosen to run the bundle, and the memory it holds."""
     weights = "[bold]synthetic weights[/bold]; " if model.bundle.manifest.synthetic else ""
-    console.print(f"[dim]{weights}{escape(model.session.description)}; {memory_sizes(model.session.memory())}[/dim]")
+    console.print(f"[dim]{weights}{shown(model.session.description)}; {memory_sizes(model.session.memory())}[/dim]")
 
 
 def memory_sizes(memory: Memory) -> str:
@@ -87,8 +87,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     """What a bundle holds."""
     m, a = bundle.manifest, bundle.manifest.architecture
     console.print(
-        f"[bold]{escape(str(bundle.folder))}[/bold]: {escape(m.source)}, {escape(a.model_type)}, {m.dtype}, "
-        f"by edgeskip {escape(m.edgeskip_version)}"
+        f"[bold]{shown(bundle.folder)}[/bold]: {shown(m.source)}, {shown(a.model_type)}, {m.dtype}, "
+        f"by edgeskip {shown(m.edgeskip_version)}"
     )
     if m.synthetic:
         console.print("[bold]synthetic[/bold]: random weights, made to measure speed; its texts mean nothing")
@@ -99,7 +99,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     )
     console.print(
         f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "
-        f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {', '.join(map(str, m.eos_token_ids)) or 'none'}"
+        f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {shown(', '.join(map(str, m.eos_token_ids)) or 'none')}"
     )
     for exit_layer, chains in m.chains.items():
         for chain, graphs in chains.items():
@@ -130,10 +130,20 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """What people read: standard output, or standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
-            stream.reconfigure(errors="replace")  # bars and arrows are not in every encoding
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return _Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """A console that nothing drives but its own styles: texts from outside are spelled out where they would."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def shown(text: object) -> str:
+    """A text from outside for a console's markup: as it is, on one line, of bounded length."""
+    return escape(one_line(text))
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from functools import reduce
 from operator import add
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from edgeskip.exporter.check.run import CheckReport, Departure, TensorReport
+from edgeskip.runtime.terminal import shown
 
 _SHOWN = 6
 """Failing tensors that are named, at most; the JSON report has them all."""
@@ -19,10 +19,10 @@ _SHOWN = 6
 def print_check(report: CheckReport, console: Console) -> None:
     """The outputs' table, the thresholds, the texts, and what to make of them."""
     console.print(
-        f"{escape(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
-        f"{escape(report.backend)}; {escape(report.hardware.device)}"
+        f"{shown(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
+        f"{shown(report.backend)}; {shown(report.hardware.device)}"
     )
-    console.print(f"Against transformers in fp32, from {escape(report.reference)}:\n")
+    console.print(f"Against transformers in fp32, from {shown(report.reference)}:\n")
     console.print(_table(report.tensors))
     t = report.thresholds
     console.print(

@@ -8,10 +8,7 @@ from typing import Any
 import click
 
 from edgeskip.runtime.bundle.engines import ENGINE_BACKENDS
-from edgeskip.runtime.commands.options import (
-    bundle_argument,
-    require,
-)
+from edgeskip.runtime.commands.options import bundle_argument, require, say
 
 
 @click.command()
@@ -48,4 +45,4 @@ def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], wor
         peak = max(record.peak_memory_bytes or 0 for record in records.values())
         seconds = sum(record.seconds for record in records.values())
         memory = f", with at most {peak / 1e6:.0f} MB of memory" if peak else ""
-        click.echo(f"{engines.folder}: {parts}, in {seconds:.0f} s{memory}.", err=True)
+        say(f"{engines.folder}: {parts}, in {seconds:.0f} s{memory}.")

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeskip.runtime.commands.options import (
-    bundle_argument,
-)
+from edgeskip.runtime.commands.options import bundle_argument, say
 from edgeskip.runtime.errors import BundleError
 
 
@@ -35,4 +33,4 @@ def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
     with progress_bar() as progress:
         write(opened, chosen, folder, progress)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    click.echo(f"{folder}: {size / 1e6:.1f} MB, engines {', '.join(one.folder.name for one in chosen)}.", err=True)
+    say(f"{folder}: {size / 1e6:.1f} MB, engines {', '.join(one.folder.name for one in chosen)}.")

@@ -9,11 +9,7 @@ import click
 
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import (
-    first,
-    recipe_option,
-    require,
-)
+from edgeskip.runtime.commands.options import first, recipe_option, require, say
 
 
 @click.command()
@@ -89,12 +85,12 @@ def export(
         fitted, problems = fit(opened.architecture, device, wanted)
         dtype, max_length = fitted.dtype, fitted.max_length
         for problem in problems:
-            click.echo(f"{device.name}: {problem.found}; {problem.fix}", err=True)
+            say(f"{device.name}: {problem.found}; {problem.fix}")
     settings = ExportSettings(
         exit_layer, first(dtype, "fp32"), max_length, first(num_speculations, DEFAULT_SPECULATIONS)
     )
     with progress_bar() as progress:
         exported = export_bundle(opened, bundle, settings, progress)
     weights = exported.manifest.weights_bytes / 1e6
-    click.echo(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.", err=True)
-    click.echo(f'Try it: edgeskip generate {bundle} --prompt "..."', err=True)
+    say(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
+    say(f'Try it: edgeskip generate {bundle} --prompt "..."')

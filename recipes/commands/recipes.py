@@ -7,7 +7,10 @@ from pathlib import Path
 
 import click
 
+from edgeskip.runtime.commands.options import say
 from edgeskip.runtime.errors import RecipeError, reason
+from edgeskip.runtime.printable import printable
+from edgeskip.runtime.reading import read_text
 
 
 @click.group()
@@ -31,17 +34,16 @@ def list_recipes() -> None:
 def show(recipe: str) -> None:
     """Print a RECIPE, by name or file: its text, and what it takes from the one it extends."""
     from edgeskip.recipes.library import recipe_file
-    from edgeskip.recipes.reader import read_table
+    from edgeskip.recipes.reader import MOST_BYTES, read_table
 
     path = recipe_file(recipe)
     resolved = read_table(path)
-    text = path.read_text(encoding="utf-8")
-    click.echo(text, nl=False)
+    click.echo(printable(read_text(path, RecipeError, most=MOST_BYTES)), nl=False)
     own = read_table(path, extend=False)
     if inherited := {key: value for key, value in resolved.items() if own.get(key) != value}:
         click.echo("\n# From what it extends:")
         for key, value in inherited.items():
-            click.echo(f"#   {key} = {json.dumps(value, ensure_ascii=False)}")
+            click.echo(printable(f"#   {key} = {json.dumps(value, ensure_ascii=False, default=str)}"))
 
 
 @recipes.command()
@@ -51,11 +53,12 @@ def copy(recipe: str, file: Path | None) -> None:
     """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
     from edgeskip.recipes.library import recipe_file
     from edgeskip.recipes.library import validate as check_recipe
+    from edgeskip.recipes.reader import MOST_BYTES
     from edgeskip.runtime.files import write_file
 
     path = recipe_file(recipe)
     check_recipe(path)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, RecipeError, most=MOST_BYTES)
     target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
     try:
         write_file(target, text, new=True)
@@ -63,7 +66,7 @@ def copy(recipe: str, file: Path | None) -> None:
         raise RecipeError(target, "is there already", fix="give another file, or remove it") from None
     except (OSError, ValueError) as error:
         raise RecipeError(target, f"cannot be written ({reason(error)})", fix="give another file") from None
-    click.echo(f"{target}", err=True)
+    say(f"{target}")
 
 
 @recipes.command()
@@ -78,7 +81,7 @@ def validate(names: tuple[str, ...]) -> None:
         try:
             click.echo(f"{path}: a {check_recipe(path)} recipe")
         except RecipeError as error:
-            click.echo(f"edgeskip: {error}", err=True)
+            say(f"edgeskip: {error}")
             failed = True
     if failed:
         raise SystemExit(RecipeError.exit_code)

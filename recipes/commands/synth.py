@@ -8,9 +8,7 @@ from typing import Any, get_args
 import click
 
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.commands.options import (
-    require,
-)
+from edgeskip.runtime.commands.options import require, say
 from edgeskip.runtime.errors import CheckpointError
 
 
@@ -34,14 +32,13 @@ def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed
         settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device)
         made = synthesize(shape, checkpoint, settings, progress)
     spread = made.match_rate_by_prompt
-    click.echo(
+    say(
         f"{checkpoint}: random weights; exit layer {exit_layer} matches {made.match_rate:.1%} of the tokens (by prompt "
         f"{spread.min:.1%} to {spread.max:.1%}, median {spread.median:.1%}) at a damping of {made.damping:.4g}; "
-        f"{made.distinct_tokens:.1%} of the tokens of a text are distinct.",
-        err=True,
+        f"{made.distinct_tokens:.1%} of the tokens of a text are distinct."
     )
     if abs(made.match_rate - match_rate) > TOLERANCE:
-        click.echo(f"The nearest to {match_rate:g} that was reached.", err=True)
+        say(f"The nearest to {match_rate:g} that was reached.")
     if made.distinct_tokens < DISTINCT_TOKENS:
-        click.echo("Its texts repeat tokens: the shape is too small for others.", err=True)
-    click.echo(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}", err=True)
+        say("Its texts repeat tokens: the shape is too small for others.")
+    say(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}")

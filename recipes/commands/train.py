@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeskip.runtime.commands.options import (
-    require,
-)
+from edgeskip.runtime.commands.options import require, say
 
 
 @click.command()
@@ -24,4 +22,4 @@ def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: f
 
     result = run(recipe, output, resume, stop_after_minutes, data)
     done = f"{result.steps} steps, {result.tokens:,} tokens, {result.minutes:.1f} minutes"
-    click.echo(f"{result.output}: {done}" + ("" if result.finished else "; continue with --resume"), err=True)
+    say(f"{result.output}: {done}" + ("" if result.finished else "; continue with --resume"))

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from edgeskip.recipes.plan.plan import Plan
-from edgeskip.runtime.terminal import table
+from edgeskip.runtime.terminal import shown, table
 
 _WIDTH = 60
 _COLORS = ("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet")
@@ -21,19 +20,19 @@ _EXITS = 6
 def print_plan(plan: Plan, console: Console) -> None:
     """Memory as a bar, times as tables, and the verdict."""
     console.print(
-        f"[bold]{escape(plan.model)}[/bold] on [bold]{escape(plan.device)}[/bold]: {plan.backend}, {plan.dtype}, "
+        f"[bold]{shown(plan.model)}[/bold] on [bold]{shown(plan.device)}[/bold]: {plan.backend}, {plan.dtype}, "
         f"exit layer {plan.exit_layer} of {plan.num_layers}, K = {plan.num_speculations}, {plan.max_length} tokens\n"
     )
     _print_memory(plan, console)
     console.print(f"On disk: {_sizes(plan.disk)}.")
     if plan.build:
         console.print(f"Building engines takes of the builder's memory, at most: {_sizes(plan.build)}.")
-    console.print(f"\nTimes on the device with {plan.position} tokens in the caches; {escape(plan.efficiency)}:")
+    console.print(f"\nTimes on the device with {plan.position} tokens in the caches; {shown(plan.efficiency)}:")
     _print_times(plan, console)
     for note in plan.notes:
-        console.print(f"[dim]{escape(note)}[/dim]")
+        console.print(f"[dim]{shown(note)}[/dim]")
     for problem in plan.problems:
-        console.print(f"[bold red]Will not work:[/bold red] {escape(problem.found)}; {escape(problem.fix)}.")
+        console.print(f"[bold red]Will not work:[/bold red] {shown(problem.found)}; {shown(problem.fix)}.")
     if plan.works:
         fits = f"[bold green]It fits[/bold green], with up to {plan.largest_max_length} tokens."
         console.print(f"{fits} {_verdict(plan)}")

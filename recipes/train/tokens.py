@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.files import whole_file
+from edgeskip.runtime.reading import read_json
 
 Array = npt.NDArray[Any]
 _FILES_PER_BATCH = 512
@@ -49,9 +49,11 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
             raise RecipeError(folder / name, "no such file", wanted="a folder with a fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers library raises Exception itself
+    except Exception as error:  # the library raises Exception itself
         raise RecipeError(folder, f"no tokenizer can be read here ({error})", fix="save it again") from None
+    config = read_json(folder / "tokenizer_config.json", RecipeError, fix="save it again")
+    if not isinstance(config, dict):
+        raise RecipeError(folder / "tokenizer_config.json", "is no table", fix="save it again")
 
     def token_id(name: str) -> int | None:
         token = config.get(name)

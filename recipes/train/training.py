@@ -53,6 +53,7 @@ from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
+from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
 # Files of a checkpoint that travel with its weights.
@@ -440,7 +441,7 @@ def _train(
         model = load_model(checkpoint)
         if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
             raise RecipeError(recipe_path, "the weights are no longer finite", fix="lower optimizer.learning_rate")
-        log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        log = read_json(checkpoint / "trainer_state.json", RecipeError)["log_history"]
         summary = {"steps": step, "tokens": result.tokens, "minutes": result.minutes, "log": log}
         notes = {
             "recipe.toml": recipe_path.read_text(encoding="utf-8"),
@@ -498,12 +499,10 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
         config._attn_implementation = "sdpa"
         return LlamaForCausalLM(config)
     assert recipe.checkpoint is not None  # the recipe has one of the two
-    try:
-        config = json.loads((recipe.checkpoint / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(recipe.checkpoint, "no config.json here", wanted="a Llama-family model") from error
-    if config.get("model_type") not in MODEL_TYPES:
-        found = f"model_type {config.get('model_type')!r}"
+    path = recipe.checkpoint / "config.json"
+    config = read_json(path, RecipeError, fix="give the folder of a Llama-family model")
+    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
+        found = f"model_type {config.get('model_type')!r}" if isinstance(config, dict) else f"{path.name} is no table"
         raise RecipeError(recipe.checkpoint, found, wanted=" or ".join(MODEL_TYPES))
     try:
         model = load_model(recipe.checkpoint)
@@ -600,10 +599,7 @@ def read_clock(checkpoint: Path) -> tuple[int, float]:
         RecipeError: it has no clock, or a damaged one, so it is not complete.
     """
     path = checkpoint / CLOCK
-    try:
-        clock = structure(_Clock, json.loads(path.read_bytes()), path, RecipeError)
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(path, f"not a checkpoint's clock ({error})") from None
+    clock = structure(_Clock, read_json(path, RecipeError), path, RecipeError)
     return clock.step, clock.elapsed_s
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from edgeskip.recipes.tune.tune import Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
+from edgeskip.runtime.terminal import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,8 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     best, present, measured = report.best, report.present, report.measured
     synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
     console.print(
-        f"{escape(report.source)}{synthetic}, {report.num_layers} layers; {escape(report.backend)}; "
-        f"{escape(report.hardware.device)}"
+        f"{shown(report.source)}{synthetic}, {report.num_layers} layers; {shown(report.backend)}; "
+        f"{shown(report.hardware.device)}"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("exit layer", "match", "best K", "ms", "speedup", "accept", "per round"):

@@ -6,7 +6,6 @@ memory copies. The line to beat is the time of a plain decoder that did nothing 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,9 @@ from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import distinct_calls
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
-from edgeskip.runtime.errors import RequestError, reason
+from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
+from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
@@ -157,10 +157,7 @@ def read_report(path: Path) -> BenchReport:
     Raises:
         RequestError: no such file, or no such report.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(path, f"not readable ({reason(error)})", wanted="a report of `edgeskip bench`") from None
+    table = read_json(path, RequestError, fix="give a report of `edgeskip bench`", streams=True)
     return structure(BenchReport, table, path, RequestError)
 
 

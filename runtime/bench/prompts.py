@@ -8,7 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 from edgeskip.runtime.decoding.model import Model
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import RequestError, reason
+from edgeskip.runtime.reading import kind_of, read_text
 
 
 def load_prompts(path: Path | None = None) -> list[str]:
@@ -20,14 +21,21 @@ def load_prompts(path: Path | None = None) -> list[str]:
     if path is None:
         text = (resources.files("edgeskip.runtime.bench") / "prompts.json").read_text(encoding="utf-8")
         return [prompt["text"] for prompt in json.loads(text)]
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(path, f"not readable as text ({error})", wanted="a text file or a folder of them") from None
+    fix = "give a text file or a folder of them"
+    if kind_of(path, RequestError) == "a folder":
+        texts = [read_text(file, RequestError, fix=fix) for file in _files(path)]
+    else:
+        texts = [read_text(path, RequestError, fix=fix, streams=True)]
     if not any(texts):
-        raise RequestError(path, "no text in it", wanted="a text file or a folder of them")
+        raise RequestError(path, "no text in it", fix=fix)
     return [text for text in texts if text]
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise RequestError(folder, f"cannot be read ({reason(error)})") from None
 
 
 def encoded_prompts(

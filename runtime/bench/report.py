@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 
 from edgeskip.runtime.bench.measure import BenchReport, BenchRow
-from edgeskip.runtime.terminal import memory_sizes, table
+from edgeskip.runtime.terminal import memory_sizes, shown, table
 
 
 def print_bench(report: BenchReport, console: Console) -> None:
@@ -15,8 +14,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
     best = max((row for row in report.rows if row.num_speculations), key=lambda row: row.speedup, default=None)
     synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
     console.print(
-        f"{escape(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
-        f"{escape(report.backend)}; {escape(report.hardware.device)}"
+        f"{shown(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
+        f"{shown(report.backend)}; {shown(report.hardware.device)}"
     )
     speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:

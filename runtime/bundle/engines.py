@@ -24,8 +24,10 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.manifest import (
     SEAL,
     Bundle,
+    FileSize,
     Manifest,
     Progress,
+    Sha256,
     check_hash,
     check_seal,
     counted,
@@ -60,12 +62,12 @@ class EngineRecord:
     `peak_memory_bytes` is of the host, of the process that built it; null where the system does not tell.
     """
 
-    onnx_sha256: str
-    sha256: str
-    bytes: int
+    onnx_sha256: Sha256
+    sha256: Sha256
+    bytes: FileSize
     profiles: tuple[EngineProfile, ...]
-    seconds: float
-    peak_memory_bytes: int | None
+    seconds: Annotated[float, Range(0)]
+    peak_memory_bytes: FileSize | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Build:
     compute_capability: Annotated[int, Range(50, 999)]
     gpu: str | None
     dtype: DType
-    weights_sha256: str
+    weights_sha256: Sha256
     engines: dict[str, EngineRecord]
 
     def to_json(self) -> str:

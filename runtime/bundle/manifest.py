@@ -39,7 +39,7 @@ from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
-from edgeskip.runtime.structure import Range, structure
+from edgeskip.runtime.structure import Pattern, Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -50,6 +50,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
 """Names of a bundle's files: flat, and the same on every file system."""
 
 FileSize = Annotated[int, Range(0, 1 << 50)]
+Sha256 = Annotated[str, Pattern("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is under way, bytes done and bytes in all."""
@@ -60,7 +61,7 @@ class FileRecord:
     """Size and hash of one file of the bundle."""
 
     bytes: FileSize
-    sha256: str
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Packed:
     were built from, by graph, and the bytes of weights that one call of each has to read.
     """
 
-    weights_sha256: str
-    onnx_sha256: dict[GraphName, str]
+    weights_sha256: Sha256
+    onnx_sha256: dict[GraphName, Sha256]
     read_bytes: dict[GraphName, FileSize]
 
 

@@ -18,12 +18,13 @@ from edgeskip.runtime.commands.options import (
 )
 from edgeskip.runtime.decoding.rounds import MODES
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.reading import decode_text, read_stream
 
 
 @click.command()
 @bundle_argument
 @click.option("--prompt", "-p", help="The text to continue.")
-@click.option("--prompt-file", "-f", type=click.File("r", encoding="utf-8"), help="A file with the text; - is stdin.")
+@click.option("--prompt-file", "-f", type=click.File("rb"), help="A file with the text; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
 @click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
@@ -68,7 +69,7 @@ def generate(
         }
         asked: Any = [{"role": "user", "content": text}] if chat else text
         if as_json:
-            click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings)), ensure_ascii=False))
+            click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings))))
         else:
             generation = stream(model.generate(asked, **settings), console())
             print_model(model, console(stderr=True))
@@ -76,7 +77,5 @@ def generate(
 
 
 def _read_text(file: Any) -> str:
-    try:
-        return str(file.read())
-    except UnicodeDecodeError as error:
-        raise RequestError(file.name, f"not UTF-8 text ({error.reason})", wanted="a text file") from None
+    place = getattr(file, "name", "stdin")
+    return decode_text(read_stream(file, place, RequestError), place, RequestError, fix="give a text file")

@@ -12,6 +12,7 @@ import click
 from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.packages import NEEDS, missing_modules
+from edgeskip.runtime.printable import printable
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 threshold_option = click.option(
@@ -58,6 +59,11 @@ prompts_option = click.option(
 def first(given: Any, otherwise: Any) -> Any:
     """What was given, else something other."""
     return otherwise if given is None else given
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    click.echo(printable(text), err=True)
 
 
 def command_line() -> str:

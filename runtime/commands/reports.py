@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
+import tempfile
 from pathlib import Path
+
+import click
 
 from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.files import write_file
+from edgeskip.runtime.reading import kind_of
 
 
 def write_report(path: Path, text: str) -> None:
@@ -16,13 +19,14 @@ def write_report(path: Path, text: str) -> None:
     Raises:
         RequestError: it cannot be written.
     """
+    data = text.encode(errors="backslashreplace")  # half a character has no encoding
     if str(path) == "-":
-        sys.stdout.write(text)
+        click.echo(data, nl=False)
         return
     try:
-        write_file(path, text)
+        write_file(path, data)
     except (OSError, ValueError) as error:
-        raise RequestError(path, f"cannot be written ({reason(error)})", fix="give another file") from None
+        raise _refusal(path, reason(error)) from None
 
 
 def check_writable(*paths: Path | None) -> None:
@@ -30,15 +34,21 @@ def check_writable(*paths: Path | None) -> None:
     for path in paths:
         if path is None or str(path) == "-":
             continue
-        try:
-            folder = path.absolute().parent
-            found = "it is a folder" if path.is_dir() else "" if folder.is_dir() else "no such folder"
-            if not found and not os.access(folder, os.W_OK):
-                found = "its folder is read-only"
-        except OSError as error:
-            found = str(error.strerror)
-        if found:
-            raise RequestError(path, f"cannot be written ({found})", fix="give another file")
+        found = kind_of(path, RequestError)
+        if found == "a folder":
+            raise _refusal(path, "it is a folder")
+        folder = Path(os.path.realpath(path)).parent  # where the file is, if the path is a link
+        if not kind_of(folder, RequestError):
+            raise _refusal(path, "no such folder")
+        if found in ("", "a file"):
+            try:
+                tempfile.TemporaryFile(dir=folder).close()  # only trying tells
+            except OSError as error:
+                raise _refusal(path, reason(error)) from None
     files = [path for path in paths if path is not None]
     if len(set(files)) < len(files):
         raise RequestError(files[0], "given twice", fix="give each report a file of its own")
+
+
+def _refusal(path: Path, why: str) -> RequestError:
+    return RequestError(path, f"cannot be written ({why})", fix="give another file")
