@@ -234,7 +234,7 @@ def test_a_config_of_ones_own_is_planned(checkpoints):
         (["llama3-8b", "--max-length", "0"], 5, "max length: 0; wanted 2 to 8192"),
         (["llama3-8b", "--position", "9" * 30], 5, "wanted 0 to 4095, within the capacity"),
         (["--recipe", "x" * 5000], 7, "no 'xxx"),
-        (["llama3-8b", "--calibrate", "nowhere.json"], 5, "nowhere.json: not readable"),
+        (["llama3-8b", "--calibrate", "nowhere.json"], 5, "nowhere.json: no such file"),
     ],
 )
 def test_bad_commands_are_one_line(arguments, code, message):

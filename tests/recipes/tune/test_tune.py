@@ -293,7 +293,7 @@ def test_the_command_writes_all_it_is_asked_for(bundles, prompt, tmp_path):
         (["-n", "1"], 5, "max new tokens: 1; wanted 2 to 86, behind the longest prompt"),
         (["-n", "87"], 5, "max new tokens: 87; wanted 2 to 86"),
         (["--prompts", "{long}"], 5, "prompts: one of 201 tokens; wanted at most 94"),
-        (["--prompts", "{tmp}/nowhere"], 5, "nowhere: not readable as text"),
+        (["--prompts", "{tmp}/nowhere"], 5, "nowhere: no such file"),
         (["--recipe", "{tmp}/no/x.toml"], 5, "x.toml: cannot be written (no such folder)"),
         (["--recipe", "{tmp}/x", "--json", "{tmp}/x"], 5, "given twice"),
         (["--device", "cpu", "--backend", "tensorrt"], 4, "no tensorrt engines"),
