@@ -111,17 +111,16 @@ class CudaSession(MeasuredSession):
         replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, and each but once
         return _CudaRound(self, round_, enqueue, written, replayed=replayed)
 
-    def _result(self, round_: Round) -> RoundResult:
-        """What the last round left in pinned memory."""
-        parts, start = {}, 0
+    def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
+        """Where a round's results come to lie in pinned memory, by buffer."""
+        rows = dict(zip(_READ_BACK, (round_.num_drafts, round_.num_targets, round_.num_targets), strict=True))
+        kinds = dict.fromkeys(_IDS, "int64") | {_READ_BACK[-1]: NUMBER_TYPES[self._dtype].numpy}
+        found, start = {}, 0
         for name in _READ_BACK:
-            buffer = self._buffers[name]
-            parts[name] = self._results[start : start + buffer.bytes]
-            start += buffer.bytes
-        drafts, targets = (parts[name].view(np.int64) for name in _IDS)
-        logits = self._widened(parts["target_token_logits"])
-        k, n = round_.num_drafts, round_.num_targets
-        return RoundResult(drafts[:k].tolist(), targets[:n].tolist(), logits[:n].tolist())
+            size = self._buffers[name].bytes
+            found[name] = self._results[start : start + size].view(kinds[name])[: rows[name]]
+            start += size
+        return found
 
     @property
     def captured_rounds(self) -> int:
@@ -247,6 +246,7 @@ class _CudaRound:
     ) -> None:
         self._session, self._round, self._enqueue, self._replayed = session, round_, enqueue, replayed
         self._rows, self._written = np.arange(round_.rows), written
+        self._drafts, self._targets, self._target_logits = session._results_of(round_).values()
         self._watch = session._device.stopwatch()
         self._runs = 0
         self._launch: Callable[[], None] | None = None
@@ -269,4 +269,5 @@ class _CudaRound:
         session = self._session
         session._device_ns += self._watch.elapsed_ns()
         session._captured_rounds += self._launch is not None and self._round.num_targets > 0
-        return session._result(self._round)
+        logits = self._target_logits if session._dtype != "bf16" else session._widened(self._target_logits)
+        return RoundResult(self._drafts.tolist(), self._targets.tolist(), logits.tolist())
