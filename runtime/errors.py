@@ -40,7 +40,7 @@ class EdgeskipError(Exception):
 
 
 class CheckpointError(EdgeskipError):
-    """The checkpoint cannot be read, or is of a kind that is not supported."""
+    """The checkpoint cannot be read, or its kind is not supported."""
 
     exit_code = 3
 

@@ -18,7 +18,7 @@ _MAX_OUTPUT = 1 << 16
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes; `available` is what a process can still take. Null is what the system does not tell."""
+    """Bytes; `available` is what a process can still take. What the system does not tell is null."""
 
     total: int
     available: int | None
@@ -51,7 +51,7 @@ def usable_cores() -> int:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """Memory by /proc/meminfo; where there is none, as on macOS, its size alone.
+    """Memory according to /proc/meminfo; where there is no such file, as on macOS, its size alone.
 
     Raises:
         OSError, ValueError, LookupError: the system does not tell.

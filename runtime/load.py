@@ -25,8 +25,8 @@ def load(
     Args:
         bundle: the folder that `edgeskip export` wrote.
         backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: engines that fit this machine, else ONNX Runtime.
-        device: of ONNX Runtime: `cpu`, `cuda`, or `auto`: the GPU where there is one.
-        threads: of the CPU; 0 means one a core.
+        device: ONNX Runtime's: `cpu`, `cuda`, or `auto`, which takes the GPU where there is one.
+        threads: CPU threads; 0 means one per core.
         dialect: `ort` or `standard`; by default what suits the device.
         exit_layer: the exit that drafts, where the bundle has several; by default its own.
         progress: called while the files are checked.

@@ -27,7 +27,7 @@ LEAST_VERSIONS: dict[str, tuple[int, ...]] = {
     "tensorrt": (10, 15),
     "tensorrt-rtx": (1, 4),
 }
-"""Of what runs a bundle, as in pyproject.toml."""
+"""The oldest versions that run a bundle, as in pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Need:
 
     @property
     def fix(self) -> str:
-        """The command that brings them."""
+        """The command that installs them."""
         return install(self.extras)
 
 
@@ -60,7 +60,7 @@ NEEDS = {
     "tune": Need("export", _EXPORT),
     "tune --html": Need("plots", ("matplotlib",)),
 }
-"""By verb, or by the option of one."""
+"""By verb, or by verb and option."""
 
 
 def install(extras: str) -> str:
@@ -80,7 +80,7 @@ def version_numbers(version: str | None) -> tuple[int, int]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version, and that of each of these packages that is installed."""
+    """The versions of Python and of those of these packages that are installed."""
     from importlib import metadata  # late, for a command line that only helps
 
     found = {"python": platform.python_version()}

@@ -16,7 +16,7 @@ from edgeskip.runtime.errors import EdgeskipError
 T = TypeVar("T")
 
 MOST_WHOLE, MOST_FLOAT = 10**18, 1e30
-"""No number may be farther from 0: whole ones fit a machine's words, and products of others are finite."""
+"""No number may be farther from 0: whole numbers fit a machine's words, and products of others are finite."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ Positive = Annotated[float, Range(1 / MOST_FLOAT)]
 def structure(kind: type[T], table: Any, path: Path, error: type[EdgeskipError]) -> T:
     """Builds a dataclass from what `json.load` or `tomllib.load` gave.
 
-    Tables become dataclasses or dicts, lists tuples, whole numbers serve as floats, texts as paths relative to the
-    file's folder. An absent key takes the field's default. `__post_init__` may raise `error` too, its place the key.
+    Tables become dataclasses or dicts, and lists become tuples; whole numbers serve as floats, and texts as paths
+    relative to the file's folder. An absent key takes the field's default. `__post_init__` may raise `error` too, with
+    the key as its place.
 
     Args:
         kind: the dataclass.

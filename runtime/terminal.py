@@ -41,7 +41,7 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
 
 
 def print_model(model: Model, console: Console) -> None:
-    """What was chosen to run the bundle, and the memory it holds."""
+    """What was chosen to run the bundle, and the memory that it holds."""
     weights = "[bold]synthetic weights[/bold]; " if model.bundle.manifest.synthetic else ""
     console.print(f"[dim]{weights}{shown(model.session.description)}; {memory_sizes(model.session.memory())}[/dim]")
 
@@ -53,7 +53,7 @@ def memory_sizes(memory: Memory) -> str:
 
 
 def print_statistics(generation: Generation, console: Console) -> None:
-    """Two or three lines behind a streamed text."""
+    """Two or three lines after a streamed text."""
     s = generation.statistics
     rate = f"{s.tokens_per_second:.0f} tokens/s" if s.tokens_per_second else "one token"
     console.print(
@@ -62,7 +62,7 @@ def print_statistics(generation: Generation, console: Console) -> None:
     )
     if s.acceptance_rate is not None:
         console.print(
-            f"[dim]{s.tokens_per_round:.2f} tokens a round with {s.num_speculations} drafts; "
+            f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
             f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
         )
 
@@ -75,7 +75,7 @@ def histogram(s: Statistics) -> str:
 
 
 def table(first: str, *others: str) -> Table:
-    """A table of a name and figures behind it."""
+    """A table of names, each followed by figures."""
     made = Table(box=None, pad_edge=False, padding=(0, 1))
     made.add_column(first)
     for name in others:
@@ -98,8 +98,9 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"vocabulary {a.vocab_size}{', tied' if a.tie_word_embeddings else ''}"
     )
     console.print(
-        f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts a round, "
-        f"RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS {shown(', '.join(map(str, m.eos_token_ids)) or 'none')}"
+        f"capacity {m.max_length} tokens, prompts in chunks of {m.prefill_chunk}, {m.num_speculations} drafts per "
+        f"round, RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS "
+        f"{shown(', '.join(map(str, m.eos_token_ids)) or 'none')}"
     )
     for exit_layer, chains in m.chains.items():
         for chain, graphs in chains.items():
@@ -129,12 +130,12 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """What people read: standard output, or standard error."""
+    """Where people read: standard output, or standard error."""
     return _Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 class _Console(Console):
-    """A console that nothing drives but its own styles: texts from outside are spelled out where they would."""
+    """A console that only its own styles can drive: characters in texts from outside that would are spelled out."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

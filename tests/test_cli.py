@@ -102,7 +102,7 @@ def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle)
     assert result.stdout == wanted.text + "\n"
     assert re.match(r"ONNX Runtime \S+, CPU, ort dialect, fp32; MB: weights 0.7, caches 0.1", result.stderr)
     assert re.search(r"\n20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
-    assert re.search(r"tokens a round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
+    assert re.search(r"tokens per round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
 
 
 def test_the_prompt_can_come_from_a_file_or_from_stdin(bundle, tmp_path):

@@ -42,7 +42,7 @@ def _shape(report: dict[str, Any]) -> str:
 
 
 def _speeds(of_shape: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| match | ideal plain ms | plain ms | best K | self-spec. ms | speedup | of ideal | tokens a round | host |"
+    yield "| match | ideal plain ms | plain ms | best K | self-spec. ms | speedup | of ideal | tokens/round | host |"
     yield "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for report in of_shape:
         plain, *others = report["rows"]

@@ -81,7 +81,7 @@ def comparison_table(rows: list[Row]) -> str:
 
 
 def pairs_table() -> str:
-    """A line a recipe, a column a device: ms a token, plain and at the best K, or why not."""
+    """A line for each recipe, a column for each device: ms per token, plain and at the best K, or why not."""
     devices = sorted((load_device(path.stem) for path in DEVICES.glob("*.toml")), key=lambda d: (d.memory_gb, d.name))
     lines = [f"| | {' | '.join(device.name for device in devices)} |", f"|---|{'---:|' * len(devices)}"]
     for path in sorted(MODELS.glob("*.toml")):

@@ -165,8 +165,8 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
     yield "### " + (f"Drafting ends below a confidence of {threshold:g}" if threshold else "K drafts always")
     yield ""
     yield (
-        f"Every pair measured, ms a token; plain decoding takes {plain:.3f}. {report['hardware']['device']}, ONNX "
-        f"Runtime {report['versions']['onnxruntime']}, fp32, {report['new_tokens']} new tokens a prompt: "
+        f"Every pair measured, ms per token; plain decoding takes {plain:.3f}. {report['hardware']['device']}, ONNX "
+        f"Runtime {report['versions']['onnxruntime']}, fp32, {report['new_tokens']} new tokens per prompt: "
         f"`{report['command']}`."
     )
     yield ""

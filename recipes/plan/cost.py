@@ -3,9 +3,9 @@
     ms(call) = call + layers x layer + bytes / rate                                      one row
              + [rows > 1] x layers x several + (rows - 1) x (layers x row + bytes x row_byte)   several
 
-A product of few rows takes the time in which its weights are read; the small kernels between products take theirs
-whatever the model's width. A head is all product and a decoder layer both, so one model's measured calls tell the two
-apart, and what was measured on a 1B foretells an 8B on the same device.
+A product of few rows takes as long as reading its weights; the small kernels between products take the same time
+whatever the model's width. A head is all product and a decoder layer is both, so one model's measured calls tell the
+two apart, and what was measured on a 1B predicts an 8B on the same device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgeskip.runtime.decoding.rounds import speculative_round
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured call of a graph: decoder layers in it (the head has none), rows, bytes it has to read, and time."""
+    """A measured call of a graph: its decoder layers (the head has none), rows, bytes it has to read, and its time."""
 
     layers: int
     rows: int
@@ -42,7 +42,7 @@ ONE_EXIT = split_at(graph_table(2, (1,), {"head": HeadRecord(1, "greedy")}), 1)
 
 @dataclass(frozen=True)
 class Cost:
-    """The times of this module's formula in ms, its rate in bytes a ms; `flops_per_ms` bounds calls of many rows."""
+    """The times of this module's formula in ms, its rate in bytes per ms; `flops_per_ms` bounds calls of many rows."""
 
     call_ms: float
     layer_ms: float
@@ -62,7 +62,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class GraphSize:
-    """What one call of a graph reads: weights, and of the caches a row of its layers for each token."""
+    """What one call of a graph reads: its weights, and one row of its layers' caches for each token."""
 
     layers: int
     parameters: int
@@ -70,7 +70,7 @@ class GraphSize:
     cache_row_bytes: int
 
     def read_bytes(self, tokens: int) -> int:
-        """Of a call whose last row stands behind so many tokens."""
+        """Bytes that a call reads whose last row follows this many tokens."""
         return self.weight_bytes + self.cache_row_bytes * tokens
 
 
@@ -86,9 +86,9 @@ def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> di
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:
-    """The cost with the least relative error, no part of it negative.
+    """The cost with the least relative error, and with no part negative.
 
-    With six unknowns, every choice of those that are not zero is tried.
+    There are six unknowns, so every choice of those that are not zero is tried.
 
     Raises:
         ValueError: no samples, or one without a time.
@@ -104,7 +104,7 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
     *others, reading = range(len(scale))
     best, least = np.zeros(len(scale)), inf
     for choice in (c for count in range(len(scale)) for c in combinations(others, count)):
-        chosen = [*choice, reading]  # which takes time, always
+        chosen = [*choice, reading]  # which always takes time
         found = np.linalg.lstsq(relative[:, chosen] / scale[chosen], np.ones(len(samples)), rcond=None)[0]
         error = float(np.square(relative[:, chosen] / scale[chosen] @ found - 1).sum())
         if (found >= 0).all() and found[-1] > 0 and error < least * (1 - 1e-9):
@@ -121,15 +121,15 @@ def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations:
 
 
 def call_ms(cost: Cost, size: GraphSize, rows: int, tokens: int) -> float:
-    """Device time of one call whose last row stands behind so many tokens."""
+    """Device time of one call whose last row follows this many tokens."""
     flops = 2.0 * size.parameters * rows
     return cost.time_ms(size.layers, rows, size.read_bytes(tokens), flops)
 
 
 def tokens_per_round(match_rate: float, num_speculations: int) -> float:
-    """Expected tokens of a round where every draft is right with the same probability: 1 + m + ... + m^K.
+    """Expected tokens of a round if every draft is right with the same probability: 1 + m + ... + m^K.
 
-    The paper's and everybody's first estimate (arXiv 2211.17192, equation 1).
+    The usual first estimate (arXiv 2211.17192, equation 1).
     """
     return sum(match_rate**j for j in range(num_speculations + 1))
 
@@ -149,12 +149,12 @@ def break_even(plain_ms: float, rounds_ms: Mapping[int, float]) -> float | None:
 
 
 def best_speculation(rounds_ms: Mapping[int, float], match_rate: float) -> tuple[int, float]:
-    """The best K at a match rate, and its ms a token."""
+    """The best K at a match rate, and its ms per token."""
     return min(((k, ms / tokens_per_round(match_rate, k)) for k, ms in rounds_ms.items()), key=lambda pair: pair[1])
 
 
 def samples_of_report(report: BenchReport) -> Iterator[Sample]:
-    """The calls that `edgeskip bench` timed each by itself."""
+    """The calls that `edgeskip bench` timed, each by itself."""
     early, all_layers = report.exit_layer, report.num_layers
     if early >= all_layers:
         raise ValueError(f"exit layer {early} of {all_layers} layers")

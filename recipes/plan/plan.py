@@ -1,7 +1,7 @@
 """Whether a model fits a device and how fast it is there, from its config.json and the device's table alone.
 
-Memory is counted, but for what libraries take. Times are what must be read over the rate at which the device reads it,
-with what its kernels cost beside (see `cost`). Reports of `edgeskip bench` from that device take the table's place.
+Memory is counted, except for what libraries take. Times are what must be read over the rate at which the device reads
+it, plus what its kernels cost (see `cost`). Reports of `edgeskip bench` from that device take the table's place.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
 
 GRID = tuple(range(1, 9))
-"""Speculation lengths that are looked at."""
+"""Speculation lengths that are considered."""
 
 MATCH_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PREFILL_CHUNK = 128
 
 CONTEXT_BYTES = 500_000_000
-"""A CUDA context: an H100 with 0.5 GB free refuses one, with 0.6 GB it has room."""
+"""A CUDA context: an H100 with 0.5 GB free refuses one, and with 0.6 GB has room for it."""
 
 LIBRARIES_BYTES = 300_000_000
 """What ONNX Runtime and its libraries take of a device: 0.25 to 0.36 GB on an H100 (docs/benchmarks)."""
@@ -56,11 +56,11 @@ TEXT_BYTES = 20_000_000
 """Graphs, manifest and tokenizer on disk, at most."""
 
 ENGINE_BYTES, ENGINE_LAYER_BYTES = 5_000_000, 700_000
-"""Kernels that engines hold beside their weights, in all and a layer (TensorRT-RTX 1.7.1)."""
+"""Kernels that engines hold besides their weights: in all, and for each layer (TensorRT-RTX 1.7.1)."""
 
 BUILD_BYTES, BUILD_PER_WEIGHT = 230_000_000, 3.1
-"""Host memory at the peak of a graph's build: a part of its own, and over its weights. TensorRT-RTX 1.7.1 took 1.77,
-4.76 and 1.84 GB for the 0.49, 1.47 and 0.53 GB of a 1B's graphs, and 0.23 to 0.34 GB for the shipped model's."""
+"""Host memory at the peak of a graph's build: a fixed part, and a multiple of its weights. TensorRT-RTX 1.7.1 took
+1.77, 4.76 and 1.84 GB for the 0.49, 1.47 and 0.53 GB of a 1B's graphs, and 0.23 to 0.34 GB for the shipped model's."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class PlanSettings:
     Attributes:
         exit_layer: E.
         num_speculations: K; None takes the best where the match rate is known, else the default.
-        match_rates: exit layer -> match rate, as far as known.
-        backend: which of the device's.
-        dtype: of weights, activations and caches.
+        match_rates: exit layer -> match rate, where it is known.
+        backend: one of the device's.
+        dtype: that of weights, activations and caches.
         max_length: cache capacity in tokens.
-        jetpack: its version, on a Jetson; None takes the TensorRT that the device's table names.
+        jetpack: JetPack's version, on a Jetson; None takes the TensorRT that the device's table names.
         position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
     """
 
@@ -90,7 +90,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why it will not work, building its engines or running them, and what to change."""
+    """Why building engines, or running, will not work, and what to change."""
 
     at: Literal["build", "run"]
     found: str
@@ -99,7 +99,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One call of a graph: bytes of weights and caches that it reads, and its time."""
+    """One call of a graph: the bytes of weights and caches that it reads, and its time."""
 
     graph: GraphName
     rows: int
@@ -109,7 +109,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class SpeedPlan:
-    """Rounds of K drafts, 0 for plain steps; what depends on the match rate is null where that is not known."""
+    """Rounds of K drafts, or plain steps if K is 0; what depends on the match rate is null where that is not known."""
 
     num_speculations: int
     round_ms: float
@@ -131,7 +131,7 @@ class ExitPlan:
     """An exit layer.
 
     `break_even` is the match rate below which it loses to plain steps, null where it always does; `match_rate` is its
-    own where known, with the best K and ms a token there.
+    own, where that is known, with the best K and ms per token at it.
     """
 
     exit_layer: int
@@ -143,12 +143,12 @@ class ExitPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it.
+    """The whole plan.
 
     Sizes are in bytes, by kind. `build` is the host's memory while each graph's engine is built, null where none is;
-    `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are of
-    device work with `position` tokens in the caches; `efficiency` says where they come from. `best` is the fastest of
-    the exits whose match rate is known.
+    `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
+    those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
+    the fastest of the exits whose match rate is known.
     """
 
     model: str
@@ -191,13 +191,13 @@ def make_plan(
 
     Args:
         model: its name, for people.
-        architecture: of it.
-        device: to run on.
-        settings: how.
-        reports: bench reports of that device, which replace its table's efficiency.
+        architecture: its architecture.
+        device: where it is to run.
+        settings: how it is to run.
+        reports: bench reports from that device, which replace the efficiency of its table.
 
     Raises:
-        RequestError: an exit layer, a length, a backend or a JetPack that there is not, or reports that tell no times.
+        RequestError: an exit layer, a length, a backend or a JetPack that does not exist, or reports without times.
     """
     a, context = architecture, architecture.max_position_embeddings
     backend, dtype = settings.backend or device.backends[0], settings.dtype or device.dtype
@@ -264,12 +264,12 @@ def make_plan(
 
 
 def fit(architecture: Architecture, device: Device, settings: PlanSettings) -> tuple[PlanSettings, tuple[Problem, ...]]:
-    """Settings that run on a device: its dtype, and where no capacity was asked for, its own cut to what fits.
+    """Settings that run on a device: its dtype, and, where no capacity was asked for, its own, cut to what fits.
 
-    Gives also what stands in the way of building engines, which can be mended there.
+    Also returns what stands in the way of building engines, which can be mended on the device.
 
     Raises:
-        RequestError: as `make_plan`, and a model that does not fit.
+        RequestError: as for `make_plan`, or the model does not fit.
     """
     made = make_plan("", architecture, device, settings)
     if settings.max_length is None and 0 < made.largest_max_length < made.max_length:
@@ -320,7 +320,7 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
         found = f"{settings.backend} does not serve {device.name}"
         raise RequestError("backend", found, wanted=" or ".join(device.backends))
     if settings.jetpack is not None and settings.jetpack not in device.jetpacks:
-        wanted = " or ".join(device.jetpacks) or "none, as it is no Jetson"
+        wanted = " or ".join(device.jetpacks) or "none, as it is not a Jetson"
         raise RequestError("JetPack", f"{settings.jetpack}, which is not in the table of {device.name}", wanted=wanted)
 
 
@@ -341,7 +341,7 @@ def _memory(
     memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, graphs, dtype, chunk).values())
     if backend != "onnxruntime":
         memory["kernels"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
-        values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, beside the mask
+        values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, besides the mask
         memory["scratch"] = chunk * (values * ITEMSIZE[dtype] + capacity)
     memory["libraries"] = libraries
     memory["CUDA context"] = CONTEXT_BYTES
@@ -393,7 +393,7 @@ def _memory_problems(
     available: int,
     largest: int,
 ) -> Iterator[Problem]:
-    """What does not fit: at run time, and on a device that builds its own engines at build time."""
+    """What does not fit at run time, and, on a device that builds its own engines, at build time."""
     needed, free = sum(memory.values()) / 1e9, f"{available / 1e9:.1f} GB are free of {device.memory_gb:g}"
     if needed * 1e9 > available:
         weights = sum(size for kind, size in memory.items() if kind.endswith("weights")) / 1e9
@@ -402,18 +402,18 @@ def _memory_problems(
             fix = f"give --max-length {largest} or less"
         else:
             half = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
-            fix = f"no length fits: take {half}a smaller model or a larger device"
+            fix = f"no length fits: choose {half}a smaller model or a larger device"
         yield Problem("run", found, fix)
     if build and settings.backend == "tensorrt" and device.shared_memory:
         peak, graph = max((size, graph) for graph, size in build.items())
         if peak > available:
             swap = math.ceil((peak - available) / 1e9)
-            fix = f"add {swap} GB of swap for the build, or move the exit layer so that no graph is so large"
+            fix = f"add {swap} GB of swap for the build, or move the exit layer so that no graph is as large"
             yield Problem("build", f"about {peak / 1e9:.1f} GB are needed to build {graph}'s engine, {free}", fix)
 
 
 def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> Iterator[str]:
-    """What to know beside the figures."""
+    """What to know besides the figures."""
     if not reports:
         yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
     if backend == "tensorrt" and device.jetpacks:
@@ -435,7 +435,7 @@ def _copy_bytes_per_ms(device: Device, reports: Sequence[BenchReport]) -> float:
 
 
 def _cost(device: Device, reports: Sequence[BenchReport]) -> Cost:
-    """What calls cost: as measured, else by the device's table."""
+    """What calls cost: as measured, else according to the device's table."""
     kernels = device.kernels
     flops_per_ms = device.fp16_tflops * 1e9 * kernels.flops_share
     if reports:
@@ -459,7 +459,7 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
     if reports:
         return f"measured on {', '.join(dict.fromkeys(report.hardware.device for report in reports))}"
     return (
-        f"{device.bandwidth_gb_per_s:g} GB/s by data sheet, {device.copy_share:.0%} of it in a copy, "
+        f"{device.bandwidth_gb_per_s:g} GB/s by its data sheet, {device.copy_share:.0%} of it in a copy, "
         f"{device.kernels.copy_share:.0%} of that in products"
     )
 
@@ -473,7 +473,7 @@ def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: 
 
 
 def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
-    """A prompt of so many tokens in chunks, and its first token."""
+    """Time of a prompt of this many tokens, in chunks, and of its first new token."""
     chunks = range(0, max(tokens, 1), PREFILL_CHUNK)
     rows = min(max(tokens, 1), PREFILL_CHUNK)
     return sum(

@@ -14,7 +14,7 @@ from edgeskip.runtime.terminal import shown, table
 _WIDTH = 60
 _COLORS = ("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet")
 _EXITS = 6
-"""Exit layers whose match rate is not known that are shown, at most; the JSON has all."""
+"""How many exit layers of unknown match rate are shown, at most; the JSON has all."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -26,7 +26,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_memory(plan, console)
     console.print(f"On disk: {_sizes(plan.disk)}.")
     if plan.build:
-        console.print(f"Building engines takes of the builder's memory, at most: {_sizes(plan.build)}.")
+        console.print(f"Building engines takes at most this much of the builder's memory: {_sizes(plan.build)}.")
     console.print(f"\nTimes on the device with {plan.position} tokens in the caches; {shown(plan.efficiency)}:")
     _print_times(plan, console)
     for note in plan.notes:
@@ -48,8 +48,8 @@ def _print_memory(plan: Plan, console: Console) -> None:
         bar.append("█" * (round(end / whole * _WIDTH) - round(drawn / whole * _WIDTH)), color)
         drawn = end
     bar.append("░" * (_WIDTH - round(drawn / whole * _WIDTH)), "dim")
-    over = "" if total <= plan.available else f", [bold red]{(total - plan.available) / 1e9:.2f} too many[/bold red]"
-    console.print(f"To run: {total / 1e9:.2f} GB of {plan.available / 1e9:.2f} that are free{over}")
+    over = "" if total <= plan.available else f", [bold red]{(total - plan.available) / 1e9:.2f} too much[/bold red]"
+    console.print(f"To run: {total / 1e9:.2f} GB of the {plan.available / 1e9:.2f} that are free{over}")
     console.print(bar)
     parts = zip(plan.memory.items(), _COLORS, strict=False)
     console.print(", ".join(f"[{color}]■[/] {kind} {size / 1e9:.3f}" for (kind, size), color in parts))
@@ -65,11 +65,11 @@ def _print_times(plan: Plan, console: Console) -> None:
         stages.add_row(stage.graph, str(stage.rows), f"{stage.bytes / 1e6:.0f}", f"{stage.ms:.2f}")
     console.print(stages)
     console.print(
-        f"First token after a prompt of {plan.position} tokens: {plan.first_token_ms:.0f} ms. A token, plain: "
-        f"{plan.plain_ms_per_token:.2f} ms ({1e3 / plan.plain_ms_per_token:.0f} tokens/s); reading the weights at the "
-        f"rate of a copy alone: {plan.ideal_ms_per_token:.2f} ms.\n"
+        f"First token after a prompt of {plan.position} tokens: {plan.first_token_ms:.0f} ms. A plain token: "
+        f"{plan.plain_ms_per_token:.2f} ms ({1e3 / plan.plain_ms_per_token:.0f} tokens/s); just reading the weights, "
+        f"at the rate of a copy: {plan.ideal_ms_per_token:.2f} ms.\n"
     )
-    speeds = table("K", "ms a round", "tokens a round", "ms a token", "tokens/s", "speedup")
+    speeds = table("K", "ms per round", "tokens per round", "ms per token", "tokens/s", "speedup")
     for speed in plan.speeds:
         cells = [str(speed.num_speculations) if speed.num_speculations else "plain", f"{speed.round_ms:.2f}"]
         if speed.ms_per_token is not None:
@@ -78,14 +78,14 @@ def _print_times(plan: Plan, console: Console) -> None:
         chosen = speed.num_speculations == plan.num_speculations
         speeds.add_row(*cells, style="bold" if chosen else "")
     console.print(speeds)
-    rates = table("match rate", "best K", "ms a token", "speedup")
+    rates = table("match rate", "best K", "ms per token", "speedup")
     for rate in plan.rates:
         k = "plain" if rate.num_speculations is None else str(rate.num_speculations)
         speedup = f"{plan.plain_ms_per_token / rate.ms_per_token:.2f}x"
         rates.add_row(f"{rate.match_rate:.1f}", k, f"{rate.ms_per_token:.2f}", speedup)
     console.print(f"What a match rate gives at exit layer {plan.exit_layer}:")
     console.print(rates)
-    exits = table("exit layer", "loses below", "match rate", "best K", "ms a token")
+    exits = table("exit layer", "loses below", "match rate", "best K", "ms per token")
     unknown = [e.exit_layer for e in plan.exits if e.match_rate is None]
     shown = set(unknown[:: max(1, -(-len(unknown) // _EXITS))]) | {plan.exit_layer}
     for exit_plan in plan.exits:
@@ -110,7 +110,7 @@ def _verdict(plan: Plan) -> str:
         return "Plain decoding is faster than any exit whose match rate is known."
     return (
         f"Of the exits whose match rate is known, E = {best.exit_layer} with K = {best.num_speculations} is the "
-        f"fastest: {best.ms_per_token:.2f} ms a token, {speedup:.2f}x plain."
+        f"fastest: {best.ms_per_token:.2f} ms per token, {speedup:.2f}x plain."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a tuning found, for people: tables, the choice as an export recipe, and a page with plots."""
+"""What tuning found, for people: tables, the choice as an export recipe, and a page with plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUSY = 1.3
 """A scale beyond this is not the model's: idle machines show 1.0 to 1.1."""
 _TOP = 5
 _CROWDED = 40
-"""Exit layers from which on plots leave out figures."""
+"""From this many exit layers on, plots leave out figures."""
 
 
 def print_tuning(report: TuneReport, console: Console) -> None:
@@ -53,19 +53,19 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     threshold = report.settings.confidence_threshold
     console.print(
         f"{report.prompts} prompts, {report.new_tokens} new tokens; match: the share that an exit drafts right; ms "
-        "a token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "K drafts always\n")
+        "per token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "K drafts always\n")
     )
     top = sorted(report.pairs, key=lambda p: p.ms_per_token)[:_TOP]
     console.print("Fastest: " + ", ".join(f"E={p.exit_layer} K={p.num_speculations} {p.ms_per_token:.3f}" for p in top))
     console.print(
-        f"Measured here: plain {measured.plain_ms_per_token:.3f} ms a token, the bundle's exit layer "
+        f"Measured here: plain {measured.plain_ms_per_token:.3f} ms per token, the bundle's exit layer "
         f"{present.exit_layer} with {_drafts(present)} {present.ms_per_token:.3f}: {report.scale:.2f} times what its "
-        "calls add up to, as is taken for all."
+        "calls add up to, a factor that is applied to all pairs."
     )
     if report.scale > BUSY:
         console.print("[bold]The machine was busy[/bold]: run this again when it is idle.")
     if report.departures:
-        console.print(f"{report.departures} of the tokens are ties, which the probe rounds another way.")
+        console.print(f"{report.departures} of the tokens are ties, which the probe rounds the other way.")
     console.print(f"[bold]{verdict(report)}[/bold]")
 
 
@@ -74,15 +74,15 @@ def verdict(report: TuneReport) -> str:
     best, present = report.best, report.present
     if best.speedup <= 1:
         return (
-            f"No pair beats plain decoding here: at best exit layer {best.exit_layer} with {_drafts(best)}, "
+            f"No pair beats plain decoding here: the best is exit layer {best.exit_layer} with {_drafts(best)}, "
             f"{best.speedup:.2f} times as fast."
         )
     gain = present.ms_per_token / best.ms_per_token
     same = (best.exit_layer, best.num_speculations) == (present.exit_layer, present.num_speculations)
     return (
-        f"Exit layer {best.exit_layer} with {_drafts(best)} a round: {best.ms_per_token:.3f} ms a token, "
+        f"Exit layer {best.exit_layer} with {_drafts(best)} per round: {best.ms_per_token:.3f} ms per token, "
         f"{best.speedup:.2f} times as fast as plain decoding, "
-        + ("as the bundle is." if same else f"{gain:.2f} times as fast as the bundle's pair.")
+        + ("the bundle's own pair." if same else f"{gain:.2f} times as fast as the bundle's pair.")
     )
 
 
@@ -91,7 +91,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
     best, text = report.best, _toml_text
     source = (
         f"edgeskip tune, {report.hardware.device}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
-        f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms a token, plain "
+        f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms per token, plain "
         f"{figure(report.measured.plain_ms_per_token)}"
     )
     rates = (f"{exit_layer} = {rate:.3f}" for exit_layer, rate in report.match_rates.items())
@@ -117,7 +117,7 @@ def _comment(text: str) -> str:
 
 
 def _toml_text(text: str) -> str:
-    """A basic string: JSON's, which but for one character TOML reads as it is."""
+    """A basic string: JSON's, which TOML reads as it is, except for one character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -126,7 +126,7 @@ def _drafts(pair: Pair) -> str:
 
 
 def tuning_page(report: TuneReport) -> str:
-    """The page: ms a token over exit layer and speculation length, and match rates.
+    """The page: ms per token over exit layer and speculation length, and match rates.
 
     Raises:
         BackendError: matplotlib is missing.
@@ -159,7 +159,7 @@ def _surface(report: TuneReport) -> Plot:
             if pair.num_speculations in ks:
                 x, y = ks.index(pair.num_speculations), layers.index(pair.exit_layer)
                 ax.barh(y, 0.94, 0.9, left=x - 0.47, fill=False, edgecolor=edge, linewidth=2)
-        ax.set(xlim=(-0.5, len(ks) - 0.5), ylim=(len(layers) - 0.5, -0.5), xlabel="drafts a round, K")
+        ax.set(xlim=(-0.5, len(ks) - 0.5), ylim=(len(layers) - 0.5, -0.5), xlabel="drafts per round, K")
         ax.set(ylabel="exit layer, E", title="ms per token")
         ax.set_xticks(range(len(ks)), [str(k) for k in ks])
         _layer_ticks(ax.set_yticks, layers)

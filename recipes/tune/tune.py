@@ -1,14 +1,14 @@
-"""Which exit layer E and speculation length K: for this model, this text and this device, from one bundle.
+"""Which exit layer E and speculation length K to choose for this model, text and device, from one bundle.
 
     the bundle's session: plain decoding --> texts                    each call of a round, timed
                                                |                                   |
     the probe: what every layer would have drafted for them         carried to every E by the cost's fit
                                                |                                   |
-                    rounds, simulated for every E and K  --------->  ms a token for every E and K
+                    rounds, simulated for every E and K  --------->  ms per token for every E and K
 
-Only the texts are decoded, so an exit layer costs no export of its own. The simulation follows the runtime's loop round
-by round: drafts are right in runs, and the threshold ends rounds where they tend to be wrong, so no formula in a match
-rate alone would do.
+Only the texts are decoded, so no exit layer needs an export of its own. The simulation follows the runtime's loop round
+by round, because no formula in the match rate alone would do: drafts are right in runs, and the threshold ends rounds
+where they tend to be wrong.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _WARM_UP_TOKENS = 24
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Speculation lengths to choose from, new tokens a prompt at most, and when drafting ends early.
+    """Speculation lengths to choose from, new tokens per prompt at most, and when drafting ends early.
 
-    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`
-    where it is given.
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
+    given.
     """
 
     grid: tuple[int, ...]
@@ -55,7 +55,7 @@ class TuneSettings:
 
 @dataclass(frozen=True)
 class CallTime:
-    """A graph over `rows` tokens within a round, at the bundle's exit layer: lower quartile of the times."""
+    """A graph over `rows` tokens within a round, at the bundle's exit layer: the lower quartile of its times."""
 
     graph: GraphName
     rows: int
@@ -67,8 +67,9 @@ class Measured:
     """What decoding costs at the bundle's exit layer.
 
     `calls` are those of rounds with 0 to K drafts, their rows at about `position`; around them the host takes
-    `host_round_ms` a round and `host_draft_ms` more for each draft. These are lower quartiles: what else runs on a
-    machine only ever adds to a time. `plain_ms_per_token` is plain decoding's, by the wall and the median prompt.
+    `host_round_ms` for each round and `host_draft_ms` more for each draft. These are lower quartiles, since whatever
+    else runs on a machine only ever adds to a time. `plain_ms_per_token` is plain decoding's wall time, for the median
+    prompt.
     """
 
     calls: tuple[CallTime, ...]
@@ -82,7 +83,7 @@ class Measured:
 class Text:
     """A prompt and its plain continuation, of two tokens or more.
 
-    `speculative_ms` is what the bundle's own pair took for it, behind the first token.
+    `speculative_ms` is what the bundle's own pair took for it, after the first token.
     """
 
     prompt_ids: tuple[int, ...]
@@ -92,9 +93,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What an exit drafts for the m tokens behind a text's first: which are right, and its probability for each [m].
+    """What an exit drafts for the m tokens after a text's first: which are right, and its probability for each [m].
 
-    `room` is the number of cache rows behind the prompt.
+    `room` is the number of cache rows after the prompt.
     """
 
     right: npt.NDArray[np.bool_]
@@ -104,7 +105,7 @@ class Drafts:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of a decoding: `by_drafts[d]` of them made d drafts; the rest counts as `Statistics` does.
+    """The rounds of decoding a text: `by_drafts[d]` of them made d drafts; the rest is counted as in `Statistics`.
 
     The last round of a text may draft beyond its end; the statistics leave that out, `by_drafts` does not.
     """
@@ -134,9 +135,9 @@ class TuneReport(Provenance):
     """The best pair, the bundle's `present` one, and all `pairs`.
 
     `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
-    `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: ties, told apart by
-    rounding. Rounds take `scale` times what their calls and the host add up to: so it was for the median text, decoded
-    whole with the present pair, and so it is taken to be for all.
+    `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
+    rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
+    text, decoded whole with the present pair.
     """
 
     prompts: int
@@ -165,12 +166,12 @@ def tune(
         open_model: loads the bundle; its exit layer does not matter.
         prompts: texts to continue.
         settings: what to choose from.
-        command: to be kept in the report.
-        progress: told of the work.
+        command: kept in the report.
+        progress: called as the work goes on.
 
     Raises:
         RequestError: a setting that cannot be served, or prompts that are too long or give no text.
-        BundleError: the bundle is packed, so that it has no weights.
+        BundleError: the bundle is packed, so it does not have the weights.
         BackendError: ONNX Runtime is missing, or cannot run the probe.
     """
     for k in settings.grid:
@@ -240,16 +241,16 @@ def _probe(bundle: Bundle, device: Literal["cpu", "cuda"], texts: Sequence[Text]
 
 
 def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, capacity: int) -> Drafts:
-    """What of a probed text concerns one exit layer."""
+    """The part of a probed text that concerns one exit layer."""
     row = exit_layer - 1
     right = exits.token_ids[row, 1:] == np.array(text.token_ids[1:])
     return Drafts(right, exits.confidences[row, 1:], capacity - len(text.prompt_ids))
 
 
 def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshold: float) -> Rounds:
-    """The rounds in which these texts would be decoded, as `runtime.decode` makes them.
+    """The rounds in which these texts would be decoded, as the runtime's loop makes them.
 
-    Rounds, tokens, tested and accepted drafts are exact. What is drafted behind a confident wrong draft nobody knows:
+    Rounds, tokens, tested and accepted drafts are exact. What is drafted after a confident wrong draft is not known:
     there, and beyond a text's end, the text's own confidences and certainty stand in, and only the number of drafts
     made can differ.
     """
@@ -264,7 +265,7 @@ def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshol
             made = min(sure[at] + 1, k)
             by_drafts[made] += 1
             good = min(runs[at], made)
-            if good == left:  # a stop drops the rest of its round, from the statistics too
+            if good == left:  # a stop drops the rest of its round, also from the statistics
                 made = left
             new = min(good + 1, left)
             tokens, drafted, accepted = tokens + new, drafted + made, accepted + good
@@ -274,7 +275,7 @@ def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshol
 
 
 def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
-    """At each place, how many flags from there on are set without a gap; `end` more where none stops them."""
+    """At each place, how many flags are set from there on without a gap; `end` more where nothing stops them."""
     runs = [end]
     for flag in reversed(flags.tolist()):
         runs.append(runs[-1] + 1 if flag else 0)
@@ -282,7 +283,7 @@ def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
 
 
 def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
-    """What would have been measured at another exit layer: the same calls, scaled by a cost that is fitted to them."""
+    """What would have been measured at another exit layer: the same calls, scaled by a cost that was fitted to them."""
     a, dtype = manifest.architecture, manifest.dtype
     here, there = (graph_sizes(a, layer, dtype) for layer in (manifest.exit_layer, exit_layer))
 
@@ -300,7 +301,7 @@ def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured
 
 
 def rounds_ms(measured: Measured, rounds: Rounds) -> float:
-    """Time of all these rounds, the host's included."""
+    """Time of all these rounds, the host's share included."""
     calls = {(call.graph, call.rows): call.ms for call in measured.calls}
 
     def round_ms(drafts: int) -> float:
@@ -323,7 +324,7 @@ class _Turn:
 def _measure(
     model: Model, prompt_ids: Sequence[list[int]], settings: TuneSettings, progress: Progress
 ) -> tuple[list[Text], Measured]:
-    """Decodes the prompts and times calls, in turns: a device that slows down slows both."""
+    """Decodes the prompts and times calls in turns, so that a device that slows down slows both."""
     session, manifest = model.session, model.bundle.manifest
     largest = min(max(*settings.grid, manifest.num_speculations), manifest.max_length - 1)
     in_situ = set(session.stage_ns or ()) == set(manifest.graphs)
@@ -338,7 +339,7 @@ def _measure(
         times = tuple(_times_in_rounds(session, largest, position) for _ in range(repeats))
         return _Turn(plain, speculative.statistics, position, times)
 
-    if not in_situ:  # a device captures a round on its second run, and that is no decoding
+    if not in_situ:  # a device captures a round on its second run, which says nothing of decoding
         for round_ in [speculative_round(ONE_EXIT, k) for k in range(largest + 1) for _ in range(3)]:
             bound = session.bind(round_)
             bound.start(0)
@@ -351,7 +352,7 @@ def _measure(
     progress("measuring", len(prompt_ids), len(prompt_ids))
     turns = [one for one in turns if len(one.plain.token_ids) > 1]
     if not turns:
-        raise RequestError("prompts", "the model ends behind the first token of each", wanted="one that it continues")
+        raise RequestError("prompts", "the model ends after the first token of each", wanted="one that it continues")
     position = int(statistics.median(one.position for one in turns))
     times: dict[tuple[GraphName, int], list[float]] = defaultdict(list)
     for timed in [t for one in turns for t in one.times] or [_times_alone(session, largest, position)]:
@@ -382,9 +383,9 @@ _Times = Sequence[tuple[tuple[GraphName, int], float]]
 
 
 def _times_in_rounds(session: MeasuredSession, largest: int, position: int) -> _Times:
-    """Every call of a round of each K from 0 to `largest`, by the session's clock of its graphs.
+    """Every call of a round for each K from 0 to `largest`, timed by the session's clock of its graphs.
 
-    A graph run alone in a loop finds its weights in the processor's caches; here it finds what a round leaves there.
+    A graph that runs alone in a loop finds its weights in the processor's caches; here it finds what a round leaves.
     """
     times: list[tuple[tuple[GraphName, int], float]] = []
     for k in range(largest + 1):
@@ -395,7 +396,7 @@ def _times_in_rounds(session: MeasuredSession, largest: int, position: int) -> _
 
 
 def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple[tuple[GraphName, int], float]]:
-    """Runs a part of a round, in which no graph comes twice."""
+    """Runs a part of a round in which no graph occurs twice."""
     before = session.stage_ns
     bound = session.bind(part)
     bound.start(position)
@@ -408,13 +409,13 @@ def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple
 
 
 def _times_alone(session: MeasuredSession, largest: int, position: int) -> _Times:
-    """Each call of these rounds by itself, for a device that hides what runs within one: there the sum is the same."""
+    """Each call of these rounds by itself, for devices that hide what happens within one; there the sum is the same."""
     calls = {call.key: call for k in range(largest + 1) for call in speculative_round(ONE_EXIT, k).calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
 
 
 def _host_ms(s: Statistics) -> float:
-    """Time of a round outside the graphs, where the session tells."""
+    """Time per round outside the graphs, where the session tells it."""
     if not s.stage_ms:
         return 0.0
     return max(_wall_ms(s) - sum(s.stage_ms.values()), 0.0) / s.rounds

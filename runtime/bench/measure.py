@@ -1,7 +1,7 @@
 """Speed, measured: every way of decoding takes turns on the same prompts in one process; medians over repeats.
 
-Beside the tokens' times stand those of each graph by itself, what it has to read, and the rate at which the same
-memory copies. The line to beat is the time of a plain decoder that did nothing but read its weights at that rate.
+Besides the time per token, it measures each graph by itself, what it has to read, and the rate at which the same memory
+copies. The time to beat is that of a plain decoder that does nothing but read its weights at that rate.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
-"""Kernels round differently for one row and for many: a token may differ where the logits of both candidates lie
-within this of the top one."""
+"""Kernels round differently for one row and for many: a token may differ where the logits of both candidates are
+within this distance of the top one."""
 
 
 _STAGE_REPEATS = 30
@@ -42,10 +42,10 @@ _STAGE_REPEATS = 30
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Speculation lengths to measure, tokens a prompt, how often, and when drafting ends early.
+    """Speculation lengths to measure, tokens per prompt, how often, and when drafting ends early.
 
-    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`
-    where it is given.
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
+    given.
     """
 
     grid: tuple[int, ...]
@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way of decoding: prompt ids and a number of tokens -> run."""
+    """A way of decoding: from prompt ids and a number of new tokens to a run."""
 
     mode: str
     num_speculations: int
@@ -78,7 +78,7 @@ class Contestant:
 class BenchRow:
     """One contestant over all prompts.
 
-    Rates are over the tokens after each first one. `rounds` (of one repeat), `acceptance_histogram`,
+    Rates leave out the first token of each text. `rounds` (of one repeat), `acceptance_histogram`,
     `stage_ms_per_round` (mean time in each graph, or of the whole round on a device that hides them),
     `host_ms_per_round` (mean of the rest) and `host_share` (the rest over the stages) are null for other runtimes.
     `distinct_tokens` and `distinct_4grams` are shares of the texts: a model that loops flatters every rate.
@@ -104,7 +104,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class StageTime:
-    """A graph by itself over `rows` tokens: median time, and the bytes of weights and caches that it has to read."""
+    """A graph by itself over `rows` tokens: its median time, and the bytes of weights and caches it has to read."""
 
     graph: GraphName
     rows: Size
@@ -118,7 +118,7 @@ class StageTime:
 class Difference:
     """A contestant's first token that is not plain decoding's.
 
-    `gap` is how far below the top logit the lower of the two tokens' lies.
+    `gap` is how far the lower of the two tokens' logits is below the top one.
     """
 
     mode: str
@@ -131,10 +131,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class BenchReport(Provenance):
-    """`faults` are the differences that are no ties, other runtimes left out: there must be none.
+    """`faults` counts the differences that are not ties, leaving out other runtimes: there must be none.
 
-    `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` are what one call of each graph reads, and
-    `ideal_ms_per_token` their sum at that rate. `prompt_tokens` is a median.
+    `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` is what one call of each graph reads, and
+    `ideal_ms_per_token` the time for their sum at that rate. `prompt_tokens` is a median.
     """
 
     exit_layer: Size
@@ -155,7 +155,7 @@ def read_report(path: Path) -> BenchReport:
     """Reads what `edgeskip bench --json` wrote.
 
     Raises:
-        RequestError: no such file, or no such report.
+        RequestError: no such file, or it is not such a report.
     """
     table = read_json(path, RequestError, fix="give a report of `edgeskip bench`", streams=True)
     return structure(BenchReport, table, path, RequestError)
@@ -171,8 +171,8 @@ def run_bench(
 ) -> BenchReport:
     """Measures plain decoding, self-speculation for each length of the grid, and other runtimes.
 
-    Each contestant warms up on the first prompt. Other runtimes are made when ours are done, so that they share no time
-    and no memory with them, and being far slower they run every prompt once.
+    Each contestant warms up on the first prompt. Other runtimes are made when ours are done, so that they share neither
+    time nor memory with them; being far slower, they run every prompt once.
 
     Raises:
         RequestError: a setting that cannot be served, or prompts too long for the bundle.
@@ -228,7 +228,7 @@ def _take_turns(
     progress: Progress,
     what: str = "measuring",
 ) -> list[list[list[Run]]]:
-    """Runs by contestant, repeat and prompt, after a run of each that warms up."""
+    """Runs by contestant, repeat and prompt, after a warm-up run of each."""
     total, done = len(contestants) * (1 + repeats * len(prompts)), 0
 
     def run(contestant: Contestant, ids: list[int]) -> Run:
@@ -264,16 +264,16 @@ def _time_stages(
 
 
 def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
-    """Keys and values of that many rows in a graph's layers."""
+    """Keys and values of this many rows in a graph's layers."""
     manifest = bundle.manifest
     a = manifest.architecture
     return len(manifest.graphs[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
 
 
 def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
-    """How far below the top logit the lower of two candidates lies behind these tokens: what rounding must bridge.
+    """How far the lower of two candidates' logits is below the top one after these tokens: what rounding must bridge.
 
-    Infinite where one of them is -1, no token: a text that ends and one that goes on are no tie.
+    Infinite where one of them is -1, no token: a text that ends and one that goes on are not a tie.
     """
     if -1 in (ours, theirs):
         return math.inf

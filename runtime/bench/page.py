@@ -13,7 +13,7 @@ from edgeskip.runtime.errors import BackendError
 
 
 def bench_page(report: Mapping[str, Any]) -> str:
-    """The page of a report in its JSON form; what the report lacks is left out.
+    """The page of a report, given in its JSON form; what the report lacks is left out.
 
     Raises:
         BackendError: matplotlib is missing.

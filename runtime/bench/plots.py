@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Report = Mapping[str, Any]
 Plot = tuple[float, Callable[["Axes"], None]]
-"""Height in inches, and what draws."""
+"""Height in inches, and the function that draws."""
 
 PLAIN, SPECULATIVE = "autoregressive", "self-speculative"
 BLUE, ORANGE, PURPLE, GREEN, GREY = "#3a80c2", "#c8741c", "#8e6bbf", "#2f9468", "#868c95"  # on light and on dark
@@ -50,7 +50,7 @@ def bench_plots(report: Report) -> dict[str, str]:
 
 
 def rows_of(report: Report, *, ours: bool = True) -> list[Mapping[str, Any]]:
-    """Rows of edgeskip's own modes or of other runtimes; those that timed no token are left out."""
+    """Rows of edgeskip's own modes, or of other runtimes; those that timed no token are left out."""
     rows = report.get("rows") or ()
     return [row for row in rows if row.get("ms_per_token") and (row["mode"] in (PLAIN, SPECULATIVE)) == ours]
 
@@ -67,10 +67,10 @@ def undrawn_rows(report: Report) -> list[Mapping[str, Any]]:
 
 
 def acceptance_by_position(histogram: Sequence[int]) -> list[float]:
-    """For draft 1, 2, ... of a round: the share accepted, of the rounds that accepted all before it.
+    """For draft 1, 2, ... of a round: of the rounds that accepted all drafts before it, the share that accepted it too.
 
     Args:
-        histogram: entry a counts the rounds with a accepted drafts. The list ends where no round came.
+        histogram: entry a counts the rounds with a accepted drafts. The list returned ends where no round got to.
     """
     reached = list(accumulate(reversed(histogram)))[::-1]  # entry a: rounds with at least a
     return [now / before for before, now in pairwise(reached) if before]
@@ -87,7 +87,7 @@ def size(num_bytes: float) -> str:
 
 
 def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """A plot as an element of a page, with ids of its own, described by the heading of this name.
+    """A plot as an element of a page, with ids of its own, described by the heading with this name.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -134,7 +134,7 @@ def _speed(report: Report) -> Plot | None:
             placed = max(ms, placed + 0.07 * top)  # labels keep a line's height apart
             ax.text(1.01, placed, f"{label}, {figure(ms)}", va="center", transform=ax.get_yaxis_transform())
         ks = [row["num_speculations"] for row in rows]
-        ax.set(ylim=(0, top), xlim=(min(ks) - 0.5, max(ks) + 0.5), title="ms per token", xlabel="drafts a round, K")
+        ax.set(ylim=(0, top), xlim=(min(ks) - 0.5, max(ks) + 0.5), title="ms per token", xlabel="drafts per round, K")
         ax.set_xticks(ks, [str(k) if k else "plain" for k in ks])
         ax.grid(axis="y")
 
@@ -197,7 +197,7 @@ def _acceptance(report: Report) -> Plot | None:
                 ax.annotate(f"{100 * value:.0f}", (left + j, value), (0, 3), textcoords="offset points", ha="center")
             ticks.append(left + (k - 1) / 2)
             left += k + 1
-        ax.set(ylim=(0, 1.05), xlim=(-1, max(left - 1, 12)), xlabel="drafts a round, K")
+        ax.set(ylim=(0, 1.05), xlim=(-1, max(left - 1, 12)), xlabel="drafts per round, K")
         ax.set_title("% accepted; in each group the first draft, the second, ...")
         ax.set_xticks(ticks, [str(k) for k in shares])
         ax.set_yticks([0, 0.5, 1], ["0", "50", "100"])

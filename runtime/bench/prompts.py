@@ -41,10 +41,10 @@ def _files(folder: Path) -> list[Path]:
 def encoded_prompts(
     model: Model, prompts: Sequence[str], prompt_tokens: int | None, max_new_tokens: int
 ) -> list[list[int]]:
-    """The prompts' ids, cut to `prompt_tokens` each where it is given; they leave room for the new tokens.
+    """The prompts' ids, each cut to `prompt_tokens`, if given; they leave room for the new tokens.
 
     Raises:
-        RequestError: a prompt or a number of new tokens that is too long for the bundle, or fewer than two of these.
+        RequestError: a prompt or a number of new tokens that is too long for the bundle, or fewer than two new tokens.
     """
     capacity = model.bundle.manifest.max_length
     prompt_ids = [model.tokenizer.encode(prompt).ids[:prompt_tokens] for prompt in prompts]
@@ -53,6 +53,6 @@ def encoded_prompts(
     if room < 2:
         raise RequestError("prompts", f"one of {longest} tokens", wanted=f"at most {capacity - 2}")
     if not 2 <= max_new_tokens <= room:
-        wanted = f"2 to {room}, behind the longest prompt"
+        wanted = f"2 to {room}, after the longest prompt"
         raise RequestError("max new tokens", f"{max_new_tokens}", wanted=wanted)
     return prompt_ids

@@ -23,7 +23,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
     console.print(speed)
     console.print(
         f"{report.prompts} prompts, {settings.max_new_tokens} tokens each, medians of {settings.repeats} interleaved "
-        f"repeats; ms a token; {plain.distinct_tokens:.0%} of tokens and {plain.distinct_4grams:.0%} of 4-grams "
+        f"repeats; ms per token; {plain.distinct_tokens:.0%} of tokens and {plain.distinct_4grams:.0%} of 4-grams "
         "distinct; "
         + (
             f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
@@ -32,8 +32,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
         )
     )
     console.print(
-        f"An ideal plain decoder, which only reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
-        f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms a token"
+        f"An ideal plain decoder, which just reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
+        f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms per token"
         + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
     )
     _print_rounds(report, console)
@@ -48,7 +48,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
             f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
-            f"the lower of their logits lies {d.gap:.2g} below the top: {what}"
+            f"the lower of their logits is {d.gap:.2g} below the top one: {what}"
         )
     if not report.differences:
         console.print("Every mode gave exactly the tokens of plain decoding.")

@@ -290,7 +290,7 @@ def test_the_command_writes_all_it_is_asked_for(bundles, prompt, tmp_path):
     ("arguments", "code", "line"),
     [
         (["-k", "0"], 5, "num speculations: 0; wanted 1 to 16"),
-        (["-n", "1"], 5, "max new tokens: 1; wanted 2 to 86, behind the longest prompt"),
+        (["-n", "1"], 5, "max new tokens: 1; wanted 2 to 86, after the longest prompt"),
         (["-n", "87"], 5, "max new tokens: 87; wanted 2 to 86"),
         (["--prompts", "{long}"], 5, "prompts: one of 201 tokens; wanted at most 94"),
         (["--prompts", "{tmp}/nowhere"], 5, "nowhere: no such file"),
@@ -321,4 +321,4 @@ def test_a_model_that_says_nothing_is_one_line(bundles, prompt, tmp_path):
     edit_json(copy / MANIFEST, lambda manifest: manifest.update(eos_token_ids=[first]))
     result = run("tune", copy, "--prompts", prompt, "-n", 8, "--device", "cpu")
     assert (result.exit_code, result.stdout) == (5, "")
-    assert "prompts: the model ends behind the first token of each" in result.stderr
+    assert "prompts: the model ends after the first token of each" in result.stderr

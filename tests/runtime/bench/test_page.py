@@ -168,10 +168,10 @@ def test_a_report_gives_the_same_page_fresh_and_read_back_and_always():
 
 def test_the_result_is_told_in_words():
     text = Page(bench_page(REPORT)).text
-    assert "With 4 drafts a round, self-speculative decoding takes 0.95 ms a token , 1.32 times as fast" in text
+    assert "With 4 drafts per round, self-speculative decoding takes 0.95 ms per token , 1.32 times as fast" in text
     assert "would take 0.84 ms; this is 1.13 times that" in text  # (486 + 1460 + 525) MB / 2940 GB/s; 0.95 / 0.84
     slow = [REPORT["rows"][0], row("self-speculative", 1, 1.5)]
-    assert "no faster than plain decoding here: at best 1.50 ms a token" in Page(bench_page(changed(rows=slow))).text
+    assert "no faster than plain decoding here: at best 1.50 ms per token" in Page(bench_page(changed(rows=slow))).text
 
 
 def test_the_figures_stand_in_the_plots():
