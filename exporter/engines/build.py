@@ -24,7 +24,7 @@ from typing import Any
 import edgeskip
 from edgeskip.exporter.engines.process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem
+from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem, heads_problem
 from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.bundle.engines import (
     BUILD,
@@ -92,6 +92,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     targets = _targets(library, settings)
     for target in targets:
         _check_dtype(bundle, target.compute_capability)
+    _check_heads(bundle)
     check_within(bundle, bundle.folder / FOLDER)
     verify_hashes(bundle, progress)
     return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
@@ -146,6 +147,14 @@ def _check_dtype(bundle: Bundle, compute_capability: int) -> None:
     if wanted := dtype_problem(dtype, compute_capability):
         found = f"in {dtype}, for SM {compute_capability}"
         raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
+
+
+def _check_heads(bundle: Bundle) -> None:
+    """Refuses a bundle with attention heads that TensorRT does not compute."""
+    a = bundle.manifest.architecture
+    if wanted := heads_problem(a):
+        found = f"{a.num_heads} attention heads of {a.head_dim}" if a.num_heads > 1 else f"one head of {a.head_dim}"
+        raise RequestError(bundle.folder, found, wanted=f"{wanted}, for TensorRT", fix="run it in ONNX Runtime")
 
 
 def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str, progress: Progress) -> Engines:

@@ -45,6 +45,10 @@ class DialectWriter(ABC):
     opsets: Mapping[str, int]
     """The lowest that have the dialect's operators, by domain."""
 
+    def suited(self, architecture: Architecture) -> DialectWriter:
+        """The writer for a model, where some models need other operators."""
+        return self
+
     @abstractmethod
     def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> Any:
         """Derives where this call's rows stand, from `position_ids` [B,T], the one source of truth for place.
@@ -157,11 +161,39 @@ class _OrtPlaces:
     capacity: Value
 
 
-class Ort(DialectWriter):
-    """ONNX Runtime's fused operators, which attend to the rows in use and not to the whole capacity."""
+class _Ort(DialectWriter):
+    """ONNX Runtime's fused operators around the attention."""
 
     name = "ort"
+
+    def skip_norm(self, op: OpBuilder, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
+        """The sum and its norm as one node."""
+        if delta is None:
+            return super().skip_norm(op, x, delta, weight, eps)
+        normed, _, _, total = op.SkipSimplifiedLayerNormalization(
+            x, delta, weight, epsilon=eps, _domain="com.microsoft", _outputs=4
+        )
+        return normed, total
+
+    def silu(self, op: OpBuilder, x: Value) -> Value:
+        """X * sigmoid(x) as one node."""
+        out: Value = op.QuickGelu(x, alpha=1.0, _domain="com.microsoft")
+        return out
+
+    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
+        """Without reshapes, each of which would copy the logits."""
+        out: Value = op.FusedMatMul(hidden, table, transB=1, _domain="com.microsoft")
+        return out
+
+
+class OrtGrouped(_Ort):
+    """With GroupQueryAttention, which attends to the rows in use and not to the whole capacity."""
+
     opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads 24 from its release 1.24 on
+
+    def suited(self, architecture: Architecture) -> DialectWriter:
+        """GroupQueryAttention has kernels for heads of 8, 16, 24, ... numbers."""
+        return self if architecture.head_dim % 8 == 0 else OrtPlain()
 
     def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> _OrtPlaces:
         """The last row, which is one less than the number of rows in use."""
@@ -205,30 +237,17 @@ class Ort(DialectWriter):
         )
         return out, present_key, present_value
 
-    def skip_norm(self, op: OpBuilder, x: Value, delta: Value | None, weight: Value, eps: float) -> tuple[Value, Value]:
-        """The sum and its norm as one node."""
-        if delta is None:
-            return super().skip_norm(op, x, delta, weight, eps)
-        normed, _, _, total = op.SkipSimplifiedLayerNormalization(
-            x, delta, weight, epsilon=eps, _domain="com.microsoft", _outputs=4
-        )
-        return normed, total
-
-    def silu(self, op: OpBuilder, x: Value) -> Value:
-        """X * sigmoid(x) as one node."""
-        out: Value = op.QuickGelu(x, alpha=1.0, _domain="com.microsoft")
-        return out
-
-    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
-        """Without reshapes, each of which would copy the logits."""
-        out: Value = op.FusedMatMul(hidden, table, transB=1, _domain="com.microsoft")
-        return out
-
     def _normed(self, op: OpBuilder, x: Value | None, norm: Norm, a: Architecture) -> Value:
         """Normalizes each head of [B,T,heads*D]."""
         out: Value = op.Reshape(norm(op.Reshape(x, [0, 0, -1, a.head_dim])), [0, 0, -1])
         return out
 
 
-WRITERS: dict[str, DialectWriter] = {"standard": Standard(), "ort": Ort()}
+class OrtPlain(_Ort, Standard):
+    """With the attention of `standard`, for heads of any size."""
+
+    opsets = MappingProxyType(dict(Standard.opsets) | {"com.microsoft": 1})
+
+
+WRITERS: dict[str, DialectWriter] = {"standard": Standard(), "ort": OrtGrouped()}
 """By name, for each dialect of runtime/bundle/dialects.py."""

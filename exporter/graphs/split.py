@@ -80,7 +80,7 @@ class Writing:
 
 def begin(name: str, model: Model, dialect: str) -> Writing:
     """Begins a graph; its `places` takes `position_ids` [B,T] and a capacity, as a number or a value."""
-    writer = DIALECT_WRITERS[dialect]
+    writer = DIALECT_WRITERS[dialect].suited(model.architecture)
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=dict(writer.opsets), name=name))
     decoder = Decoder(builder, model.architecture, writer, _weights(builder, model, dialect))
 

@@ -27,7 +27,7 @@ from edgeskip.recipes.plan.cost import (
 )
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem
+from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem, heads_problem
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
@@ -216,7 +216,7 @@ def make_plan(
         build = {graph: int(BUILD_BYTES + BUILD_PER_WEIGHT * size) for graph, size in held.items()}
     largest = _largest(context, lambda tokens: sum(memory_of(tokens).values()) <= available)
     problems = (
-        *_software_problems(device, settings),
+        *_software_problems(a, device, settings),
         *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
     )
     cost = _cost(device, reports)
@@ -368,7 +368,7 @@ def _disk(architecture: Architecture, dtype: DType, capacity: int, *, engines: b
     return disk
 
 
-def _software_problems(device: Device, settings: PlanSettings) -> Iterator[Problem]:
+def _software_problems(architecture: Architecture, device: Device, settings: PlanSettings) -> Iterator[Problem]:
     """What the device's TensorRT refuses."""
     backend, sm = settings.backend, device.compute_capability
     if backend == "tensorrt":
@@ -383,6 +383,11 @@ def _software_problems(device: Device, settings: PlanSettings) -> Iterator[Probl
     assert settings.dtype is not None
     if backend != "onnxruntime" and (wanted := dtype_problem(settings.dtype, sm)):
         yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
+    if backend != "onnxruntime" and (wanted := heads_problem(architecture)):
+        found = f"TensorRT does not compute its attention heads ({architecture.num_heads} of {architecture.head_dim})"
+        other = "onnxruntime" in device.backends
+        fix = "give --backend onnxruntime" if other else "take another model, or a device that ONNX Runtime serves"
+        yield Problem("build", f"{found}; wanted {wanted}", fix)
 
 
 def _memory_problems(

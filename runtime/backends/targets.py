@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.engines import EngineBackend
 
@@ -32,3 +33,17 @@ def dtype_problem(dtype: DType, compute_capability: int) -> str:
     if compute_capability < LEAST_DTYPE_SM[dtype]:
         return f"SM {LEAST_DTYPE_SM[dtype]} or later for {dtype}"
     return ""
+
+
+HEAD_SIZES = range(16, 257, 8)
+"""Sizes of attention heads that TensorRT-RTX 1.7.1 builds, of the even ones from 2 to 1024; SM 75, 86 and 120 alike."""
+
+
+def heads_problem(architecture: Architecture) -> str:
+    """What TensorRT wants in place of attention heads that it does not compute; empty where it does.
+
+    What it says itself of others is a failed check in a file of its own.
+    """
+    if architecture.head_dim not in HEAD_SIZES:
+        return f"a head size of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]} in steps of {HEAD_SIZES.step}"
+    return "two attention heads or more" if architecture.num_heads == 1 else ""

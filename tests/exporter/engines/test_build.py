@@ -18,7 +18,7 @@ import onnx
 import pytest
 import tensorrt_rtx
 from click.testing import CliRunner
-from tests.conftest import VARIANTS, edit_json
+from tests.conftest import VARIANTS, edit_json, make_model, save_checkpoint
 from tests.standin import with_engines
 
 from edgeskip.cli import main
@@ -334,6 +334,44 @@ def test_what_cannot_be_built_is_told_before_anything_is(
     assert message in result.stderr
     assert code == 2 or (result.stderr.startswith("edgeskip: ") and result.stderr.count("\n") == 1)
     assert not (bundle.folder / FOLDER).exists()
+
+
+HEADS = {
+    "too small": (
+        {"head_dim": 8},
+        "4 attention heads of 8; wanted a head size of 16 to 256 in steps of 8, for TensorRT",
+    ),
+    "in between": ({"head_dim": 20}, "4 attention heads of 20; wanted a head size of 16 to 256"),
+    "too large": ({"head_dim": 264}, "4 attention heads of 264; wanted a head size of 16 to 256"),
+    "one": (
+        {"num_attention_heads": 1, "num_key_value_heads": 1},
+        "one head of 64; wanted two attention heads or more, for TensorRT; run it in ONNX Runtime",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_heads_that_tensorrt_does_not_compute_are_refused_by_name(name, tmp_path, monkeypatch):
+    """And TensorRT refuses them indeed, so that nothing is refused in vain."""
+    changes, message = HEADS[name]
+    save_checkpoint(make_model("llama-gqa", num_hidden_layers=2, **changes), tmp_path / "checkpoint")
+    bundle = export_bundle(
+        open_checkpoint(str(tmp_path / "checkpoint")), tmp_path / "bundle", ExportSettings(1, "fp16")
+    )
+    with pytest.raises(RequestError, match=message):
+        build(bundle, 86)
+    monkeypatch.setattr(engine, "heads_problem", lambda _: "")
+    with pytest.raises(BackendError, match=r"draft\.onnx: "):
+        build(bundle, 86)
+
+
+def test_the_largest_heads_build(tmp_path):
+    model = make_model("llama-gqa", num_hidden_layers=2, head_dim=256)
+    save_checkpoint(model, tmp_path / "checkpoint")
+    bundle = export_bundle(
+        open_checkpoint(str(tmp_path / "checkpoint")), tmp_path / "bundle", ExportSettings(1, "fp16")
+    )
+    assert [made.folder for made in build(bundle, 86)] == [found.folder for found in read_engines(bundle)]
 
 
 def no_gpu():

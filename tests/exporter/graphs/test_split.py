@@ -7,8 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tests.conftest import VARIANTS, run_round
+from tests.conftest import VARIANTS, make_model, run_round, save_checkpoint
 
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
 from edgeskip.runtime.bundle.dialects import DIALECTS
@@ -49,6 +51,43 @@ def test_logits_equal_transformers_in_prefill_and_decode(variant, dialect, bundl
         run(prefill_round(split, 5, last=False, early_exit=False), 26, 1)
         run_round(session, type(chunk)(speculative_round(split, 4).calls[-2:], rows=5, num_drafts=0, num_targets=5), 26)
         assert np.abs(session.read_logits(5) - wanted[26:31]).max() < 1e-4
+
+
+SHAPES = {  # that published models do not have, or seldom
+    "head 2": ("llama", {"head_dim": 2}),
+    "head 8": ("llama", {"head_dim": 8}),
+    "head 12, normed": ("qwen3", {"head_dim": 12}),
+    "head 100": ("llama", {"head_dim": 100}),  # OpenLLaMA 3B
+    "head 320": ("mistral", {"head_dim": 320}),
+    "one head": ("mistral", {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 20}),
+    "7 heads over 1": ("qwen2", {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 7 * 24}),
+    "odd sizes": ("mistral", {"hidden_size": 63, "intermediate_size": 33, "head_dim": 24, "vocab_size": 299}),
+    "one of everything": ("mistral", {"hidden_size": 1, "intermediate_size": 1, "vocab_size": 1}),
+    "biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 10}),
+}
+
+
+@pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_runs_in_every_dialect(shape, dtype, tmp_path):
+    model_type, changes = SHAPES[shape]
+    changes = {"num_hidden_layers": 2, "head_dim": 16, "bos_token_id": None, "eos_token_id": None} | changes
+    model = make_model({"llama": "llama-gqa"}.get(model_type, model_type), **changes)
+    save_checkpoint(model, tmp_path / "checkpoint")
+    settings = ExportSettings(1, dtype, max_length=17, prefill_chunk=8)
+    bundle = export_bundle(open_checkpoint(str(tmp_path / "checkpoint")), tmp_path / "bundle", settings)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 17)
+    with torch.no_grad():
+        wanted = model(torch.tensor(ids[None])).logits[0].numpy()
+    embeddings, split = embedding_table(bundle), bundle.manifest.split()
+    for dialect in DIALECTS:
+        with OrtCpuSession(bundle, dialect=dialect) as session:
+            for first, rows in ((0, 8), (8, 8), (16, 1)):  # to the last row of the caches
+                session.write("inputs_embeds", embeddings[ids[first : first + rows]])
+                run_round(session, prefill_round(split, rows, last=True, early_exit=False), first)
+                error = np.abs(session.read_logits(1)[0] - wanted[first + rows - 1]).max()
+                assert error < {"fp32": 1e-4, "fp16": 0.05}[dtype] * max(np.abs(wanted).max(), 1), (dialect, first)
 
 
 @pytest.mark.parametrize("dialect", RUNNABLE)
