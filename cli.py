@@ -35,6 +35,9 @@ VERBS = {
 }
 """In the order of a first use; each module has a click command of the verb's name."""
 
+REPORTS = ("--json", "--html")
+"""Options that take a file, and without one mean standard output."""
+
 EXIT_CODES = (
     "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
     "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted, 143 ended by the system."
@@ -47,6 +50,12 @@ class _Group(click.Group):
     def main(self, *args: Any, **settings: Any) -> Any:
         _prepare_streams()
         return super().main(*args, **settings)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """A folder is no report: after a bare --json it is the argument that follows."""
+        pairs = zip(args, [*args[1:], ""], strict=False)
+        given = [f"{one}=-" if one in REPORTS and os.path.isdir(after) else one for one, after in pairs]  # noqa: PTH112
+        return super().parse_args(ctx, given)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -72,8 +81,9 @@ class _Group(click.Group):
         except MemoryError as error:
             said = BackendError("memory", f"there is not enough ({error or 'no more can be had'})", fix="free some")
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # click ends quietly where nobody reads on
+            if error.errno == errno.EPIPE and error.filename is None:
+                _drop_unread()
+                ctx.exit(128 + signal.SIGPIPE)  # as for programs that this signal ends
             said = _of_the_system(error)
         except KeyboardInterrupt:
             click.echo("edgeskip: interrupted", err=True)
@@ -101,6 +111,15 @@ def _check_current_folder() -> None:
         os.getcwd()  # noqa: PTH109
     except OSError as error:
         raise RequestError("current folder", f"is gone ({error.strerror})", fix="change into another") from None
+
+
+def _drop_unread() -> None:
+    """What is left for a reader that is gone, as behind `| head`, goes nowhere."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _of_the_system(error: OSError) -> EdgeskipError:

@@ -16,6 +16,7 @@ from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
+from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.structure import Range
 
@@ -149,9 +150,12 @@ def load_device(name: str) -> Device:
 
 
 def checkpoint_source(recipe: ExportRecipe, path: Path) -> str:
-    """What to open: the recipe's checkpoint as a folder where there is such a folder, else as a hub id."""
+    """What to open: the recipe's checkpoint as a folder where there is such a folder, else as a hub id.
+
+    A bundle may have the name of the checkpoint that it was exported from.
+    """
     for folder in (path.parent / recipe.checkpoint, CHECKPOINTS / recipe.checkpoint):
-        if folder.is_dir():
+        if folder.is_dir() and not (folder / MANIFEST).exists():
             return str(folder)
     return recipe.checkpoint
 

@@ -77,6 +77,18 @@ def disk(folder: Path) -> Disk:
     return Disk(str(folder), usage.total, usage.free)
 
 
+def has_nvidia_gpu(root: Path = Path("/")) -> bool:
+    """Whether there is an NVIDIA GPU, with a driver or without: on the PCI bus, in a Jetson, or in WSL."""
+    with suppress(OSError, ValueError):
+        for folder in (root / "sys/bus/pci/devices").glob("*"):
+            if (folder / "vendor").read_text().strip() == "0x10de" and (folder / "class").read_text()[:4] == "0x03":
+                return True
+    with suppress(OSError):
+        if b"nvidia,tegra" in (root / "proc/device-tree/compatible").read_bytes():
+            return True
+    return any((root / "dev" / name).exists() for name in ("nvidiactl", "dxg"))
+
+
 def command_output(name: str, *arguments: str, root: Path = Path("/"), timeout_s: float = 5.0) -> str:
     """What a command prints on stdout and stderr.
 

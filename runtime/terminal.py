@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,19 @@ DRAFTED = "green"
 
 def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     """Prints text as it comes, accepted drafts in colour; returns the generation."""
-    generation = None
-    for piece in pieces:
-        if console.is_terminal:  # the model must not drive the terminal
-            console.out(printable(piece.text), style=DRAFTED if piece.drafted else None, end="")
-        else:
-            console.file.write(piece.text)
-        console.file.flush()
-        generation = piece.generation
-    console.file.write("\n")
+    generation, begun = None, False
+    try:
+        for piece in pieces:
+            if console.is_terminal:  # the model must not drive the terminal
+                console.out(printable(piece.text), style=DRAFTED if piece.drafted else None, end="")
+            else:
+                console.file.write(piece.text)
+            console.file.flush()
+            generation, begun = piece.generation, True
+    finally:
+        if begun:  # what is said of an interrupt or an error has a line of its own
+            console.file.write("\n")
+            console.file.flush()
     assert generation is not None
     return generation
 
@@ -125,8 +130,11 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     for name, record in m.files.items():
         files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
     console.print(files)
-    dialects = (f"{dialect.name} ({dialect.file.format('draft')}, ...)" for dialect in DIALECTS.values())
-    console.print(f"dialects: {', '.join(dialects)}")
+    if m.packed:
+        console.print("dialects: none; packed, it has engines and no graphs")
+    else:
+        dialects = (f"{dialect.name} ({dialect.file.format('draft')}, ...)" for dialect in DIALECTS.values())
+        console.print(f"dialects: {', '.join(dialects)}")
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -136,6 +144,10 @@ def console(*, stderr: bool = False) -> Console:
 
 class _Console(Console):
     """A console that only its own styles can drive: characters in texts from outside that would are spelled out."""
+
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the command line, where rich would end the program."""
+        raise
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -147,12 +159,19 @@ def shown(text: object) -> str:
     return escape(one_line(text))
 
 
+INTERVAL_S = 10.0
+"""Between two lines of progress."""
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress bar on a terminal's stderr, gone when done."""
+    """A progress bar on a terminal's stderr, gone when done; elsewhere, as in a log, a line from time to time."""
+    console = _Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _progress_lines(console)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -161,3 +180,16 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+def _progress_lines(console: Console) -> Progress:
+    """Says what is done and how far it is, once an interval."""
+    said = time.monotonic()
+
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() >= said + INTERVAL_S:
+            said = time.monotonic()
+            console.print(f"{what}: {done / max(total, 1):.0%}", markup=False, soft_wrap=True)
+
+    return update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.bundle.manifest import SEAL, Bundle, sealed
@@ -178,6 +180,7 @@ def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ort, "usable_cores", lambda: 1)  # a pool's threads spin, and crawl beside other programs
+        patch.setattr(terminal, "INTERVAL_S", math.inf)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +20,15 @@ from click.testing import CliRunner
 
 import edgeskip
 from edgeskip.cli import main
+from edgeskip.exporter.pack import pack
+from edgeskip.runtime import terminal
+from edgeskip.runtime.backends import trt
+from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.printable import printable
 from tests.conftest import edit_json
+from tests.standin import VERSION, HostDevice, StandInTensorRT, with_engines
 
 VERBS = (
     *("bench", "build", "check", "demo", "doctor", "export", "generate", "inspect", "pack", "plan", "recipes", "synth"),
@@ -466,11 +474,167 @@ def test_a_report_goes_into_a_pipe_and_not_in_its_place(tmp_path):
 
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(bundle, texts, tmp_path):
     (tmp_path / "old.json").write_text("kept")
-    for option, place in (("--html", tmp_path), ("--json", tmp_path / "none" / "x.json")):
-        result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, option, place)
+    for option in (f"--html={tmp_path}", f"--json={tmp_path / 'none' / 'x.json'}"):
+        result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, option)
         assert result.exit_code == 5
         assert "cannot be written (" in result.stderr
         assert result.stdout == ""
     same = tmp_path / "old.json"
     result = run("bench", bundle, "--prompts", texts, "-k", 2, "-n", 8, "--html", same, "--json", same)
     assert (result.exit_code, same.read_text()) == (5, "kept")
+
+
+SMALL = ("-n", 6, "-k", 2)
+REPORTS = {
+    "generate": ("{bundle}", "-p", "a", *SMALL),
+    "bench": ("{bundle}", "--prompts", "{texts}", "--repeats", 1, *SMALL),
+    "tune": ("{bundle}", "--prompts", "{texts}", *SMALL),
+    "check": ("{bundle}", "--prompts", "{texts}", "--num-prompts", 1),
+    "inspect": ("{bundle}",),
+    "plan": ("llama3.2-1b", "-d", "h100"),
+    "doctor": (),
+}
+
+
+@pytest.mark.parametrize("verb", REPORTS)
+def test_json_alone_is_stdout_and_with_a_file_goes_there(verb, bundle, texts, tmp_path):
+    arguments = [str(one).format(bundle=bundle, texts=texts) for one in REPORTS[verb]]
+    file = tmp_path / "report.json"
+    shown = succeed(verb, *arguments, "--json", file).stdout
+    assert shown
+    assert not shown.startswith("{")
+    kept = json.loads(file.read_text())
+    for alone in (["--json"], ["--json", "-"]):
+        printed = succeed(verb, *arguments, *alone).stdout
+        assert json.loads(printed).keys() == kept.keys()
+    first = (
+        succeed(verb, "--json", *arguments) if arguments[:1] == [str(bundle)] else succeed(verb, *arguments, "--json")
+    )
+    assert json.loads(first.stdout).keys() == kept.keys()  # a folder after --json is the bundle
+
+
+def test_html_alone_is_stdout(bundle, texts):
+    result = succeed("bench", "--html", bundle, "--prompts", texts, "--repeats", 1, *SMALL)
+    assert result.stdout.startswith("<!DOCTYPE html>")
+    assert "tokens/s" in result.stderr
+
+
+def test_a_file_after_json_is_never_taken_for_the_bundle(bundle, tmp_path):
+    result = run("inspect", "--json", tmp_path / "bundle")
+    assert result.exit_code == 2
+    assert "Missing argument 'BUNDLE'" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def complete(*words, shell="bash"):
+    environment = os.environ | {"_EDGESKIP_COMPLETE": f"{shell}_complete", "COMP_CWORD": str(len(words))}
+    command = [sys.executable, "-c", "from edgeskip.cli import main; main(prog_name='edgeskip')"]
+    environment["COMP_WORDS"] = " ".join(["edgeskip", *words])
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert out.stderr == ""
+    return out.stdout.split()
+
+
+def test_a_shell_completes_verbs_options_bundles_and_names():
+    assert complete("") == [f"plain,{verb}" for verb in main.list_commands(None)]
+    assert complete("ge") == ["plain,generate"]
+    assert complete("generate", "") == ["dir,"]
+    assert complete("generate", "b", "--mo") == ["plain,--mode"]
+    assert complete("generate", "b", "--mode", "early") == ["plain,early-exit"]
+    assert "plain,orin-nano-8gb" in complete("plan", "--device", "orin")
+    assert "plain,llama3-8b" in complete("export", "--recipe", "")
+    assert "plain,orin-nano-8gb" in complete("recipes", "show", "orin")
+
+
+def test_progress_is_a_line_from_time_to_time_where_there_is_no_terminal(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "INTERVAL_S", 0.0)
+    lines = succeed("export", checkpoints("llama-gqa"), tmp_path / "b", "-e", 2).stderr.splitlines()
+    assert lines[-3] == "writing weights: 100%"
+    seconds = iter([0.0, 9.0, 11.0, 11.0, 20.0, 22.0, 22.0])
+    monkeypatch.setattr(terminal, "INTERVAL_S", 10.0)
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    console = terminal.console()
+    with console.capture() as capture:
+        update = terminal._progress_lines(console)
+        for done in range(1, 5):
+            update("measuring [1]", done, 4)
+    assert capture.get() == "measuring [1]: 50%\nmeasuring [1]: 100%\n"
+
+
+def test_a_reader_that_ends_early_is_no_error(bundle):
+    """As `edgeskip generate ... | head -c 1`: exit code 141 = 128 + SIGPIPE, and not a word."""
+    for arguments in (["generate", bundle, "-p", "a", "-n", 60], ["inspect", bundle], ["recipes", "list"]):
+        command = [sys.executable, "-m", "edgeskip.cli", *map(str, arguments)]
+        reading, writing = os.pipe()
+        os.close(reading)
+        out = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert (out.returncode, out.stderr) == (141, "")
+
+
+def test_an_interrupt_in_the_middle_of_a_line_has_a_line_of_its_own(bundle, monkeypatch):
+    from edgeskip.runtime.decoding import model
+
+    right = model.Model.generate
+
+    def interrupted(self, *arguments, **settings):
+        pieces = right(self, *arguments, **settings)
+        yield next(piece for piece in pieces if piece.text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.Model, "generate", interrupted)
+    result = run("generate", bundle, "-p", "a")
+    assert result.exit_code == 130
+    assert result.stdout.endswith("\n")
+    assert result.stdout.strip()
+    assert result.output.endswith("\nedgeskip: interrupted\n")
+
+
+def test_inspect_shows_engines_and_what_is_wrong_with_them(bundles, tmp_path):
+    whole = with_engines(bundles("llama-gqa", exit_layer=3), tmp_path / "whole")
+    text = succeed("inspect", whole.folder).stdout
+    size = sum(path.stat().st_size for path in whole.folder.rglob("*.engine")) / 1e6
+    assert f"engines: tensorrt {VERSION}, SM 87, fp32, {size:.2f} MB; not for this machine: " in text
+    assert "dialects: standard (draft.onnx, ...), ort (draft.ort.onnx, ...)" in text
+    pack(whole, read_engines(whole), tmp_path / "packed")
+    text = succeed("inspect", tmp_path / "packed").stdout
+    assert "dialects: none; packed, it has engines and no graphs" in text
+    assert f"engines: tensorrt {VERSION}, SM 87" in text
+    next(whole.folder.rglob("draft.engine")).unlink()
+    text = succeed("inspect", whole.folder).stdout
+    assert re.search(r"engines: of no use: .*draft.engine: no such file", text)
+    assert "engines: none" in succeed("inspect", bundles("llama-gqa", exit_layer=3).folder).stdout
+
+
+def test_inspect_says_which_engines_fit(bundles, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeskip.runtime.backends.device.CudaDevice", lambda: nullcontext(HostDevice()))
+    monkeypatch.setattr(trt, "import_tensorrt", lambda backend: StandInTensorRT(rtx=backend.endswith("rtx")))
+    bundle = with_engines(bundles("llama-gqa"), tmp_path / "b")
+    with_engines(bundle, bundle.folder, sm=86)
+    text = succeed("inspect", bundle.folder).stdout
+    assert re.search(r"SM 87, .* they fit this machine", text)
+    assert re.search(r"SM 86, .* not for this machine: built for SM 86, this GPU is SM 87", text)
+
+
+def test_a_bundle_of_the_recipes_name_is_no_checkpoint(tmp_path, monkeypatch):
+    """`edgeskip export --recipe python-10m` writes such a bundle, and a tuned recipe beside it names its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    succeed("export", "--recipe", "python-10m", "--max-length", 64)
+    (tmp_path / "tuned.toml").write_text('checkpoint = "python-10m"\nexit_layer = 2\nsource = "tune"\n')
+    succeed("export", "--recipe", "tuned.toml", "b", "--max-length", 64)
+    assert json.loads((tmp_path / "b" / MANIFEST).read_text())["exit_layer"] == 2
+
+
+def test_a_bundle_is_planned_as_it_was_exported(bundles):
+    bundle = bundles("llama-gqa", exit_layer=3, num_speculations=6, dtype="bf16", max_length=64)
+    plan = json.loads(succeed("plan", bundle.folder, "-d", "h100", "--json").stdout)
+    own = {"exit_layer": 3, "num_speculations": 6, "dtype": "bf16", "max_length": 64, "model": bundle.folder.name}
+    assert own.items() <= plan.items()
+    other = ("--exit-layer", 2, "-k", 1, "--dtype", "fp16", "--max-length", 32)
+    plan = json.loads(succeed("plan", bundle.folder, "-d", "h100", *other, "--json").stdout)
+    assert {"exit_layer": 2, "num_speculations": 1, "dtype": "fp16", "max_length": 32}.items() <= plan.items()
+
+
+def test_complete_takes_what_generate_takes():
+    ours, theirs = (inspect.signature(getattr(edgeskip.Model, name)).parameters for name in ("complete", "generate"))
+    assert list(ours.values()) == list(theirs.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from edgeskip.runtime.commands.options import (
     threads_option,
     threshold_option,
 )
-from edgeskip.runtime.commands.reports import check_writable, write_report
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,9 +99,8 @@ def bench(
             return transformers_contestants(model.bundle, model.session.device, threads)
 
         report = run_bench(model, texts, settings, others, command_line(), progress)
-    print_bench(report, console(stderr="-" in (str(json_path), str(html_path))))
-    if json_path is not None:
-        write_report(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    print_bench(report, console(stderr=on_stdout(json_path, html_path)))
+    write_json(json_path, report)
     if html_path is not None:
         write_report(html_path, bench_page(dataclasses.asdict(report)))
     if report.faults:

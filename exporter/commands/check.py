@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from edgeskip.runtime.commands.options import (
     require,
     threads_option,
 )
-from edgeskip.runtime.commands.reports import check_writable, write_report
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
 
 
 @click.command()
@@ -65,8 +63,7 @@ def check(
     with progress_bar() as progress, load(bundle, **settings, progress=progress) as model:
         golden = Golden(model.bundle, reference, model.session.device, threads)
         report = run_check(model, golden, texts, layers=layers, command=command_line(), progress=progress)
-    print_check(report, console(stderr=str(json_path) == "-"))
-    if json_path is not None:
-        write_report(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    print_check(report, console(stderr=on_stdout(json_path)))
+    write_json(json_path, report)
     if not report.passed:
         raise SystemExit(1)

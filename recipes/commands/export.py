@@ -7,15 +7,22 @@ from typing import Any, get_args
 
 import click
 
+from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import first, recipe_option, require, say
+from edgeskip.runtime.commands.options import first, require, say
 
 
 @click.command()
 @click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [BUNDLE]")
 @recipe_option
-@click.option("--device", "-d", "device_name", help="Plan for this device, by name or file, and fit its memory.")
+@click.option(
+    "--device",
+    "-d",
+    "device_name",
+    shell_complete=names_of("device"),
+    help="Plan for this device, by name or file, and fit its memory.",
+)
 @click.option("--exit-layer", "-e", type=int, help="E: layers[:E] draft, the rest verify.  [default: the recipe's]")
 @click.option(
     "--dtype",

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.commands.options import (
     first,
-    recipe_option,
+    json_option,
 )
-from edgeskip.runtime.commands.reports import check_writable, write_report
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
 
 
 @click.command()
 @click.argument("model", required=False)
 @recipe_option
-@click.option("--device", "-d", "device_name", required=True, help="A device, by name or file.")
+@click.option(
+    "--device", "-d", "device_name", shell_complete=names_of("device"), required=True, help="A device, by name or file."
+)
 @click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
 @click.option(
     "--num-speculations",
@@ -49,7 +50,7 @@ from edgeskip.runtime.commands.reports import check_writable, write_report
     type=click.Path(path_type=Path),
     help="What `edgeskip bench --json` wrote on this device, of any model; more than once for more.",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan here; - is stdout.")
+@json_option
 def plan(
     model: str | None,
     recipe: str | None,
@@ -67,36 +68,42 @@ def plan(
 ) -> None:
     """Foretell whether a model fits a device and how fast it is there, without its weights.
 
-    MODEL is a checkpoint folder, a hub id, a config.json or a published shape; or give --recipe. The exit code is 1
-    where it will not work.
+    MODEL is a checkpoint folder, a hub id, a config.json, a published shape, or a bundle, which is planned as it was
+    exported; or give --recipe. The exit code is 1 where it will not work.
     """
     if (model is None) == (recipe is None):
         raise click.UsageError("give a MODEL or --recipe")
     from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
     from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
     from edgeskip.recipes.plan.report import print_plan
-    from edgeskip.recipes.shape import load_shape
+    from edgeskip.recipes.shape import Shape, load_shape
     from edgeskip.runtime.bench.measure import read_report
+    from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
     from edgeskip.runtime.terminal import console
 
     check_writable(json_path)
     device = load_device(device_name)
     known: dict[int, float] = {}
+    own_num_speculations: int | None = None
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
         exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
-        max_length = first(max_length, chosen.max_length)
+        max_length, own_num_speculations = first(max_length, chosen.max_length), chosen.num_speculations
+    elif model is not None and (Path(model) / MANIFEST).is_file():
+        manifest = read_bundle(model).manifest
+        shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
+        exit_layer, dtype = first(exit_layer, manifest.exit_layer), first(dtype, manifest.dtype)
+        max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
     else:
         shape = load_shape(str(model))
         exit_layer = first(exit_layer, max(shape.architecture.num_layers // 4, 1))
     known |= parse_match_rates(match_rates, exit_layer)
-    if recipe is not None and exit_layer not in known:
-        num_speculations = first(num_speculations, chosen.num_speculations)
+    if exit_layer not in known:
+        num_speculations = first(num_speculations, own_num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
     made = make_plan(recipe or shape.name, shape.architecture, device, settings, [read_report(p) for p in reports])
-    print_plan(made, console(stderr=str(json_path) == "-"))
-    if json_path is not None:
-        write_report(json_path, json.dumps(dataclasses.asdict(made), indent=2) + "\n")
+    print_plan(made, console(stderr=on_stdout(json_path)))
+    write_json(json_path, made)
     if not made.works:
         raise SystemExit(1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from edgeskip.recipes.commands.options import names_of
+from edgeskip.recipes.reader import FOLDERS
 from edgeskip.runtime.commands.options import say
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.printable import printable
@@ -30,7 +32,7 @@ def list_recipes() -> None:
 
 
 @recipes.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=names_of(*FOLDERS))
 def show(recipe: str) -> None:
     """Print a RECIPE, by name or file: its text, and what it takes from the one it extends."""
     from edgeskip.recipes.library import recipe_file
@@ -47,7 +49,7 @@ def show(recipe: str) -> None:
 
 
 @recipes.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=names_of(*FOLDERS))
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def copy(recipe: str, file: Path | None) -> None:
     """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
@@ -70,7 +72,7 @@ def copy(recipe: str, file: Path | None) -> None:
 
 
 @recipes.command()
-@click.argument("names", nargs=-1, metavar="[RECIPE]...")
+@click.argument("names", nargs=-1, metavar="[RECIPE]...", shell_complete=names_of(*FOLDERS))
 def validate(names: tuple[str, ...]) -> None:
     """Check RECIPES, by name or file, of any kind.  [default: all that ship with edgeskip]"""
     from edgeskip.recipes.library import recipe_file, shipped_recipes

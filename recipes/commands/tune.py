@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from edgeskip.runtime.commands.options import (
     threads_option,
     threshold_option,
 )
-from edgeskip.runtime.commands.reports import check_writable, write_report
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json, write_report
 from edgeskip.runtime.errors import RecipeError
 
 
@@ -86,9 +84,8 @@ def tune(
     choice: Any = {"backend": backend, "device": device, "threads": threads}
     with progress_bar() as progress:
         report = run(lambda: load(bundle, **choice, progress=progress), texts, settings, command_line(), progress)
-    print_tuning(report, console(stderr="-" in map(str, (recipe, json_path, html_path))))
-    if json_path is not None:
-        write_report(json_path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    print_tuning(report, console(stderr=on_stdout(recipe, json_path, html_path)))
+    write_json(json_path, report)
     if html_path is not None:
         write_report(html_path, tuning_page(report))
     if recipe is not None:

@@ -24,7 +24,7 @@ from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import distinct_calls
+from edgeskip.runtime.decoding.rounds import Mode, distinct_calls
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError
@@ -285,7 +285,7 @@ def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> f
 
 
 def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
-    mode = "self-speculative" if k else "autoregressive"
+    mode: Mode = "self-speculative" if k else "autoregressive"
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
         generation: Generation = model.complete(

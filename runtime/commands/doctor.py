@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from pathlib import Path
 
 import click
 
+from edgeskip.runtime.commands.options import json_option
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
+
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json: bool) -> None:
+@json_option
+def doctor(json_path: Path | None) -> None:
     """Show what this machine has, what will work here, and the command that mends what will not."""
     from edgeskip.runtime.doctor.examine import examine
 
+    check_writable(json_path)
     report = examine()
     try:
         from edgeskip.runtime.doctor.report import print_doctor
         from edgeskip.runtime.terminal import console
     except ImportError:  # without rich the JSON says as much
-        as_json = True
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
+        json_path = json_path or Path("-")
     else:
-        print_doctor(report, console())
+        if not on_stdout(json_path):
+            print_doctor(report, console())
+    write_json(json_path, report)

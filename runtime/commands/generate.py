@@ -13,9 +13,11 @@ from edgeskip.runtime.commands.options import (
     backend_option,
     bundle_argument,
     device_option,
+    report_option,
     threads_option,
     threshold_option,
 )
+from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_report
 from edgeskip.runtime.decoding.rounds import MODES
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.reading import decode_text, read_stream
@@ -31,7 +33,7 @@ from edgeskip.runtime.reading import decode_text, read_stream
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="Tokens at most.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@report_option("json", "Write text, tokens and statistics to FILE as a JSON object; without FILE, to stdout.")
 @backend_option
 @device_option
 @threads_option
@@ -45,7 +47,7 @@ def generate(
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
-    as_json: bool,
+    json_path: Path | None,
     backend: Any,
     device: Any,
     threads: int,
@@ -53,6 +55,7 @@ def generate(
     """Continue a prompt. On a terminal, text that the early layers drafted is green."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    check_writable(json_path)
     text = prompt if prompt is not None else _read_text(prompt_file)
     from edgeskip.runtime.load import load
     from edgeskip.runtime.terminal import console, print_model, print_statistics, progress_bar, stream
@@ -60,7 +63,7 @@ def generate(
     with progress_bar() as progress:
         model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
     with model:
-        settings = {
+        settings: Any = {
             "mode": mode,
             "num_speculations": num_speculations,
             "confidence_threshold": confidence_threshold,
@@ -68,12 +71,14 @@ def generate(
             "stop": stop,
         }
         asked: Any = [{"role": "user", "content": text}] if chat else text
-        if as_json:
-            click.echo(json.dumps(dataclasses.asdict(model.complete(asked, **settings))))
+        if on_stdout(json_path):
+            generation = model.complete(asked, **settings)
         else:
             generation = stream(model.generate(asked, **settings), console())
             print_model(model, console(stderr=True))
             print_statistics(generation, console(stderr=True))
+        if json_path is not None:
+            write_report(json_path, json.dumps(dataclasses.asdict(generation)) + "\n")
 
 
 def _read_text(file: Any) -> str:

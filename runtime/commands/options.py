@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.packages import NEEDS, missing_modules
 from edgeskip.runtime.printable import printable
 
-bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
+
+
+class Folder(click.Path):
+    """A path that a shell completes with folders."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """One item, which leaves it to the shell."""
+        return [CompletionItem(incomplete, type="dir")]
+
+
+bundle_argument = click.argument("bundle", type=Folder(path_type=Path))
 threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),
@@ -40,15 +53,16 @@ max_new_tokens_option = click.option(
 )
 num_prompts_option = click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
 prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
-json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - is stdout."
-)
-html_option = click.option(
-    "--html", "html_path", type=click.Path(path_type=Path), help="Write a page with plots here; - is stdout."
-)
-recipe_option = click.option(
-    "--recipe", "-r", help="A model recipe, by name or file; `edgeskip recipes list` shows them."
-)
+
+
+def report_option(name: str, text: str) -> Callable[[CommandT], CommandT]:
+    """An option that takes a file, and without one means standard output."""
+    settings: Any = {"type": click.Path(path_type=Path), "is_flag": False, "flag_value": "-", "metavar": "[FILE]"}
+    return click.option(f"--{name}", f"{name}_path", help=text, **settings)
+
+
+json_option = report_option("json", "Write the report to FILE as JSON; without FILE, to stdout.")
+html_option = report_option("html", "Write a page with plots to FILE; without FILE, to stdout.")
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.files import write_file
 from edgeskip.runtime.reading import kind_of
+
+
+def write_json(path: Path | None, report: Any) -> None:
+    """Writes a report as JSON, where it is asked for.
+
+    Args:
+        path: where; `-` is standard output.
+        report: a dataclass.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    if path is not None:
+        write_report(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
 
 
 def write_report(path: Path, text: str) -> None:
@@ -27,6 +44,11 @@ def write_report(path: Path, text: str) -> None:
         write_file(path, data)
     except (OSError, ValueError) as error:
         raise _refusal(path, reason(error)) from None
+
+
+def on_stdout(*paths: Path | None) -> bool:
+    """Whether one of these reports takes standard output, so that all else must keep off it."""
+    return "-" in map(str, paths)
 
 
 def check_writable(*paths: Path | None) -> None:

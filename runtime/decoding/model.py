@@ -113,9 +113,25 @@ class Model:
         k = num_speculations if mode == "self-speculative" else 0
         return self._generate(_Request(self._encode(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
 
-    def complete(self, prompt: Prompt, **settings: object) -> Generation:
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        mode: Mode = "self-speculative",
+        num_speculations: int | None = None,
+        confidence_threshold: float | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
         """As `generate`, in one piece."""
-        *_, last = self.generate(prompt, **settings)  # type: ignore[arg-type]
+        *_, last = self.generate(
+            prompt,
+            mode=mode,
+            num_speculations=num_speculations,
+            confidence_threshold=confidence_threshold,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
         assert last.generation is not None
         return last.generation
 

@@ -23,7 +23,16 @@ from edgeskip.runtime.doctor.jetson import (
 )
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.files import user_cache
-from edgeskip.runtime.host import Disk, HostMemory, command_output, cpu_name, disk, host_memory, usable_cores
+from edgeskip.runtime.host import (
+    Disk,
+    HostMemory,
+    command_output,
+    cpu_name,
+    disk,
+    has_nvidia_gpu,
+    host_memory,
+    usable_cores,
+)
 from edgeskip.runtime.packages import BASE, missing_modules, versions
 
 T = TypeVar("T")
@@ -95,7 +104,7 @@ def read_hardware(root: Path, unknown: dict[str, str]) -> tuple[Hardware, Backen
         memory=_attempt(unknown, "memory", lambda: host_memory(root)),
         disk=_attempt(unknown, "disk", lambda: disk(Path.cwd())),
         cache_disk=_attempt(unknown, "cache_disk", lambda: disk(user_cache())),
-        has_gpu=gpu is not None or jetson is not None or _has_pci_gpu(root),
+        has_gpu=gpu is not None or jetson is not None or has_nvidia_gpu(root),
         gpu=gpu,
         jetson=jetson,
     )
@@ -210,14 +219,3 @@ def _nvidia_smi(root: Path, *fields: str) -> list[list[str]]:
     if not rows:
         raise ValueError(f"nvidia-smi says {text[:60]!r}")
     return rows
-
-
-def _has_pci_gpu(root: Path) -> bool:
-    """Whether there is an NVIDIA GPU on the PCI bus, with a driver or without."""
-    try:
-        for folder in (root / "sys/bus/pci/devices").glob("*"):
-            if (folder / "vendor").read_text().strip() == "0x10de" and (folder / "class").read_text()[:4] == "0x03":
-                return True
-    except (OSError, ValueError):
-        pass
-    return False

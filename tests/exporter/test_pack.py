@@ -68,7 +68,8 @@ def test_it_decodes_as_the_whole_bundle_does(bundle, tmp_path):
     assert texts[0] == texts[1] != ""
 
 
-def test_onnxruntime_says_that_it_has_no_graphs(bundle, tmp_path):
+def test_onnxruntime_says_that_it_has_no_graphs(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeskip.runtime.backends.device.CudaDevice", HostDevice)
     made = packed(bundle, tmp_path / "p")
     with pytest.raises(BundleError, match="packed: it has engines, no graphs"):
         open_session(made, backend="onnxruntime", device="cpu")

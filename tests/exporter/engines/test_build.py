@@ -291,7 +291,8 @@ def test_an_interrupted_build_leaves_nothing_and_the_old_engines(number, code, s
         process.send_signal(number)
         _, stderr = process.communicate()
         assert process.returncode == code
-        assert stderr == ("edgeskip: interrupted\n" if number == signal.SIGINT else "")
+        said = [line for line in stderr.splitlines() if not line.endswith("%")]  # that is progress, on a slow machine
+        assert said == (["edgeskip: interrupted"] if number == signal.SIGINT else [])
         assert not [child for child in children if Path(f"/proc/{child}").exists()]
         assert {path: path.read_bytes() for path in bundle.folder.rglob("*") if path.is_file()} == wanted
         assert old or not (bundle.folder / FOLDER).exists()

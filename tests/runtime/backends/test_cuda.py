@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import run_round
 
 import edgeskip
+from edgeskip.runtime import host
 from edgeskip.runtime.backends import cuda_session, ort_cuda_session
 from edgeskip.runtime.backends import ort as ort_backend
 from edgeskip.runtime.backends.choice import open_session
@@ -166,6 +167,13 @@ def test_fp32_runs_the_standard_dialect_and_refuses_the_other(bundles):
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 def test_no_gpu_is_one_line(bundles):
+    with pytest.raises(BackendError, match="GPU: there is no NVIDIA GPU in this machine; give --device cpu"):
+        open_session(bundles("llama-gqa"), device="cuda")
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+def test_a_gpu_that_cannot_be_used_is_one_line(bundles, monkeypatch):
+    monkeypatch.setattr(host, "has_nvidia_gpu", lambda: True)
     with pytest.raises(BackendError, match=r"CUDA: no usable GPU \(.*\); wanted an NVIDIA GPU and its driver"):
         open_session(bundles("llama-gqa"), device="cuda")
 
@@ -177,11 +185,12 @@ def test_auto_takes_the_cpu_and_says_why_not_the_gpu(bundles, monkeypatch):
         assert "GPU" not in session.description  # this ONNX Runtime is for a CPU
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with open_session(bundles("llama-gqa")) as session:
-        assert "CPU, ort dialect, fp32; not the GPU: CUDA: no usable GPU" in session.description
+        assert "CPU, ort dialect, fp32; not the GPU: GPU: there is no NVIDIA GPU" in session.description
 
 
 def test_cuda_core_that_is_missing_is_named(bundles, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
+    monkeypatch.setattr(host, "has_nvidia_gpu", lambda: True)
     with pytest.raises(BackendError, match=r'cuda-core: not usable .*pip install "edgeskip\[cuda\]"'):
         open_session(bundles("llama-gqa"), device="cuda")
 

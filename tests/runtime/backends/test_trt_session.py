@@ -201,7 +201,8 @@ def test_a_bundle_without_engines_says_how_to_build_them(bundle):
         open_session(bundle, backend="tensorrt-rtx")
 
 
-def test_tensorrt_that_is_missing_is_named(bundle, tmp_path):
+def test_tensorrt_that_is_missing_is_named(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgeskip.runtime.backends.device.CudaDevice", HostDevice)
     copied = with_engines(bundle, tmp_path / "b")
     with pytest.raises(BackendError, match=r"tensorrt: not usable .*edgeskip\[tensorrt\]"):
         open_session(copied, backend="tensorrt")

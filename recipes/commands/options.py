@@ -1,0 +1,30 @@
+"""Options that name a recipe, and what a shell completes them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+from click.shell_completion import CompletionItem
+
+from edgeskip.recipes.reader import FOLDERS, Kind
+
+Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def names_of(*kinds: Kind) -> Completion:
+    """Completes with the names of the recipes of these kinds that ship with edgeskip, or with files."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = sorted(path.stem for kind in kinds for path in FOLDERS[kind].glob("*.toml"))
+        return [*map(CompletionItem, (n for n in names if n.startswith(incomplete))), CompletionItem("", type="file")]
+
+    return complete
+
+
+recipe_option = click.option(
+    "--recipe",
+    "-r",
+    shell_complete=names_of("model"),
+    help="A model recipe, by name or file; `edgeskip recipes list` shows them.",
+)
