@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import types
 from importlib import util
 
 import numpy as np
@@ -200,15 +201,15 @@ def test_a_stale_cache_row_is_found_in_the_session(bundles):
         session, bind = model.session, model.session.bind
 
         def forgetful(round_):
-            run = bind(round_)
+            bound = bind(round_)
 
-            def start(position):
+            def wait():
                 before = session._caches[name][:, :, row].copy()
-                result = run(position)()
+                result = bound.wait()
                 session._caches[name][:, :, row] = before
-                return lambda: result
+                return result
 
-            return start
+            return types.SimpleNamespace(start=bound.start, wait=wait)
 
         session.bind = forgetful
         report = run_check(model, Golden(bundle), PROMPTS, layers=True)
