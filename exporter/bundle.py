@@ -14,6 +14,8 @@ import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.config import SYNTHETIC, read_json
 from edgeskip.exporter.graphs.split import Model, split_graph
+from edgeskip.exporter.index import Warn
+from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import DIALECTS
@@ -70,9 +72,13 @@ class ExportSettings:
 
 
 def export_bundle(
-    checkpoint: Checkpoint, destination: Path, settings: ExportSettings, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    destination: Path,
+    settings: ExportSettings,
+    progress: Progress = lambda *_: None,
+    warn: Warn = lambda _: None,
 ) -> Bundle:
-    """Splits a checkpoint and writes the bundle.
+    """Splits a checkpoint and writes the bundle; `warn` is told, in one line, where the dtype may not hold the numbers.
 
     Raises:
         RequestError: an exit layer, length or speculation length that the model cannot have.
@@ -86,6 +92,11 @@ def export_bundle(
     graphs = graph_table(architecture.num_layers, exits, heads)
     tokenizer_config = _tokenizer_config(checkpoint.folder)
     texts = _text_files(checkpoint, tokenizer_config)
+    if settings.dtype == "fp16" and (found := beyond_fp16(checkpoint)):
+        warn(
+            f"{found.tensor} gives numbers of about {found.value:.0e}, and fp16 ends at {LARGEST_FP16:.0f}; "
+            "export in bf16 or fp32, or compare the bundle with `edgeskip check`"
+        )
     with whole_folder(destination, layout.bytes) as folder:
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
         model = Model(architecture, settings.dtype, capacity, layout.tensors, layout.arrays)

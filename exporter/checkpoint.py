@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -20,6 +21,13 @@ from edgeskip.runtime.errors import CheckpointError, reason
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 _HUB_DUPLICATES = ["*/*", "consolidated*"]  # the same weights in other layouts
+_CHANGES_GREEDY = {
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "bad_words_ids": [],
+    "suppress_tokens": [], "begin_suppress_tokens": [], "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "min_length": 0, "min_new_tokens": 0, "sequence_bias": {}, "exponential_decay_length_penalty": None,
+    "num_beams": 1, "penalty_alpha": 0, "guidance_scale": 1, "stop_strings": [],
+}  # fmt: skip
+"""What generation_config.json can ask for that changes a greedy text, each with the value that asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,21 @@ class TensorReader:
     def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[npt.NDArray[Any]]:
         """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype."""
         stored = self._checkpoint.tensors[name]
-        file = self._files.get(stored.file)
-        if file is None:
-            file = self._files[stored.file] = self._stack.enter_context(safe_open(stored.file, "numpy"))
-        yield from tensor_rows(file, stored, block_bytes)
+        yield from tensor_rows(self._opened(stored), stored, block_bytes)
+
+    def sample(self, name: str, runs: int = 16, rows: int = 16) -> npt.NDArray[np.float32]:
+        """Some rows of a matrix, from all over it, or the whole of a vector, in fp32."""
+        stored = self._checkpoint.tensors[name]
+        view, count = self._opened(stored).get_slice(stored.name), stored.shape[0]
+        if len(stored.shape) == 1 or count <= runs * rows:
+            return np.asarray(view[:], np.float32)
+        starts = np.linspace(0, count - rows, runs).astype(int)
+        return np.concatenate([np.asarray(view[start : start + rows], np.float32) for start in starts])
+
+    def _opened(self, stored: SourceTensor) -> Any:
+        if stored.file not in self._files:
+            self._files[stored.file] = self._stack.enter_context(safe_open(stored.file, "numpy"))
+        return self._files[stored.file]
 
 
 def open_checkpoint(
@@ -99,6 +118,7 @@ def open_checkpoint(
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(folder / "tokenizer.json", f"not a tokenizer ({error})") from None
     tensors, architecture = index_tensors(folder, architecture, warn)
+    _warn_of_generation(folder, warn)
     return Checkpoint(
         source=source if not Path(source).is_dir() else Path(source).resolve().name,
         folder=folder,
@@ -111,12 +131,22 @@ def open_checkpoint(
     )
 
 
+def _warn_of_generation(folder: Path, warn: Warn) -> None:
+    """Says what generation_config.json asks for that makes transformers' greedy text another one."""
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    asked = [key for key, off in _CHANGES_GREEDY.items() if config.get(key) not in (None, off)]
+    if asked:
+        settings = ", ".join(f"{key} {config[key]!r:.40}" for key in asked)
+        warn(f"{path}: asks for {settings}, which is not applied: a text is what the model itself finds likeliest")
+
+
 def _licences(folder: Path, warn: Warn) -> Iterator[Path]:
     """Those that are the checkpoint's own: a link may lead to what is nobody else's business."""
     home = folder.resolve()
-    own = (
-        [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    )  # the hub's cache is all links
+    own = [home]
+    if home.parent.name == "snapshots":  # of the hub's cache, where every file is a link
+        own.append(home.parents[1] / "blobs")
     for path in sorted(folder.iterdir()):
         if path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")) and path.is_file():
             if any(path.resolve().is_relative_to(place) for place in own):

@@ -97,7 +97,7 @@ def export(
         exit_layer, first(dtype, "fp32"), max_length, first(num_speculations, DEFAULT_SPECULATIONS)
     )
     with progress_bar() as progress:
-        exported = export_bundle(opened, bundle, settings, progress)
+        exported = export_bundle(opened, bundle, settings, progress, warn)
     weights = exported.manifest.weights_bytes / 1e6
     say(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
     say(f'Try it: edgeskip generate {bundle} --prompt "..."')

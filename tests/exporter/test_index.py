@@ -256,6 +256,16 @@ def test_what_cannot_be_taken_is_refused_by_name(name, folder, tmp_path):
         export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportSettings(2))
 
 
+def test_settings_that_would_change_a_greedy_text_are_told(folder):
+    settings = {"temperature": 0.6, "top_k": 20, "do_sample": True, "num_beams": 1, "repetition_penalty": 1.1}
+    edit_json(folder / "generation_config.json", lambda config: config.update(settings))
+    warnings = []
+    open_checkpoint(str(folder), warn=warnings.append)
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "asks for repetition_penalty 1.1, which is not applied: a text is what the model itself finds likeliest"
+    ]
+
+
 @pytest.mark.parametrize("place", ["folder", "cache"])
 def test_a_licence_travels_where_it_is_the_checkpoints_own(place, folder, tmp_path):
     """Real files, or links into the blobs beside a snapshot, which is how the hub's cache is laid out."""
