@@ -1,7 +1,7 @@
 """What a device needs of a bundle that has engines, and no more.
 
 packed/
-  manifest.json         as the bundle's, and which graphs and weights its engines were built from
+  manifest.json         the bundle's, with the graphs and weights that its engines were built from
   weights.safetensors   the embedding table alone, for prompts; every other weight is in the engines
   tokenizer.json config.json chat_template.jinja LICENSE*
   engines/<backend>-sm<SM>-<version>/...
@@ -73,7 +73,7 @@ def pack(bundle: Bundle, engines: Sequence[Engines], destination: Path, progress
 
 
 def _write_table(bundle: Bundle, path: Path, count: Callable[[int], None]) -> FileRecord:
-    """A safetensors file of the embedding table alone."""
+    """Writes a safetensors file of the embedding table alone."""
     arrays, manifest = stored_arrays(bundle), bundle.manifest
     laid = lay_out([manifest.tensors[EMBEDDINGS]], manifest.dtype)
     with bundle.path(WEIGHTS).open("rb") as source:
@@ -91,6 +91,6 @@ def _write_table(bundle: Bundle, path: Path, count: Callable[[int], None]) -> Fi
 
 
 def _copy(source: Path, target: Path, count: Callable[[int], None]) -> FileRecord:
-    """Copies a file; its hash is of what was written."""
+    """Copies a file; the hash is that of what was written."""
     with open_plain(source) as file:
         return FileRecord(*write_hashed(target, blocks_of(file, count)))

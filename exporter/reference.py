@@ -45,9 +45,9 @@ def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") 
 def transformers_contestants(
     bundle: Bundle, device: Literal["cpu", "cuda"] = "cpu", threads: int = 0
 ) -> tuple[Contestant, ...]:
-    """Transformers' generate for a bench: plain, and with the exit layer drafting (`assistant_early_exit`).
+    """Transformers' `generate`, for a bench: plain, and with the exit layer drafting (`assistant_early_exit`).
 
-    On a GPU in the bundle's dtype, on a CPU in fp32.
+    It runs in the bundle's dtype on a GPU, and in fp32 on a CPU.
 
     Raises:
         BackendError: this torch has no CUDA.
@@ -74,7 +74,7 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
 
 
 def _with_buffers(model: Any, config: Any) -> Any:
-    """RoPE's frequencies are no weights: a model made on the meta device lacks them."""
+    """RoPE's frequencies are not weights, so a model made on the meta device lacks them."""
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model
 
@@ -99,7 +99,7 @@ def _generate(model: Any, prompt_ids: list[int], max_new_tokens: int, settings: 
 
 
 class _Clock:
-    """A streamer that only notes when the first new token came: the prompt is put first."""
+    """A streamer that only notes when the first new token came; the prompt is put first."""
 
     def __init__(self) -> None:
         self.puts = 0

@@ -1,7 +1,7 @@
-"""How far a runner is from the golden one: errors of every tensor, gathered over calls, and what they may be.
+"""How far a runner is from the golden one: errors of every tensor, gathered over calls, and their bounds.
 
 Polygraphy pairs the two runs and gives the largest and the mean absolute error. Its cosine is that of a whole tensor,
-where a few long rows hide all others, and it has no ratio of norms: both are computed here, row by row.
+where a few long rows hide all the others, and it has no ratio of norms. Both are computed here, row by row.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Threshold:
-    """What 1 - cosine and |norm ratio - 1| may be at most, in the mean over rows and in any one row.
+    """The largest 1 - cosine and |norm ratio - 1| allowed, in the mean over rows and in any one row.
 
-    The mean tells a small fault of all rows from rounding, a row's own bound one wrong row among many.
+    The mean tells a small fault in all rows from rounding; the bound for a single row finds one wrong row among many.
     """
 
     cosine_loss: float
@@ -43,9 +43,9 @@ THRESHOLDS: dict[DType, Threshold] = {
 class Errors:
     """A tensor over some calls; each row is one position.
 
-    `cosine` and `norm_ratio` (ours over golden) are means over rows, `row_cosine` is the lowest of a row,
-    `row_norm_ratio` the one farthest from 1; `worst_row` is the position of the row farthest off, `distance` how
-    far, over its length. NaN and Inf are counted, and stand as 0 in all else.
+    `cosine` and `norm_ratio` (ours over golden) are means over rows, `row_cosine` is the lowest of any row,
+    `row_norm_ratio` the one farthest from 1; `worst_row` is the position of the row farthest off, and `distance` how
+    far off it is, relative to its length. NaN and Inf are counted, and taken as 0 in everything else.
     """
 
     rows: int
@@ -62,7 +62,7 @@ class Errors:
     infs: int
 
     def within(self, threshold: Threshold) -> bool:
-        """Whether all of it is."""
+        """Whether all errors are."""
         return (
             not self.nans
             and not self.infs
@@ -95,18 +95,18 @@ class Errors:
 
 
 Key = tuple[str, ...]
-"""Names a tensor: its graph, itself, and what else keeps it apart from others."""
+"""Names a tensor: its graph, itself, and whatever else distinguishes it."""
 
 
 class Comparison:
-    """Rows of two runners, collected call by call and compared a text at a time."""
+    """Rows of two runners, collected call by call and compared one text at a time."""
 
     def __init__(self) -> None:
         self.errors: dict[Key, Errors] = {}
         self._rows: dict[Key, list[tuple[Array, Array, Array]]] = {}
 
     def add(self, key: Key, ours: Array, golden: Array, first_row: int) -> None:
-        """Takes rows [rows, values], the first of which stands at position `first_row`."""
+        """Takes rows [rows, values], the first of which is at position `first_row`."""
         self._rows.setdefault(key, []).append((ours, golden, first_row + np.arange(len(ours))))
 
     def finish_text(self) -> None:
@@ -152,7 +152,7 @@ def _absolute(ours: Mapping[Key, Array], golden: Mapping[Key, Array]) -> dict[Ke
 
 
 def _by_row(ours: Array, golden: Array) -> tuple[Array, Array, Array]:
-    """Cosine, ratio of norms and relative distance of each row, [rows]; zeros are like zeros and unlike all else."""
+    """Cosine, ratio of norms and relative distance of each row, [rows]; a row of zeros matches only zeros."""
     ours, golden = ours.astype(np.float64), golden.astype(np.float64)
     length, wanted = np.linalg.norm(ours, axis=1), np.linalg.norm(golden, axis=1)
     zero = ((length == 0) & (wanted == 0)).astype(np.float64)

@@ -19,11 +19,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Trace:
-    """One text through the model, every array in fp32 on the host, each row one position.
+    """One text through the model: every array in fp32 on the host, one row per position.
 
-    `states` [T,H] by the number of layers that they passed: 0 for the embeddings, each exit layer, and L for what the
-    last norm reads; `attention` and `mlp`, what each layer adds to the residual stream, [T,H]; `caches` by the graphs'
-    input names, [T, N*D].
+    `states` [T,H], by the number of layers that they have passed: 0 for the embeddings, each exit layer, and L for what
+    the last norm reads; `attention` and `mlp`, what each layer adds to the residual stream, [T,H]; `caches`, by the
+    graphs' input names, [T, N*D].
     """
 
     token_ids: tuple[int, ...]
@@ -35,7 +35,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class GoldenText:
-    """A greedy continuation, and the logits [V] that each of its tokens was picked from."""
+    """A greedy continuation, and the logits [V] from which each of its tokens was picked."""
 
     token_ids: tuple[int, ...]
     logits: tuple[Array, ...]
@@ -45,14 +45,14 @@ class Golden:
     """A transformers model as the judge, in fp32.
 
     Args:
-        bundle: whose weights are taken, and whose exit layers and EOS count.
+        bundle: its weights are taken, and its exit layers and EOS ids.
         checkpoint: a folder or hub id to take the weights from instead, so that a wrong export shows too.
         device: `cpu`, or `cuda` where torch has one with room for the model.
-        threads: of the CPU; 0 leaves it to torch.
+        threads: CPU threads; 0 leaves the number to torch.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is of another architecture than the bundle.
-        BundleError: no checkpoint, and a packed bundle, which has no weights.
+        CheckpointError: the checkpoint cannot be read, or its architecture is not the bundle's.
+        BundleError: there is no checkpoint, and the bundle is packed, so it does not have the weights.
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str | None = None, device: str = "cpu", threads: int = 0) -> None:
@@ -70,9 +70,9 @@ class Golden:
         self._model.to(self._device)
 
     def trace(self, token_ids: Sequence[int], *, layers: bool = False) -> Trace:
-        """Runs a text whole: causal attention makes its states those of any split into calls.
+        """Runs a whole text at once: as attention is causal, its states are those of any split into calls.
 
-        What each layer adds is kept where `layers` asks for it.
+        What each layer adds is kept if `layers` asks for it.
         """
         import torch
         from transformers import DynamicCache
@@ -94,7 +94,7 @@ class Golden:
             watched += [(attention, i, layer.self_attn) for i, layer in modules]
             watched += [(mlp, i, layer.mlp) for i, layer in modules]
         hooks = [module.register_forward_hook(keep(kept, i)) for kept, i, module in watched]
-        cache: Any = DynamicCache()  # without a config: Mistral's would drop rows behind its window
+        cache: Any = DynamicCache()  # without a config: Mistral's would drop rows outside its window
         ids = torch.tensor([list(token_ids)], device=self._device)
         try:
             with torch.inference_mode():
@@ -153,7 +153,7 @@ class Golden:
 
 
 def _loaded(bundle: Bundle, source: str) -> Any:
-    """The checkpoint's model, found to be of the bundle's architecture."""
+    """The checkpoint's model, checked to have the bundle's architecture."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -1,11 +1,11 @@
-"""Where a graph departs: the bundle's own file once more, in ONNX Runtime, with what every layer adds as an output.
+"""Where a graph departs: the bundle's own file once more, in ONNX Runtime, with whatever each layer adds as an output.
 
     layers[i]   x --> norm --> attention --> + --> norm --> MLP --> +
                                    |                         |
                                 tapped                    tapped
 
 The taps are found by the norms' weights, in either dialect. Inputs and outputs are cast from and to fp32 within the
-graph, so that one numpy feeds all dtypes.
+graph, so that numpy can feed all dtypes alike.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Array = npt.NDArray[Any]
 
 
 class TappedGraph:
-    """One graph of a bundle with its layers' summands as outputs, and caches of its own.
+    """One graph of a bundle with its layers' summands as outputs, and with caches of its own.
 
     Args:
-        bundle: what to load.
-        name: which graph.
-        dialect: of the file.
-        device: `cuda` where ONNX Runtime should use its CUDA provider.
+        bundle: the bundle.
+        name: the graph's name.
+        dialect: the file's dialect.
+        device: `cuda` if ONNX Runtime should use its CUDA provider.
 
     Raises:
         BackendError: ONNX Runtime is missing, or cannot run the graph there.
@@ -58,7 +58,7 @@ class TappedGraph:
         data = ir.to_proto(model).SerializeToString()
         try:
             self._session = ort.InferenceSession(data, options, providers=[*providers, "CPUExecutionProvider"])
-        except Exception as error:  # its errors share no base but Exception
+        except Exception as error:  # its errors have no base in common but Exception
             raise BackendError(path, f"ONNX Runtime {ort.__version__} cannot narrow it ({error})") from None
         dims = dimensions(manifest.architecture, manifest.max_length)
         self._caches = {
@@ -80,7 +80,7 @@ class TappedGraph:
         return outputs | {name: found[name].reshape(len(states), -1) for name in self.taps}
 
     def order(self) -> Iterable[tuple[str, int | None, str]]:
-        """Outputs in the order of computation: name, layer, and the part of it."""
+        """Outputs in the order of computation: name, layer, and part of the layer."""
         if self._graph.head:
             return [("norm", None, "norm"), ("logits", None, "LM head")]
         return [
@@ -106,7 +106,7 @@ def golden_taps(golden: Golden, trace: Trace, graph: Graph, rows: slice) -> dict
 
 
 def _taps(graph: ir.Graph, contract: Graph) -> dict[str, ir.Value]:
-    """Values to show, by name."""
+    """Values to make outputs, by name."""
     readers = {value.name: node for node in graph for value in node.inputs if value is not None}
     layers = contract.layers
     if contract.head:
@@ -122,7 +122,7 @@ def _taps(graph: ir.Graph, contract: Graph) -> dict[str, ir.Value]:
 
 
 def _summand(node: ir.Node | None) -> ir.Value:
-    """What is added to the residual stream at a norm, a fused norm, or the sum itself."""
+    """What is added to the residual stream at a norm, at a fused norm, or at the sum itself."""
     while node is not None and node.op_type == "RMSNormalization":
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     assert node is not None

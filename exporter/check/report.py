@@ -13,11 +13,11 @@ from edgeskip.exporter.check.run import CheckReport, Departure, TensorReport
 from edgeskip.runtime.terminal import shown
 
 _SHOWN = 6
-"""Failing tensors that are named, at most; the JSON report has them all."""
+"""How many failing tensors are named, at most; the JSON report has them all."""
 
 
 def print_check(report: CheckReport, console: Console) -> None:
-    """The outputs' table, the thresholds, the texts, and what to make of them."""
+    """The outputs' table, the thresholds, the texts, and what follows from them."""
     console.print(
         f"{shown(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
         f"{shown(report.backend)}; {shown(report.hardware.device)}"
@@ -53,7 +53,7 @@ def print_check(report: CheckReport, console: Console) -> None:
 
 
 def _table(tensors: Iterable[TensorReport]) -> Table:
-    """A line an output over all kinds of calls; caches together by graph and part."""
+    """A line per output, over all kinds of calls; caches are joined by graph and part."""
     lines: dict[tuple[str, str], list[TensorReport]] = {}
     for t in tensors:
         name = f"{t.tensor.rpartition('.')[2]} caches" if t.kind == "cache" else t.tensor
@@ -73,7 +73,7 @@ def _table(tensors: Iterable[TensorReport]) -> Table:
 
 
 def _where(report: CheckReport, graph: str) -> str:
-    """The sentence behind a failing graph."""
+    """The sentence that follows a failing graph."""
     if report.departures is None:
         return "--layers tells where it departs."
     departure: Departure | None = dict(report.departures)[graph]

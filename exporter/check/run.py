@@ -1,6 +1,6 @@
 """Is what runs what was trained? A backend's subgraphs against transformers in fp32, and greedy texts from end to end.
 
-Every prompt is prefilled and decoded in teacher-forced calls (teacher.py); then three tokens of one, which is
+Every prompt is prefilled and decoded in teacher-forced calls (teacher.py); then three tokens of one prompt, which is
 shorter than a chunk; then all prompts joined, decoded from the middle of the caches and up to their last row.
 """
 
@@ -25,15 +25,15 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 
 NEW_TOKENS = 48
-"""Of each greedy text."""
+"""Tokens of each greedy text."""
 LONGEST = 4096
-"""Tokens of the joined text, at most: the golden model sees it whole."""
+"""Tokens of the joined text, at most: the golden model takes it all at once."""
 _MODES: tuple[Mode, ...] = ("autoregressive", "self-speculative")
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """An output of a graph in calls of one kind; caches by their rows in use, as a text leaves them."""
+    """An output of a graph in calls of one kind; of caches, the rows in use, as a text leaves them."""
 
     graph: GraphName
     tensor: str
@@ -44,9 +44,9 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A text's first token that is not the golden one; in mode `head`, any that the head picked from golden states.
+    """A text's first token that is not the golden one; in mode `head`, any such token picked from golden states.
 
-    `gap` is how far its golden logit lies below the top one; null where one text ends and the other goes on.
+    `gap` is how far its golden logit is below the top one; null where one text ends and the other goes on.
     """
 
     mode: str
@@ -60,8 +60,8 @@ class Disagreement:
 class Departure:
     """The first part of a graph that is beyond the thresholds: attention or MLP of a layer, norm or LM head.
 
-    `seen_in` is `graph` where ONNX Runtime shows it in the bundle's file by itself, `session` where only the session's
-    caches do.
+    `seen_in` is `graph` where ONNX Runtime shows it in the bundle's file alone, `session` where only the session's
+    caches show it.
     """
 
     graph: GraphName
@@ -76,7 +76,7 @@ class Departure:
 class CheckReport(Provenance):
     """`agreed` counts the prompts whose text is the golden one; `prompts_cut` those longer than half the capacity.
 
-    `departures` have an entry a failing graph where `layers` was asked for, null where no part departs by itself.
+    `departures` has an entry for each failing graph if `layers` was asked for, null where no part departs by itself.
     """
 
     reference: str
@@ -120,12 +120,12 @@ def run_check(
         prompts: texts; they are cut to half the caches' capacity.
         layers: narrow a failure to the first part that departs.
         command: the command line, for the report.
-        progress: called behind each text.
+        progress: called after each text.
 
     Raises:
         RequestError: a prompt without tokens.
-        BundleError: `layers`, and a packed bundle, which has no graphs.
-        BackendError: a graph cannot be narrowed here.
+        BundleError: `layers` is asked for, and the bundle is packed, so it has no graphs.
+        BackendError: a graph cannot be narrowed down here.
     """
     manifest = model.bundle.manifest
     if layers:
@@ -200,7 +200,7 @@ def _joined_texts(prompt_ids: Sequence[list[int]], manifest: Manifest) -> Iterab
 def _run_text(
     text: _Text, golden: Golden, runner: SessionRunner, comparison: Comparison, tie_gap: float
 ) -> Iterable[Disagreement]:
-    """Compares a text's calls and the caches it leaves, and yields the tokens that the head picked otherwise."""
+    """Compares a text's calls and the caches that it leaves; yields the tokens that the head picked differently."""
     trace, head = golden.trace(text.token_ids), runner.manifest.split().head.graph
     for segment in text.segments:
         outputs, picked = runner.run(segment, trace)
@@ -221,12 +221,12 @@ def _run_text(
 
 
 def _passes(name: str, errors: Errors, dtype: DType) -> bool:
-    """Within the thresholds; of logits, none may be so far off that it alone could make another token."""
+    """Whether errors are within the thresholds; no logit may be so far off that it alone could change a token."""
     return errors.within(THRESHOLDS[dtype]) and (name != "logits" or errors.max_abs < TIE_GAP[dtype])
 
 
 def _first_difference(wanted: GoldenText, given: Sequence[int]) -> tuple[int, float | None] | None:
-    """Where two texts part, and how far the given token's golden logit lies below the top one."""
+    """Where two texts diverge, and how far the given token's golden logit is below the top one."""
     for i, (golden, ours) in enumerate(zip_longest(wanted.token_ids, given)):
         if golden != ours:
             if None in (golden, ours):

@@ -1,11 +1,11 @@
-"""Teacher-forced calls: a text split as sessions split it, and every call of it run on golden inputs.
+"""Teacher-forced calls: a text is split as sessions split it, and each of its calls is run on golden inputs.
 
     golden   embeddings -> layers[:E] -> exit states -> layers[E:] -> last states -> norm, LM head
                  |             :             |              :              |              :
     session      +--> draft  compared        +--> verify  compared         +--> head    compared
 
-The caches are filled by such calls too, so an error is that of the graph that shows it. The calls are those of real
-rounds, bound by the session as for generation.
+The caches are filled by such calls too, so an error belongs to the graph that shows it. The calls are those of real
+rounds, bound by the session as in generation.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from edgeskip.runtime.decoding.session import MeasuredSession
 
 Array = npt.NDArray[Any]
 Kind = Literal["prefill", "step", "verification", "cache"]
-"""Of calls: a chunk of a prompt, one row, K+1 rows; `cache` stands for what all of them left in the caches."""
+"""Kinds of calls: a chunk of a prompt, one row, K+1 rows; `cache` is what all of them left in the caches."""
 
 STEPS = 3
-"""Plain steps behind a prompt, before the rounds."""
+"""Plain steps after a prompt, before the rounds."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Calls on rows start .. start+rows; the first `kept` are of the text, the rest stand for rejected drafts."""
+    """Calls on rows start .. start+rows; the first `kept` belong to the text, the rest stand for rejected drafts."""
 
     kind: Kind
     start: int
@@ -48,10 +48,10 @@ class Segment:
 
 
 def split_text(length: int, end: int, chunk: int, num_speculations: int) -> Iterator[Segment]:
-    """A prompt of `length` tokens and what is decoded behind it, up to `end`.
+    """A prompt of `length` tokens and what is decoded after it, up to `end`.
 
-    Chunks, the last one overlapping; steps; a round whose drafts are rejected, overwritten by the next; rounds of
-    K+1 rows.
+    Chunks, the last one overlapping; steps; a round whose drafts are rejected, which the next one overwrites; rounds
+    of K+1 rows.
     """
     rows, width = min(chunk, length), num_speculations + 1
     for start in (*range(0, length - rows, rows), length - rows):
@@ -69,12 +69,12 @@ def split_text(length: int, end: int, chunk: int, num_speculations: int) -> Iter
 
 
 def tail(num_speculations: int) -> int:
-    """Rows behind a prompt that have every kind of segment, with two whole rounds."""
+    """Rows after a prompt that are enough for every kind of segment, with two whole rounds."""
     return STEPS + 1 + 2 * (num_speculations + 1)
 
 
 class SessionRunner:
-    """Runs segments on a session, whatever its backend."""
+    """Runs segments on a session of any backend."""
 
     def __init__(self, bundle: Bundle, session: MeasuredSession) -> None:
         self.manifest = bundle.manifest
@@ -85,7 +85,7 @@ class SessionRunner:
         }
 
     def run(self, segment: Segment, trace: Trace) -> tuple[dict[GraphName, dict[str, Array]], Array]:
-        """Each graph's outputs [kept, values], the head's of a prompt for its last row alone, and the ids it picked."""
+        """Each graph's outputs [kept, values] (a prompt's head has its last row alone), and the ids it picked."""
         if segment.kind == "prefill":
             round_ = prefill_round(self._split, segment.rows, last=True, early_exit=False)
         else:
@@ -116,7 +116,7 @@ class SessionRunner:
             yield graph, {name: cache.transpose(1, 0, 2).reshape(rows, -1) for name, cache in found.items()}
 
     def _call(self, calls: list[Call], segment: Segment, buffer: str, states: Array) -> None:
-        """Runs calls of one graph on golden states; rows of rejected drafts get those of the text's beginning."""
+        """Runs calls of one graph on golden states; rows of rejected drafts get states from the text's beginning."""
         rows = np.concatenate([states[segment.text], states[: segment.rows - segment.kept]])
         with np.errstate(over="ignore"):  # what a dtype cannot hold shows as Inf
             stored = rows.astype(NUMPY_DTYPES[self._dtype])

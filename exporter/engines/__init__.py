@@ -1,1 +1,1 @@
-"""TensorRT engines, built each in a process of its own."""
+"""TensorRT engines, each built in a process of its own."""

@@ -1,7 +1,7 @@
-"""A bundle's TensorRT engines: for which GPUs they can be built, and building them, each in a process of its own.
+"""A bundle's TensorRT engines: for which GPUs they can be built, and building each in a process of its own.
 
-TensorRT-RTX compiles ahead of time for the GPU of another machine, and needs none itself; TensorRT times kernels, so
-it builds on the device that will run them. Both go one way, through Polygraphy's loaders.
+TensorRT-RTX compiles ahead of time for the GPU of another machine, and needs no GPU itself; TensorRT times kernels, so
+it builds on the device that will run them. Both take the same path, through Polygraphy's loaders.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
-"""What an engine holds beside its weights, at most, a decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
+"""The most that an engine holds besides its weights, per decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
 
 _CHILD = (
     "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; "
     "from edgeskip.exporter.engines.process import main; main()"
 )
 """What the process that builds runs. With `-m`, Python would take modules from the current folder, which may be a
-bundle; with `-c` that folder is an empty entry of the path, gone before anything is imported. (`-P` needs Python 3.11.)
+bundle; with `-c`, that folder is an empty entry of the path, removed before anything is imported. (`-P` needs Python
+3.11.)
 """
 
 
@@ -61,9 +62,9 @@ class BuildSettings:
     """How to build.
 
     Args:
-        backend: which TensorRT.
-        compute_capabilities: SMs to build for, 86 for 8.6; none for the GPU present.
-        workspace_mb: device memory that a kernel may use beside weights and activations; by default all there is.
+        backend: the kind of TensorRT.
+        compute_capabilities: SMs to build for, 86 for 8.6; empty means the GPU present.
+        workspace_mb: device memory that a kernel may use besides weights and activations; by default all there is.
     """
 
     backend: EngineBackend
@@ -73,7 +74,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to build for: its SM, and its name where it is present."""
+    """A GPU to build for: its SM, and its name if it is present."""
 
     compute_capability: int
     gpu: str | None
@@ -83,7 +84,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     """Builds the three engines for each GPU asked for; each folder is replaced whole, or left as it was.
 
     Raises:
-        BackendError: TensorRT is missing or too old, there is no GPU, or it refuses a graph.
+        BackendError: TensorRT is missing, too old or refuses a graph, or there is no GPU.
         RequestError: a GPU or a dtype that the backend does not serve.
         BundleError: the bundle is packed or not as exported, or the folder cannot be written.
     """
@@ -99,7 +100,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
 
 
 def _library(backend: EngineBackend) -> Any:
-    """The Python module of a backend, found new enough."""
+    """The Python module of a backend, checked to be new enough."""
     library = import_tensorrt(backend)
     missing = [kind for kind in LAYER_TYPES if not hasattr(library.LayerType, kind)]
     if missing:
@@ -142,7 +143,7 @@ def _present(fix: str = "") -> Target:
 
 
 def _check_dtype(bundle: Bundle, compute_capability: int) -> None:
-    """Refuses a bundle in a dtype that TensorRT or the GPU does not compute."""
+    """Refuses a bundle whose dtype TensorRT or the GPU does not compute in."""
     dtype = bundle.manifest.dtype
     if wanted := dtype_problem(dtype, compute_capability):
         found = f"in {dtype}, for SM {compute_capability}"
@@ -217,7 +218,7 @@ def _report(progress: Progress, what: str, done: int) -> None:
 
 
 def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[str, list[list[int]]]:
-    """The least, best and largest shape of each input with rows."""
+    """The smallest, best and largest shape of each input with rows."""
     sizes = graph.dimensions(dimensions(manifest.architecture, manifest.max_length))
     rows = (profile.min_rows, profile.opt_rows, profile.max_rows)
     return {
@@ -228,7 +229,7 @@ def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[st
 
 
 def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Built:
-    """Does a job in a process of its own, which ends with this function whatever happens.
+    """Does a job in a process of its own, which ends with this function, whatever happens.
 
     Raises:
         BackendError: TensorRT refuses the graph, or the process dies.

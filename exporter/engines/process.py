@@ -1,8 +1,8 @@
 """Builds one engine in a process of its own, which build.py starts: a job in, events out.
 
-The system has the memory back when the process ends, and killing it stops a build at any point. The job comes as
-JSON on stdin; what goes out on stdout is one JSON object a line: {"done": 0..1000} while it works, then
-{"built": {...}} or {"failed": "..."}. TensorRT's own output goes to stderr.
+The system gets the memory back when the process ends, and killing it stops a build at any point. The job comes as JSON
+on stdin; what goes out on stdout is one JSON object per line: {"done": 0..1000} while it works, then {"built": {...}}
+or {"failed": "..."}. TensorRT's own output goes to stderr.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from edgeskip.runtime.files import write_hashed
 
 LAYER_TYPES = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
 LAYERS_PER_DECODER_LAYER = dict(zip(LAYER_TYPES, (2, 2, 1, 1), strict=True))
-"""What one decoder layer must become: its caches written in place, q and k rotated, one fused attention.
+"""What one decoder layer must become: its caches written in place, q and k rotated, and one fused attention.
 
-TensorRT: inference-library/transformers-kv-cache and transformers-fused-attention in its documentation.
+See inference-library/transformers-kv-cache and transformers-fused-attention in TensorRT's documentation.
 """
 
 PROGRESS_STEPS = 1000
@@ -34,7 +34,7 @@ PROGRESS_STEPS = 1000
 class Job:
     """One engine to build.
 
-    `profiles` gives for each optimization profile the least, best and largest shape of every input with rows;
+    `profiles` gives, for each optimization profile, the smallest, best and largest shape of every input with rows;
     `compute_capability` is (8, 6) for a build ahead of time, null for the GPU present.
     """
 
@@ -58,25 +58,25 @@ class Built:
 
 
 class EngineBuildError(Exception):
-    """Why there is no engine, in one line."""
+    """Why there is no engine, as one line."""
 
 
 @dataclass
 class Fraction:
-    """Share of a build that is done, from TensorRT's nested phases: a phase is one step of its parent."""
+    """The share of a build that is done, from TensorRT's nested phases: a phase is one step of its parent."""
 
     spans: dict[str, tuple[float, float, int]] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     done: float = 0.0
 
     def start(self, phase: str, parent: str | None, num_steps: int) -> None:
-        """A phase of so many steps begins."""
+        """A phase of this many steps begins."""
         low, width, total = self.spans.get(parent or "", (0.0, 1.0, 1))
         low += width * min(self.steps.get(parent or "", 0), total - 1) / total
         self.spans[phase], self.steps[phase] = (low, width / total, max(num_steps, 1)), 0
 
     def step(self, phase: str, step: int) -> None:
-        """A step of it ends."""
+        """A step of a phase ends."""
         low, width, total = self.spans[phase]
         self.steps[phase] = step + 1
         self.done = max(self.done, low + width * min(step + 1, total) / total)
@@ -86,11 +86,11 @@ def check_layers(network: Any, decoder_layers: int) -> None:
     """Compares a parsed network with what the decoder layers must become.
 
     Raises:
-        EngineBuildError: a layer was parsed into something else, or without its mask: slow or wrong, and no error.
+        EngineBuildError: a layer was parsed into something else, or without its mask: slow or wrong, but no error.
     """
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     found = Counter(layer.type.name for layer in layers)
-    # query, key, value, mask: the parser passes over Attention's other inputs and says nothing
+    # query, key, value, mask: the parser ignores Attention's other inputs and says nothing
     found["attention mask"] = sum(
         layer.type.name == "ATTENTION_INPUT" and layer.num_inputs > 3 and layer.get_input(3) is not None
         for layer in layers
@@ -104,7 +104,7 @@ def check_layers(network: Any, decoder_layers: int) -> None:
 
 
 def check_warnings(warnings: list[str]) -> None:
-    """Refuses a network of which TensorRT leaves something out.
+    """Refuses a network if TensorRT leaves out a part of it.
 
     Raises:
         EngineBuildError: an input is not used.
@@ -118,8 +118,8 @@ def build(job: Job, report: Any) -> Built:
     """Parses, checks, builds and writes one engine.
 
     Args:
-        job: what.
-        report: called with the steps done of PROGRESS_STEPS; returns whether to go on.
+        job: what to build.
+        report: called with the steps done, out of PROGRESS_STEPS; returns whether to go on.
 
     Raises:
         EngineBuildError: the graph is not what it should be, or TensorRT refuses it.
@@ -160,7 +160,7 @@ def build(job: Job, report: Any) -> Built:
         def phase_finish(self, phase: str) -> None:
             pass
 
-    trt_util.TRT_LOGGER = Log()  # Polygraphy's own gives messages to its log, without their severity
+    trt_util.TRT_LOGGER = Log()  # Polygraphy's own passes messages to its log without their severity
     settings: dict[str, Any] = {
         "profiles": [_profile(Profile(), shapes) for shapes in job.profiles],
         "profiling_verbosity": trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
@@ -192,17 +192,17 @@ def build(job: Job, report: Any) -> Built:
         check_warnings(warnings)
     except EngineBuildError:
         raise
-    except Exception as error:  # Polygraphy's, whose reason stands in TensorRT's log
+    except Exception as error:  # Polygraphy's, whose reason is in TensorRT's log
         raise EngineBuildError(errors[0] if errors else f"{type(error).__name__}: {error}") from None
     size, sha256 = write_hashed(Path(job.engine), [memoryview(engine)])
     return Built(sha256, size, _peak_memory_bytes())
 
 
 def main() -> None:
-    """Reads the job, does it, tells what came of it."""
+    """Reads the job, does it, and reports what came of it."""
     _end_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the events
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that whatever a library prints stays out of the events
     last = -1
 
     def report(done: int) -> bool:
@@ -230,7 +230,7 @@ def _profile(profile: Any, shapes: dict[str, list[list[int]]]) -> Any:
 
 
 def _peak_memory_bytes() -> int | None:
-    """The most resident memory so far, which Linux counts in KiB."""
+    """The largest resident memory so far, which Linux counts in KiB."""
     if sys.platform != "linux":
         return None
     import resource
@@ -239,7 +239,7 @@ def _peak_memory_bytes() -> int | None:
 
 
 def _end_with_parent() -> None:
-    """Has Linux kill this process when the one that wanted the engine is killed: nobody else would."""
+    """Has Linux kill this process when the one that wanted the engine is killed; nothing else would."""
     set_parent_death_signal = 1  # linux/prctl.h
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)

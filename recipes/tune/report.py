@@ -74,7 +74,7 @@ def verdict(report: TuneReport) -> str:
     best, present = report.best, report.present
     if best.speedup <= 1:
         return (
-            f"No pair beats plain decoding here: the best is exit layer {best.exit_layer} with {_drafts(best)}, "
+            f"No pair beats plain decoding here: at best, exit layer {best.exit_layer} with {_drafts(best)}, "
             f"{best.speedup:.2f} times as fast."
         )
     gain = present.ms_per_token / best.ms_per_token

@@ -1,7 +1,7 @@
-"""What this machine has, which backends work on it, and the one command that mends each that does not.
+"""What this machine has, which backends work on it, and the command that mends each one that does not.
 
 Nothing here fails: a fact that cannot be found out is null, and `unknown` says why. Libraries are imported to see
-whether they can be, and what they print meanwhile is dropped; the GPU is opened as a session opens it.
+whether they can be, and what they print is dropped; the GPU is opened the way a session opens it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from edgeskip.runtime.packages import (
 )
 
 LEAST_SM = 75
-"""Of TensorRT 10.15, and of the libraries of CUDA 13."""
+"""The oldest GPUs that TensorRT 10.15 and the libraries of CUDA 13 serve."""
 
 _WHEEL_CUDA, _WHEEL_PYTHON = 13, (3, 11)
 """What the wheels of onnxruntime-gpu are built for."""
 
 _LEAST_L4T = (39, 2)
-"""Of JetPack 7.2, the first whose TensorRT has the operators: 10.16, where 7.1 has 10.13 and 6 has 10.3."""
+"""JetPack 7.2's, the first whose TensorRT has the operators: it has 10.16, while 7.1 has 10.13 and 6 has 10.3."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Software:
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a backend works on a device; where not, the reason, and the command that mends it if one does."""
+    """Whether a backend works on a device; if not, the reason, and the command that mends it, if there is one."""
 
     name: str
     device: str
@@ -68,7 +68,7 @@ class BackendState:
 
 @dataclass(frozen=True)
 class Verb:
-    """Whether a verb has the modules it needs, those it lacks, and the command that brings them."""
+    """Whether a verb has the modules it needs, those it lacks, and the command that installs them."""
 
     name: str
     works: bool
@@ -78,7 +78,7 @@ class Verb:
 
 @dataclass(frozen=True)
 class Doctor:
-    """All of it. `now` says what runs here, `next` what to do; `unknown` has a reason for each fact not found out."""
+    """The whole report. `now` says what runs here, `next` what to do; `unknown` says why a fact was not found out."""
 
     edgeskip: str
     hardware: Hardware
@@ -94,7 +94,7 @@ def examine(root: Path = Path("/")) -> Doctor:
     """Looks at everything.
 
     Args:
-        root: where the system's own files are; tests have others.
+        root: where the system's own files are; tests have files of their own.
     """
     unknown: dict[str, str] = {}
     with Path(os.devnull).open("w", encoding="utf-8", errors="replace") as nowhere, redirect_stdout(nowhere):
@@ -115,7 +115,7 @@ def examine(root: Path = Path("/")) -> Doctor:
 
 
 def _judged(name: str, device: str, check: Callable[[], str]) -> BackendState:
-    """What a check says, which gives a version or raises."""
+    """What comes of a check, which returns a version or raises."""
     try:
         return BackendState(name, device, True, check(), None, None)
     except BackendError as error:
@@ -133,7 +133,7 @@ def _is_command(fix: str) -> bool:
 
 
 def _loaded(place: str, load: Callable[[], Any], installed: Sequence[str], fix: str) -> Any:
-    """A library, imported; where it is installed and yet cannot be, installing it again is what mends it."""
+    """A library, imported; where it is installed and cannot be imported, installing it again is what mends it."""
     again = f"pip install --force-reinstall {' '.join(installed)}" if installed else ""
     try:
         library = load()
@@ -165,7 +165,7 @@ def _driver_cuda(hardware: Hardware) -> str | None:
 
 
 def _check_gpu(hardware: Hardware, refusal: BackendError | None) -> None:
-    """Refuses a machine without a GPU, or with one that cannot be used. What cuda-core lacks is for later."""
+    """Refuses a machine without a GPU, or with one that cannot be used. What cuda-core lacks is looked at later."""
     if not hardware.has_gpu:
         raise BackendError("GPU", "there is no NVIDIA GPU in this machine")
     if refusal is None or refusal.place != "CUDA":
@@ -207,7 +207,7 @@ def _onnxruntime(extra: str) -> Any:
 
 
 def _one_of_two(extra: str) -> str:
-    """Both packages fill one folder, so neither is mended while the other is there."""
+    """Both packages fill the same folder, so neither is mended while the other is there."""
     return f"pip uninstall onnxruntime onnxruntime-gpu && {install(extra)}"
 
 
@@ -247,7 +247,7 @@ def _onnxruntime_cuda(hardware: Hardware, refusal: BackendError | None) -> str:
 
 
 def _check_wheel(hardware: Hardware) -> None:
-    """Finds what would keep onnxruntime-gpu from working once it is installed."""
+    """Looks for what would keep onnxruntime-gpu from working once it is installed."""
     _check_sm(hardware, "the libraries of CUDA 13 serve")
     _check_driver(hardware, _WHEEL_CUDA, "onnxruntime-gpu, which is for")
     if sys.version_info < _WHEEL_PYTHON:
@@ -306,14 +306,14 @@ def _check_served(backend: EngineBackend, hardware: Hardware, served: Sequence[i
 
 
 def _without_jetpacks(error: BackendError, jetson: Jetson, root: Path) -> BackendError:
-    """On a Jetson TensorRT is JetPack's, which a virtual environment may not see."""
+    """On a Jetson, TensorRT comes with JetPack, and a virtual environment may not see it."""
     if jetson.l4t is not None and version_numbers(jetson.l4t) < _LEAST_L4T:
         least = ".".join(map(str, LEAST_VERSIONS["tensorrt"]))
         found = f"{error.found}, and {least} or later is not in JetPack {jetson.jetpack or f'of L4T {jetson.l4t}'}"
         return BackendError(error.place, found, wanted="JetPack 7.2, which has 10.16")
     if sys.prefix != sys.base_prefix and any((root / "usr/lib").glob("python3*/dist-packages/tensorrt")):
         fix = f"python3 -m venv --system-site-packages {shlex.quote(sys.prefix)}"
-        return BackendError(error.place, f"JetPack's is not seen from {sys.prefix}", fix=fix)
+        return BackendError(error.place, f"JetPack's cannot be seen from {sys.prefix}", fix=fix)
     return BackendError(error.place, error.found, fix="sudo apt install nvidia-jetpack")
 
 

@@ -1,6 +1,6 @@
 """The machine as it is found: processor, memory, disks, GPU, and a Jetson's own facts.
 
-A fact that cannot be found out is null, and the reason is put among the `unknown`, by the fact's name.
+A fact that cannot be found out is null, and `unknown` has the reason under the fact's name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _AGAIN = "pip install --force-reinstall cuda-core cuda-bindings"
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU, which is the one used, of `count`.
+    """The first GPU of `count`, which is the one that is used.
 
     `compute_capability` is the SM as a number, 86 for 8.6; `driver_cuda_version` is the newest CUDA that the driver
     serves. Where `shares_host_memory`, as on a Jetson, its bytes are the host's.
@@ -74,7 +74,7 @@ class Jetson:
 class Hardware:
     """The machine. `disk` is where the command runs, `cache_disk` where the user's cache folder is.
 
-    `has_gpu` says whether there is an NVIDIA GPU; where there is and `gpu` is null, it cannot be used as things are.
+    `has_gpu` says whether there is an NVIDIA GPU; if there is and `gpu` is null, it cannot be used as things are.
     """
 
     system: str
@@ -112,10 +112,10 @@ def read_hardware(root: Path, unknown: dict[str, str]) -> tuple[Hardware, Backen
 
 
 def check_base() -> None:
-    """Finds what every session needs of the base install.
+    """Checks for the packages of the base install that every session needs.
 
     Raises:
-        BackendError: a package of it is missing, or numpy is broken.
+        BackendError: one of them is missing, or numpy is broken.
     """
     if missing := missing_modules(BASE):
         raise BackendError(", ".join(missing), "not installed", fix="pip install edgeskip")
@@ -127,13 +127,13 @@ def check_base() -> None:
 
 
 def error_line(error: Exception) -> str:
-    """An error in one line of bounded length."""
+    """An error as one line of bounded length."""
     kind = "" if isinstance(error, (BackendError, OSError, ImportError)) else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())}"[:300]
 
 
 def _attempt(unknown: dict[str, str], what: str, probe: Callable[[], T]) -> T | None:
-    """What a probe finds, or null and the reason among the unknown."""
+    """What a probe finds, or else null, with the reason in `unknown`."""
     try:
         return probe()
     except Exception as error:
@@ -186,7 +186,7 @@ def _gpu(root: Path, is_jetson: bool, unknown: dict[str, str]) -> tuple[Gpu | No
 
 
 def _driver_version(root: Path) -> str:
-    """The NVIDIA driver's version, of its kernel module where that is to be seen."""
+    """The NVIDIA driver's version: that of its kernel module, where it can be seen."""
     module = root / "proc/driver/nvidia/version"
     if module.exists():
         text = module.read_text(encoding="utf-8", errors="replace")
@@ -196,11 +196,11 @@ def _driver_version(root: Path) -> str:
 
 
 def _gpu_by_command(root: Path, is_jetson: bool) -> Gpu:
-    """The first GPU of nvidia-smi."""
+    """The first GPU that nvidia-smi lists."""
     rows = _nvidia_smi(root, "name", "compute_cap", "driver_version", "memory.total", "memory.free")
     name, sm, driver, total, free = rows[0]
     cuda = re.search(r"CUDA[^:\n]*Version\s*:\s*(\d+\.\d+)", command_output("nvidia-smi", root=root))
-    sizes = [int(size) << 20 if size.isdecimal() else None for size in (total, free)]  # a Jetson's are not given
+    sizes = [int(size) << 20 if size.isdecimal() else None for size in (total, free)]  # not given for a Jetson
     number = int(sm.replace(".", "")) if re.fullmatch(r"\d+\.\d", sm) else None
     return Gpu(name, len(rows), number, driver, cuda and cuda[1], sizes[0], sizes[1], True if is_jetson else None)
 

@@ -21,14 +21,14 @@ _JETPACKS = {
     "36.4.0": "6.1",
     "36.3.0": "6.0",
 }
-"""JetPack by L4T release, of NVIDIA's JetPack archive; for other releases by their first number alone."""
+"""JetPack by L4T release, from NVIDIA's JetPack archive; other releases are told by their first number alone."""
 _JETPACK_MAJORS = {39: "7", 38: "7", 36: "6", 35: "5", 34: "5", 32: "4"}
 _GPU = re.compile(r"gpu|g[abpv]1\db")
 """A GPU's folder in devfreq: 17000000.gpu (Orin), 17000000.ga10b (JetPack 5), gpu-gpc-0 (Thor)."""
 
 
 def is_jetson(root: Path = Path("/")) -> bool:
-    """Whether this is a Jetson, on a carrier board of NVIDIA's or of others."""
+    """Whether this is a Jetson, on a carrier board from NVIDIA or anybody else."""
     with suppress(OSError):
         if (root / _RELEASE).exists():
             return True
@@ -47,7 +47,7 @@ def jetson_model(root: Path = Path("/")) -> str:
 
 
 def l4t_release(root: Path = Path("/")) -> str:
-    """Jetson Linux's release, as 36.4.3, from a line like `# R36 (release), REVISION: 4.3, GCID: ...`.
+    """The release of Jetson Linux, such as 36.4.3, from a line like `# R36 (release), REVISION: 4.3, GCID: ...`.
 
     Raises:
         OSError, ValueError: the system does not tell.
@@ -60,7 +60,7 @@ def l4t_release(root: Path = Path("/")) -> str:
 
 
 def jetpack_version(l4t: str | None, root: Path = Path("/")) -> str:
-    """JetPack's version: that of its package, which need not be installed, else the one that brought this L4T.
+    """JetPack's version: that of its package, which may not be installed, else the one that came with this L4T.
 
     Raises:
         OSError, ValueError: the system does not tell.
@@ -72,12 +72,12 @@ def jetpack_version(l4t: str | None, root: Path = Path("/")) -> str:
     if l4t is None:
         raise ValueError("neither a package nvidia-jetpack nor an L4T release")
     if l4t not in _JETPACKS and int(l4t.partition(".")[0]) not in _JETPACK_MAJORS:
-        raise ValueError(f"L4T {l4t} is of none that is known")
+        raise ValueError(f"L4T {l4t} belongs to no known JetPack")
     return _JETPACKS.get(l4t) or _JETPACK_MAJORS[int(l4t.partition(".")[0])]
 
 
 def power_mode(root: Path = Path("/")) -> str:
-    """The power mode's name, as MAXN or 15W.
+    """The power mode's name, such as MAXN or 15W.
 
     Raises:
         OSError, ValueError: nvpmodel is missing, hangs, fails or says something else.
@@ -96,7 +96,7 @@ def gpu_clock_mhz(root: Path = Path("/")) -> tuple[float, float]:
         OSError, ValueError: the system does not tell.
     """
     folders = (folder for folder in sorted((root / "sys/class/devfreq").glob("*")) if _GPU.search(folder.name))
-    folder = next(folders, None)  # of Thor's gpu-gpc-0 and gpu-nvd-0 the one that computes
+    folder = next(folders, None)  # of Thor's gpu-gpc-0 and gpu-nvd-0, the one that computes
     if folder is None:
         raise FileNotFoundError("no GPU in sys/class/devfreq")
     now, highest = (int((folder / name).read_text(encoding="ascii")) / 1e6 for name in ("cur_freq", "max_freq"))

@@ -1,4 +1,4 @@
-"""What the doctor found, as lines that a terminal may wrap and a hand may copy."""
+"""What the doctor found, as lines that a terminal may wrap and a user may copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNKNOWN = "unknown"
 
 
 def print_doctor(report: Doctor, console: Console) -> None:
-    """The machine, the packages, the backends and verbs with what mends them, and what to make of it."""
+    """The machine, the packages, the backends and verbs with what mends them, and what follows."""
     for label, text in _machine(report):
         _line(console, label, text)
     console.print()
@@ -30,7 +30,7 @@ def print_doctor(report: Doctor, console: Console) -> None:
 
 
 def _machine(report: Doctor) -> Iterator[tuple[str, str]]:
-    """Labels and what stands behind them."""
+    """Labels and the texts that follow them."""
     hardware, software = report.hardware, report.software
     yield "edgeskip", f"{report.edgeskip}, Python {software.python} ({software.executable})"
     yield "system", hardware.system
@@ -100,7 +100,7 @@ def _missing(verb: Verb) -> str:
 
 
 def _judgement(console: Console, label: str, works: bool, text: str, fix: str | None) -> None:
-    """One line, and one more with the command that mends it, by itself."""
+    """One line, and another with nothing but the command that mends it."""
     _line(console, label, f"{'yes' if works else 'no':<4}{text}", "green" if works else "yellow")
     if fix:
         _line(console, "", f"    {fix}", "bold")

@@ -242,8 +242,8 @@ def timed(report, fastest_ms):
     [
         (1.25, "Exit layer 11 with 4 drafts per round: 1.250 ms per token, 1.60 times as fast", "1.25"),
         (0.05, "Exit layer 11 with 4 drafts per round: 0.050 ms per token, 40.00 times as fast", "0.050"),
-        (2.5, "No pair beats plain decoding here: the best is exit layer 11 with 4 drafts, 0.80 times as fast", "2.50"),
-        (12.0, "No pair beats plain decoding here: the best is exit layer 11 with 4 drafts, 0.17 times as fast", "12.0"),
+        (2.5, "No pair beats plain decoding here: at best, exit layer 11 with 4 drafts, 0.80 times as fast", "2.50"),
+        (12.0, "No pair beats plain decoding here: at best, exit layer 11 with 4 drafts, 0.17 times as fast", "12.0"),
     ],
 )
 def test_the_page_is_whole(ms, verdict, figure, report):

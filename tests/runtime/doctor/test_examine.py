@@ -526,7 +526,7 @@ def test_a_virtual_environment_that_does_not_see_jetpacks_tensorrt(monkeypatch, 
     monkeypatch.setattr(doctor, "read_hardware", lambda root, unknown: (found, None))
     backend = judged(examine(tmp_path), "tensorrt")
     assert backend.fix == "python3 -m venv --system-site-packages '/home/me/my env'"
-    assert "JetPack's is not seen from /home/me/my env" in backend.reason
+    assert "JetPack's cannot be seen from /home/me/my env" in backend.reason
     monkeypatch.setattr(doctor.sys, "prefix", sys.base_prefix)
     assert judged(examine(tmp_path), "tensorrt").fix == "sudo apt install nvidia-jetpack"
 
