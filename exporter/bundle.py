@@ -13,6 +13,7 @@ import onnx_ir as ir
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.config import SYNTHETIC, read_json
+from edgeskip.exporter.folder import is_own
 from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
@@ -166,6 +167,10 @@ def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dic
     """Tokenizer, config, chat template and licences, under their own names."""
     paths = [checkpoint.folder / name for name in ("tokenizer.json", "config.json")]
     template = checkpoint.folder / "chat_template.jinja"
+    if template.is_file() and not is_own(checkpoint.folder, template):
+        raise CheckpointError(
+            template, "is a link out of the checkpoint", fix="put a copy of the template in its place"
+        )
     paths += [*([template] if template.is_file() else []), *checkpoint.licences]
     try:
         files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}

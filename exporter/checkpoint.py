@@ -14,8 +14,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
+from edgeskip.exporter.folder import is_own, refuse_other_kinds
 from edgeskip.exporter.index import SourceTensor, Warn, index_tensors, tensor_rows
-from edgeskip.exporter.kinds import refuse_other_kinds
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError, reason
 
@@ -142,14 +142,9 @@ def _warn_of_generation(folder: Path, warn: Warn) -> None:
 
 
 def _licences(folder: Path, warn: Warn) -> Iterator[Path]:
-    """Those that are the checkpoint's own: a link may lead to what is nobody else's business."""
-    home = folder.resolve()
-    own = [home]
-    if home.parent.name == "snapshots":  # of the hub's cache, where every file is a link
-        own.append(home.parents[1] / "blobs")
     for path in sorted(folder.iterdir()):
         if path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")) and path.is_file():
-            if any(path.resolve().is_relative_to(place) for place in own):
+            if is_own(folder, path):
                 yield path
             else:
                 warn(f"{path}: left out, as it is a link out of the checkpoint")

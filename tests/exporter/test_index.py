@@ -291,3 +291,10 @@ def test_a_licence_travels_where_it_is_the_checkpoints_own(place, folder, tmp_pa
     bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(2))
     assert [path for path in bundle.folder.iterdir() if b"secret" in path.read_bytes()] == []
     assert bundle.path("NOTICE").read_text() == "free"
+
+
+def test_a_chat_template_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja: is a link out of the checkpoint"):
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportSettings(2))

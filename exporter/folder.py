@@ -1,4 +1,4 @@
-"""What a folder is that is not a checkpoint in transformers' format, and what to do with it."""
+"""A checkpoint's folder: what it is where it is none, and which of its files are its own."""
 
 from __future__ import annotations
 
@@ -84,3 +84,13 @@ def _refuse_adapter(folder: Path) -> None:
     base = config.get("base_model_name_or_path")
     base = f" of {base:.100}" if base and isinstance(base, str) else ""
     raise CheckpointError(folder, f"{kind}{base}, not a whole model", fix=_MERGE)
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Whether a file of a checkpoint's folder is the checkpoint's: a link may lead to what is nobody else's business.
+
+    In the hub's cache every file is a link, from snapshots/COMMIT into the blobs beside.
+    """
+    home = folder.resolve()
+    own = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    return any(path.resolve().is_relative_to(place) for place in own)
