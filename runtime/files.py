@@ -82,23 +82,19 @@ def whole_file(path: Path, *, new: bool = False, mode: int = 0o666) -> Iterator[
     def make(part: Path) -> None:
         os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, mode))
 
-    part, descriptor = _owned(path, None, make, os.O_RDWR)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with _owned(path, None, make, os.O_RDWR) as (part, descriptor):
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
             if older is not None and hasattr(os, "fchmod"):
                 os.fchmod(descriptor, older.st_mode & 0o777)
             yield file
-            file.flush()
-            os.fsync(descriptor)
-            if fcntl is None:
-                file.close()
-            if new:
-                _rename_new(part, path)
-            else:
-                part.replace(path)
-            sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        os.fsync(descriptor)
+        if fcntl is None:
+            os.close(descriptor)  # Windows renames nothing that is open
+        if new:
+            _rename_new(part, path)
+        else:
+            part.replace(path)
+        sync(path.parent)
 
 
 def write_hashed(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -258,9 +254,7 @@ def sync_tree(folder: Path) -> None:
 def put_back(folder: Path) -> None:
     """Gives back their names to folders that a killed process was about to replace."""
     for path, name, tag in _hidden(folder):
-        if tag == _OLD and not os.path.lexists(path.with_name(name)):
-            with suppress(OSError):
-                _clear(path, name, tag)
+        _put_back(path, name, tag)
 
 
 # The user's cache
@@ -343,65 +337,97 @@ def _hidden(folder: Path) -> list[tuple[Path, str, str]]:
 def _sweep(folder: Path) -> None:
     """Removes or puts back what no living process owns."""
     for path, name, tag in _hidden(folder):
-        with suppress(OSError):
-            _clear(path, name, tag)
+        if not _put_back(path, name, tag):
+            _clear(path)
 
 
-def _clear(path: Path, name: str, tag: str) -> None:
-    if fcntl is None:
-        return
+def _put_back(path: Path, name: str, tag: str) -> bool:
+    """Whether this is a folder that nobody owns and that was to be replaced, and has its name back."""
+    if tag != _OLD or os.path.lexists(path.with_name(name)):
+        return False
+    with suppress(OSError), _claimed(path) as claimed:
+        if claimed:
+            path.rename(path.with_name(name))
+    return True
+
+
+def _clear(path: Path) -> None:
+    """Removes what nobody owns; its name is free at once."""
+    with suppress(OSError), _claimed(path) as claimed:
+        if claimed:
+            away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")
+            path.rename(away)
+            _remove(away)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether no living process owns what stands there and it is ours, and no other can claim it for now.
+
+    Raises:
+        OSError: it cannot be told.
+    """
     descriptor = os.open(path, os.O_RDONLY | _PLAIN)
     try:
-        is_ours = os.fstat(descriptor).st_uid == os.geteuid()
-        if not (is_ours and _lock(descriptor) and _is_at(descriptor, path)):
-            return
-        if tag == _OLD and not os.path.lexists(path.with_name(name)):
-            path.rename(path.with_name(name))
-            return
-        away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")  # its name is free from now on
-        path.rename(away)
-        _remove(away)
+        is_ours = fcntl is not None and os.fstat(descriptor).st_uid == os.geteuid()
+        yield is_ours and _lock(descriptor) and _is_at(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: int) -> tuple[Path, int]:
+@contextmanager
+def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: int) -> Iterator[tuple[Path, int]]:
     """Makes what will be `path`, under a hidden name; gives that name and a descriptor, which holds the lock.
+
+    At the end it is removed, if it still has that name.
 
     Raises:
         InUseError: another process is making it, told by the tag.
         OSError: it cannot be made.
     """
-    for _ in range(_TRIES):
-        part = path.with_name(f".{path.name[:40]}.{tag or secrets.token_hex(4)}.edgeskip")
-        _sweep(path.parent)
-        try:
-            make(part)
-        except FileExistsError:
-            break
-        with suppress(FileNotFoundError, InUseError):  # one that sweeps was faster than our lock
-            descriptor = os.open(part, access | _PLAIN)
+    part: Path | None = None
+    descriptor = -1
+    try:
+        for _ in range(_TRIES):
+            part = path.with_name(f".{path.name[:40]}.{tag or secrets.token_hex(4)}.edgeskip")
+            _sweep(path.parent)
             try:
-                _lock(descriptor)
-                if _is_at(descriptor, part):
-                    return part, descriptor
-            except BaseException:
+                make(part)
+            except FileExistsError:
+                break
+            descriptor = _opened(part, access)
+            if descriptor >= 0:
+                break
+        if part is None or descriptor < 0:
+            raise InUseError(errno.EWOULDBLOCK, f"another process is writing it, as {part and part.name}", str(path))
+        yield part, descriptor
+    finally:
+        if part is not None and descriptor < 0:
+            _clear(part)  # interrupted between the two
+        elif part is not None:
+            if _is_at(descriptor, part):
+                _remove(part)
+            with suppress(OSError):
                 os.close(descriptor)
-                raise
-            os.close(descriptor)
-    raise InUseError(errno.EWOULDBLOCK, f"another process is writing it, as {part.name}", str(path))
+
+
+def _opened(part: Path, access: int) -> int:
+    """A descriptor that holds the lock of what this process has just made; -1 where one that sweeps was faster."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(part, access | _PLAIN)
+        with suppress(InUseError):
+            _lock(descriptor)
+            if _is_at(descriptor, part):
+                return descriptor
+        os.close(descriptor)
+    return -1
 
 
 @contextmanager
 def _owned_folder(path: Path, tag: str | None) -> Iterator[Path]:
     """An empty folder of this process under a hidden name, removed at the end if it still has that name."""
-    part, descriptor = _owned(path, tag, lambda part: part.mkdir(mode=0o700), os.O_RDONLY)
-    try:
+    with _owned(path, tag, lambda part: part.mkdir(mode=0o700), os.O_RDONLY) as (part, _):
         yield part
-    finally:
-        if _is_at(descriptor, part):
-            _remove(part)
-        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool:
@@ -425,7 +451,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
     """Whether what is open still stands under that name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
