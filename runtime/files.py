@@ -280,6 +280,16 @@ def keep(kind: str, name: str, data: bytes) -> None:
                 file.write(data)
 
 
+def lend_cache(variable: str, kind: str) -> bool:
+    """Has a library keep in the user's cache what it keeps, by its environment variable, unless the user has set that.
+
+    False where there is no cache to be trusted.
+    """
+    if variable not in os.environ and (folder := cache_folder(kind)):
+        os.environ[variable] = str(folder)
+    return variable in os.environ
+
+
 def user_cache() -> Path:
     """Where edgeskip keeps what only saves time; it need not be there yet.
 

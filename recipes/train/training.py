@@ -52,7 +52,7 @@ from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, loa
 from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
-from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
+from edgeskip.runtime.files import InUseError, lend_cache, locked, scratch_folder, sync, sync_tree, write_file
 from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
@@ -405,9 +405,8 @@ def _own_kernels() -> Iterator[None]:
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     with ExitStack() as stack:
-        if name not in os.environ:
-            folder = cache_folder("inductor") or stack.enter_context(scratch_folder("inductor"))
-            os.environ[name] = str(folder)
+        if not lend_cache(name, "inductor"):
+            os.environ[name] = str(stack.enter_context(scratch_folder("inductor")))
             stack.callback(os.environ.pop, name, None)
         yield
 

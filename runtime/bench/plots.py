@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeskip.runtime.files import lend_cache
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -92,6 +94,7 @@ def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     Raises:
         ImportError: matplotlib is missing.
     """
+    lend_cache("MPLCONFIGDIR", "matplotlib")
     from matplotlib import style
     from matplotlib.figure import Figure
 

@@ -217,8 +217,8 @@ def check_within(bundle: Bundle, path: Path) -> None:
 
 def _read(bundle: Bundle, folder: Path) -> Engines:
     path = folder / BUILD
-    for name in (BUILD, *(f"{graph}.engine" for graph in bundle.manifest.graphs)):
-        check_within(bundle, folder / name)
+    for own in (folder, path, *(folder / f"{graph}.engine" for graph in bundle.manifest.graphs)):
+        check_within(bundle, own)
     data = read_json(path, BundleError, fix="build the engines again")
     if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
         found = data.get("build_version") if isinstance(data, dict) else data

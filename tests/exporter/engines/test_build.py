@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import types
 from collections import Counter
@@ -29,9 +30,18 @@ from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.exporter.engines.process import Fraction
 from edgeskip.exporter.pack import pack
 from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
-from edgeskip.runtime.bundle.engines import BUILD, FOLDER, EngineProfile, engine_profiles, open_engines, read_engines
+from edgeskip.runtime.bundle.engines import (
+    BUILD,
+    FOLDER,
+    EngineProfile,
+    engine_profiles,
+    engines_folder,
+    open_engines,
+    read_engines,
+)
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.errors import BackendError, BundleError, RequestError
+from edgeskip.runtime.files import whole_folder
 
 TARGETS = (75, 80, 86, 89, 120, 121)
 ATTENTION = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION_INPUT", "ATTENTION_OUTPUT")
@@ -458,6 +468,36 @@ def test_a_process_that_dies_is_one_line(code, message, bundle, tmp_path, monkey
         build(bundle, 86)
     assert "\n" not in str(caught.value)
     assert not (bundle.folder / FOLDER).exists()
+
+
+MODULES = ("json", "typing", "ctypes", "click", "numpy", "polygraphy", "tensorrt_rtx", "sitecustomize", "edgeskip")
+
+
+def test_nothing_is_run_from_the_current_folder(bundle):
+    """By the command itself, for `python -m` would run what lies there before anything of ours."""
+    for name in MODULES:
+        (bundle.folder / f"{name}.py").write_text("raise SystemExit('run from the current folder')")
+    command = Path(sysconfig.get_path("scripts")) / "edgeskip"
+    arguments = ["build", ".", "--backend", "tensorrt-rtx", "--sm", "86"]
+    out = subprocess.run([command, *arguments], cwd=bundle.folder, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert_engines_are_whole(bundle, 86)
+
+
+def test_engines_are_not_built_through_a_link(bundle, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (bundle.folder / FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="engines: leads out of the bundle"):
+        build(bundle, 86)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_the_second_build_of_the_same_engines_is_told(bundle):
+    folder = engines_folder(bundle, "tensorrt-rtx", 86, tensorrt_rtx.__version__)
+    with whole_folder(folder, 0, replace=True):
+        result = run("build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", 86)
+    assert result.exit_code == 4
+    assert "another process is writing it" in result.stderr
 
 
 def test_a_changed_graph_is_refused(bundle):

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from edgeskip.recipes.train.schema import DataRecipe, LayerSkipRecipe, Optimizer
 from edgeskip.recipes.train.tokens import load_tokenizer, token_array
 from edgeskip.recipes.train.training import LayerSkipTrainer, Stopwatch, Windows, rate_factor, train, training_arguments
 from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.files import locked
 
 
 @pytest.fixture
@@ -241,8 +244,65 @@ def test_checkpoints_are_written_and_only_the_last_two_kept(folder: Path) -> Non
     recipe = write_recipe(folder, ("max_steps = 6", "max_steps = 6\ncheckpoint_steps = 2"))
     train(recipe, folder / "out")
     assert {path.name for path in (folder / "out/training").iterdir()} == {"checkpoint-4", "checkpoint-6"}
-    (folder / "out/training/checkpoint-6/clock.json").unlink()  # as if it had been cut off
+
+
+@pytest.mark.parametrize("clock", [None, "", "{}", '{"step": 6}', '{"step": 6, "elapsed_s": NaN}', "[" * 10**5, "\xff"])
+def test_a_checkpoint_that_was_cut_off_stands_in_nobodys_way(folder: Path, clock: str | None) -> None:
+    recipe = write_recipe(folder, ("max_steps = 6", "max_steps = 6\ncheckpoint_steps = 2"))
+    for step in (4, 6):
+        (folder / f"out/training/checkpoint-{step}").mkdir(parents=True)
+    (folder / "out/training/checkpoint-4/clock.json").write_text('{"step": 4, "elapsed_s": 1.5}')
+    if clock is not None:
+        (folder / "out/training/checkpoint-6/clock.json").write_text(clock, encoding="latin-1")
     assert training.latest_checkpoint(folder / "out/training") == folder / "out/training/checkpoint-4"
+    assert training.read_clock(folder / "out/training/checkpoint-4") == (4, 1.5)
+    with pytest.raises(RecipeError, match="out: holds an earlier training; resume it"):
+        train(recipe, folder / "out")
+
+
+def test_a_damaged_clock_ends_no_resume_and_nothing_is_left_of_it(folder: Path) -> None:
+    recipe = write_recipe(folder, ("max_steps = 6", "max_steps = 6\ncheckpoint_steps = 2"))
+    train(recipe, folder / "out", stop_after_minutes=0)
+    (folder / "out/training/checkpoint-9").mkdir()
+    (folder / "out/training/checkpoint-9/clock.json").touch()
+    assert train(recipe, folder / "out", resume=True).steps == 6
+    assert {path.name for path in (folder / "out/training").iterdir()} == {"checkpoint-4", "checkpoint-6"}
+
+
+def test_the_second_training_of_a_folder_is_told(folder: Path) -> None:
+    recipe = write_recipe(folder)
+    (folder / "out").mkdir()
+    message = "out: another training is running in it; wait for it"
+    with locked(folder / "out"), pytest.raises(RecipeError, match=message):
+        train(recipe, folder / "out")
+
+
+def test_a_training_that_cannot_begin_leaves_no_folder(folder: Path) -> None:
+    recipe = write_recipe(folder, ('folder = "corpus"', 'folder = "nowhere"'))
+    with pytest.raises(RecipeError):
+        train(recipe, folder / "out")
+    assert not (folder / "out").exists()
+    (folder / "file").touch()
+    with pytest.raises(RecipeError, match="out: cannot be written"):
+        train(write_recipe(folder), folder / "file" / "out")
+
+
+def test_compiled_kernels_are_kept_in_the_users_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, where there is none, in a folder that nobody knows, but never in one that anybody could have made."""
+    name, seen = "TORCHINDUCTOR_CACHE_DIR", []
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(training, "_train", lambda *_: seen.append(os.environ[name]))
+    for cache in ("cache", "file/cache"):
+        (folder / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / cache))
+        monkeypatch.delenv(name, raising=False)
+        train(write_recipe(folder), folder / "out")
+    assert seen[0] == str(folder / "cache/edgeskip/inductor")
+    assert re.fullmatch(r"\.inductor\.[0-9a-f]{8}\.edgeskip", Path(seen[1]).name)
+    assert not Path(seen[1]).exists()
+    monkeypatch.setenv(name, "theirs")
+    train(write_recipe(folder), folder / "out")
+    assert seen[2] == "theirs"
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 from tests.conftest import edit_json
 from tests.standin import VERSION, with_engines
 
+from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.bundle.engines import BUILD, FOLDER, build_command, engines_folder, open_engines, read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.errors import BundleError
@@ -127,3 +129,50 @@ def test_engines_are_stale_as_soon_as_the_bundle_has_other_weights(bundle):
     edit_json(bundle.path(MANIFEST), lambda manifest: manifest["files"][WEIGHTS].update(sha256="1" * 64))
     with pytest.raises(BundleError, match="other weights"):
         read_engines(read_bundle(bundle.folder))
+
+
+def moved_out(path, tmp_path):
+    """Puts a link in the place of a file or folder, to where it is moved."""
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere", target_is_directory=(tmp_path / "elsewhere").is_dir())
+
+
+@pytest.mark.parametrize("name", ["", "{folder}", "{folder}/build.json", "{folder}/head.engine"])
+def test_a_link_that_leads_out_of_the_bundle_is_refused(name, bundle, folder, tmp_path):
+    path = bundle.folder / FOLDER / name.format(folder=folder.name)
+    moved_out(path, tmp_path)
+    with pytest.raises(BundleError, match=rf"{path.name}: leads out of the bundle; do not use this bundle"):
+        read_engines(bundle)
+    with pytest.raises(BundleError, match="leads out of the bundle"):
+        open_session(bundle, backend="tensorrt")
+
+
+def test_a_bundle_with_engines_behind_a_link_is_read(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle.folder)
+    assert len(read_engines(read_bundle(tmp_path / "link"))) == 1
+
+
+def test_what_is_read_from_an_engine_is_what_was_compared(bundle, folder):
+    (engines,) = read_engines(bundle)
+    wanted = (folder / "draft.engine").read_bytes()
+    with open_engines(engines) as files:
+        (folder / "other").write_bytes(b"x" * len(wanted))
+        (folder / "other").replace(folder / "draft.engine")
+        assert files["draft"].read() == wanted
+    (folder / "draft.engine").unlink()
+    (folder / "draft.engine").symlink_to("verify.engine")
+    with pytest.raises(BundleError, match=r"draft.engine: cannot be read"), open_engines(engines):
+        pass
+
+
+def test_a_record_that_was_changed_is_told(folder, bundle):
+    (folder / BUILD).write_text((folder / BUILD).read_text().replace('"seconds": 1.0', '"seconds": 2.0', 1))
+    with pytest.raises(
+        BundleError, match=r"build.json: what it says has the sha256 .*; wanted .*, as written; copy it"
+    ):
+        read_engines(bundle)
+
+
+def test_engines_that_a_killed_build_hid_are_found(bundle, folder):
+    folder.rename(folder.with_name(f".{folder.name}.old.edgeskip"))
+    assert [engines.folder for engines in read_engines(bundle)] == [folder]

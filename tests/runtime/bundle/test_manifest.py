@@ -234,6 +234,29 @@ def test_a_link_that_leads_out_of_the_folder(folder):
     assert_refused(folder, "file 'config.json' leads out of the bundle")
 
 
+def test_a_manifest_that_is_a_link_is_refused(folder):
+    (folder / MANIFEST).rename(folder.parent / "m.json")
+    (folder / MANIFEST).symlink_to("../m.json")
+    assert_refused(folder, f"{MANIFEST}: a link, which may lead out of the bundle; do not use this bundle")
+
+
+def test_a_changed_entry_of_the_manifest_is_found(folder):
+    text = (folder / MANIFEST).read_text()
+    data = json.loads(text)
+    (folder / MANIFEST).write_text(json.dumps(data, sort_keys=True))  # no change of what it says
+    read_bundle(folder)
+    own = data.pop("sha256")
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    assert own == hashlib.sha256(canonical).hexdigest()  # as docs/DESIGN.md has it
+    assert data["eos_token_ids"] == [1]
+    (folder / MANIFEST).write_text(json.dumps({**data, "eos_token_ids": [2], "sha256": own}))
+    assert_refused(
+        folder, rf"what it says has the sha256 .*; wanted {own[:12]}..., as written; copy the bundle again or"
+    )
+    (folder / MANIFEST).write_text(json.dumps(data))
+    assert_refused(folder, "wanted one under 'sha256'; copy the bundle again or export it again")
+
+
 def test_a_bundle_behind_a_link_is_read(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder, target_is_directory=True)
     with edgeskip.load(tmp_path / "link") as model:
@@ -273,6 +296,15 @@ def test_a_file_changed_after_the_check_is_found(folder, cache):
     flip_a_bit(folder / WEIGHTS, at=-1)
     assert_refused(folder, f"{WEIGHTS}: sha256 is")
     assert_refused(folder, f"{WEIGHTS}: sha256 is")  # a failed check leaves no stamp
+
+
+def test_a_file_changed_in_place_with_its_time_set_back_is_found(folder, cache):
+    hashed(folder)
+    stat = (folder / WEIGHTS).stat()
+    flip_a_bit(folder / WEIGHTS, at=-1)
+    os.utime(folder / WEIGHTS, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (folder / WEIGHTS).stat().st_ino == stat.st_ino
+    assert_refused(folder, f"{WEIGHTS}: sha256 is")
 
 
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_found(folder, cache):

@@ -119,6 +119,16 @@ def test_a_command_that_fails_is_an_oserror(script, error, tmp_path):
         command_output(str(tmp_path / "fails"), timeout_s=100)
 
 
+@pytest.mark.parametrize("path", ["", ".", ":.:", "here"])
+def test_no_command_of_the_current_folder_is_run(path, tmp_path, monkeypatch):
+    program(tmp_path, "tool", "echo run from the current folder")
+    program(tmp_path / "here", "tool", "echo run from the current folder")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path)
+    with pytest.raises(FileNotFoundError, match="no command tool"):
+        command_output("tool", root=tmp_path / "none")
+
+
 def test_commands_outside_the_path_are_found_in_the_systems_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="no command tool"):
