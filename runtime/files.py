@@ -14,13 +14,15 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from edgeskip.runtime.errors import BundleError, EdgeskipError, reason
 
@@ -363,7 +365,7 @@ def _put_back(path: Path, name: str, tag: str) -> bool:
 
 def _clear(path: Path) -> None:
     """Removes what nobody owns; its name is free at once."""
-    with suppress(OSError), _claimed(path) as claimed:
+    with _undisturbed(), suppress(OSError), _claimed(path) as claimed:
         if claimed:
             away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")
             path.rename(away)
@@ -389,7 +391,7 @@ def _claimed(path: Path) -> Iterator[bool]:
 def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: int) -> Iterator[tuple[Path, int]]:
     """Makes what will be `path`, under a hidden name; gives that name and a descriptor, which holds the lock.
 
-    At the end it is removed, if it still has that name.
+    What has that name at the end is removed.
 
     Raises:
         InUseError: another process is making it, told by the tag.
@@ -412,12 +414,12 @@ def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: in
             raise InUseError(errno.EWOULDBLOCK, f"another process is writing it, as {part and part.name}", str(path))
         yield part, descriptor
     finally:
-        if part is not None and descriptor < 0:
-            _clear(part)  # interrupted between the two
-        elif part is not None:
-            if _is_at(descriptor, part):
-                _remove(part)
-            with suppress(OSError):
+        with _undisturbed(), suppress(OSError):
+            if part is not None:
+                if _is_at(descriptor, part):
+                    _remove(part)
+                _clear(part)  # what it has replaced; or an interrupt came before the descriptor
+            if descriptor >= 0:
                 os.close(descriptor)
 
 
@@ -438,6 +440,26 @@ def _owned_folder(path: Path, tag: str | None) -> Iterator[Path]:
     """An empty folder of this process under a hidden name, removed at the end if it still has that name."""
     with _owned(path, tag, lambda part: part.mkdir(mode=0o700), os.O_RDONLY) as (part, _):
         yield part
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts off what signals raise, in the main thread alone, so that nothing is left half removed."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number and callable(handler := signal.getsignal(number)):
+                    before[number] = handler
+                    signal.signal(number, lambda number, _: caught.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught:
+            signal.raise_signal(number)
 
 
 def _lock(descriptor: int) -> bool:
@@ -489,10 +511,9 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def _replace(destination: Path, folder: Path) -> None:
-    """Puts a folder in another's place and removes the other one; if it cannot be put there, nothing changes."""
+    """Has two folders change their names; if they cannot, nothing changes."""
     with locked(destination):  # the lock goes with it, so that nobody takes the old one for left behind
         if _rename_with(folder, destination, _EXCHANGE):
-            _remove(folder)
             return
         old = destination.with_name(f".{destination.name}.{_OLD}.edgeskip")
         destination.rename(old)
@@ -501,7 +522,7 @@ def _replace(destination: Path, folder: Path) -> None:
         except BaseException:
             old.rename(destination)
             raise
-        _remove(old)
+        old.rename(folder)
 
 
 def _rename_with(source: Path, target: Path, flag: int) -> bool:

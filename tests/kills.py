@@ -42,6 +42,7 @@ class Campaign:
         final: finds that all is there after the next run.
         imports: modules that the command needs.
         patch: called in the process before the command.
+        ways: of ending it.
     """
 
     command: tuple[str, ...]
@@ -50,6 +51,7 @@ class Campaign:
     final: Callable[[Path], None]
     imports: tuple[str, ...] = ()
     patch: Callable[[], None] = lambda: None
+    ways: tuple[str, ...] = ("kill", "interrupt")
 
 
 @dataclass(frozen=True)
@@ -61,40 +63,40 @@ class Figures:
     failures: list[str]
 
 
-def run(campaign: Campaign, template: Path, points: int | None, seed: int, ways: tuple[str, ...]) -> Figures:
+def run(campaign: Campaign, template: Path, points: int | None, seed: int) -> Figures:
     """Kills the command at `points` of its points, or at all."""
     place = template.with_name(f"{template.name}-run")
     total = int(_forked(campaign, _copied(template, place), campaign.command, None, "count")[1])
     campaign.final(place)
     random_ = random.Random(seed)
     failures: list[str] = []
-    kills = dict.fromkeys(ways, 0)
-    for way in ways:
+    kills = dict.fromkeys(campaign.ways, 0)
+    for way in campaign.ways:
         every = range(1, total + 1)
         for point in every if points is None or points >= total else sorted(random_.sample(every, points)):
-            kills[way] += 1
             root = _copied(template, place)
             try:
-                _kill(campaign, root, point, way)
+                kills[way] += _kill(campaign, root, point, way)
             except Exception:
-                failures.append(f"{way} at {point} of {total}: {traceback.format_exc(limit=-2)}\n{_listing(root)}")
+                failures.append(f"{way} at {point} of {total}: {traceback.format_exc(limit=-3)}\n{_listing(root)}")
     shutil.rmtree(place)
     return Figures(total, kills, failures)
 
 
-def _kill(campaign: Campaign, root: Path, point: int, way: str) -> None:
+def _kill(campaign: Campaign, root: Path, point: int, way: str) -> bool:
+    """Whether the run was ended before its own end: it can be shorter than the one that was counted."""
     status, output = _forked(campaign, root, campaign.command, point, way)
-    if way == "kill":
-        assert status == -signal.SIGKILL or status == 0, f"exit {status}: {output}"  # caches can make a run shorter
-    else:
-        assert status in (0, 130, 1), f"exit {status}: {output}"
+    assert status in (0, -signal.SIGKILL if way == "kill" else 130), f"exit {status}: {output}"
+    if way == "interrupt":
         assert hidden(root) == [], "hidden files after an interrupt"
+    ended = status != 0
     campaign.check(root)
     again = campaign.again(root)
     status, output = _forked(campaign, root, again, None, "plain")
     assert status == 0, f"the next run: exit {status}: {output}"
     campaign.final(root)
     assert hidden(root) == [], "hidden files after the next run"
+    return ended
 
 
 def hidden(root: Path) -> list[str]:
@@ -176,9 +178,10 @@ def main() -> None:
     points, seed = (int(argument) for argument in sys.argv[3:])
     for module in campaign.imports:
         importlib.import_module(module)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
     os.environ["XDG_CACHE_HOME"] = os.devnull  # so that checks read all of a file
     start = time.monotonic()
-    found = run(campaign, folder, points or None, seed, ("kill", "interrupt"))
+    found = run(campaign, folder, points or None, seed)
     seconds = round(time.monotonic() - start, 1)
     print(json.dumps({"points": found.points, "kills": found.kills, "failures": found.failures, "seconds": seconds}))
 
