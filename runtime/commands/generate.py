@@ -82,5 +82,6 @@ def generate(
 
 
 def _read_text(file: Any) -> str:
-    place = getattr(file, "name", "stdin")
+    name = getattr(file, "name", None)
+    place = name if isinstance(name, str) else "stdin"
     return decode_text(read_stream(file, place, RequestError), place, RequestError, fix="give a text file")

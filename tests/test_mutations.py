@@ -1,0 +1,234 @@
+"""Whatever stands in a file from outside, a command does its work or says why not in one line: no traceback, no hang,
+bounded memory, nothing half-written.
+
+EDGESKIP_MUTATIONS sets how many are tried, EDGESKIP_SEED which; one that fails leaves its file for another look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+from click.testing import CliRunner
+
+from edgeskip.cli import main
+from edgeskip.recipes.reader import FOLDERS
+from edgeskip.runtime.bundle.engines import engines_folder
+from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
+from tests.conftest import edit_json
+from tests.mutations import Mutation, clear, mutated_header, mutated_json, mutated_text, mutated_toml, put_in_place_of
+from tests.recipes.conftest import RECIPE, write_corpus
+from tests.standin import VERSION, with_engines
+
+COUNT, SEED = int(os.environ.get("EDGESKIP_MUTATIONS", "600")), int(os.environ.get("EDGESKIP_SEED", "11"))
+MOST_BYTES = 400_000_000  # that one command may take beside what the process has
+MOST_SECONDS = 60
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to watch memory")
+
+
+@dataclass
+class Target:
+    """A file to spoil, what spoils it, and the commands that read it.
+
+    `outputs` are folders that a command may make, whole; in `bundle` the manifest keeps up with the file, so that what
+    is wrong with it is found by its reader and not by its hash.
+    """
+
+    file: Path
+    mutations: tuple[Mutation, ...]
+    commands: tuple[tuple[object, ...], ...]
+    bundle: Path | None = None
+    outputs: tuple[Path, ...] = ()
+    pristine: bytes = field(init=False)
+
+    def __post_init__(self):
+        self.pristine = self.file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def targets(bundles, checkpoints, tmp_path_factory):
+    """Every file that edgeskip reads, in folders of its own."""
+    root = tmp_path_factory.mktemp("mutations")
+    bundle = with_engines(bundles("llama-gqa"), root / "bundle").folder
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ bos_token }}"
+    checkpoint, sharded = root / "checkpoint", root / "sharded"
+    for folder in (checkpoint, sharded):
+        shutil.copytree(checkpoints("llama-gqa"), folder)
+        names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "bos_token_id": 0}))
+    _shard(sharded)
+    (bundle / "chat_template.jinja").write_text(template)
+    _record(bundle, "chat_template.jinja")
+    for kind, name in (("model", "llama3.2-1b"), ("device", "orin-nano-8gb")):
+        shutil.copy(FOLDERS[kind] / f"{name}.toml", root / f"{kind}.toml")
+    write_corpus(root / "corpus")
+    (root / "training.toml").write_text(RECIPE)
+    (root / "prompts").mkdir()
+    (root / "prompts" / "a.txt").write_text("def f(x):\n    return caf\u00e9 + \U0001f600\n")
+    runner = CliRunner()
+    report = root / "report.json"
+    short = ("--prompts", root / "prompts", "-k", 2, "-n", 3, "--repeats", 1, "--json", report)
+    assert runner.invoke(main, [str(a) for a in ("bench", bundle, "--backend", "onnxruntime", *short)]).exit_code == 0
+    generate = ("generate", bundle, "-n", 3, "--backend", "onnxruntime")
+    engines = engines_folder(read_bundle(bundle), "tensorrt", 87, VERSION)
+    say, chat, inspect = (*generate, "-p", "caf\u00e9 \u4e2d"), (*generate, "--chat", "-p", "hi"), ("inspect", bundle)
+    out = root / "out"
+    export, pack = ("export", checkpoint, out, "-e", 2), ("pack", bundle, out)
+    bench = ("bench", bundle, "--backend", "onnxruntime", "--prompts", root / "prompts", "-k", 1, "-n", 2)
+    model, device, training = root / "model.toml", root / "device.toml", root / "training.toml"
+    prompt = root / "prompts" / "a.txt"
+    plan = ("plan", "--recipe", model, "--device", device)
+    both, toml = (mutated_json, mutated_text), (mutated_toml, mutated_text)
+    return [
+        Target(bundle / MANIFEST, both, (inspect, say, pack), outputs=(out,)),
+        Target(bundle / "weights.safetensors", (mutated_header,), (say,), bundle),
+        Target(bundle / "tokenizer.json", both, (say,), bundle),
+        Target(bundle / "chat_template.jinja", (mutated_text,), (chat,), bundle),
+        Target(engines / "build.json", both, (inspect, say, pack), outputs=(out,)),
+        Target(checkpoint / "config.json", both, (export, ("plan", checkpoint, "-d", "h100")), outputs=(out,)),
+        Target(checkpoint / "generation_config.json", both, (export,), outputs=(out,)),
+        Target(checkpoint / "tokenizer_config.json", both, (export,), outputs=(out,)),
+        Target(checkpoint / "tokenizer.json", both, (export,), outputs=(out,)),
+        Target(checkpoint / "model.safetensors", (mutated_header,), (export,), outputs=(out,)),
+        Target(sharded / "model.safetensors.index.json", both, (("export", sharded, out, "-e", 2),), outputs=(out,)),
+        Target(model, toml, (plan, ("recipes", "validate", model))),
+        Target(device, toml, (plan, ("recipes", "validate", device))),
+        Target(training, toml, (("recipes", "validate", training), ("recipes", "show", training))),
+        Target(report, both, ((*plan, "--calibrate", report),)),
+        Target(prompt, (mutated_text,), ((*generate, "-f", prompt), (*bench, "--repeats", 1))),
+    ]
+
+
+def _shard(folder):
+    """The checkpoint's weights in two files with an index."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _record(bundle, name):
+    """Puts a file's size and hash into the manifest."""
+    data = (bundle / name).read_bytes()
+    record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(bundle / MANIFEST, lambda m: m["files"].update({name: record}))
+
+
+def _spoil(target, random):
+    if random.random() < 0.06:
+        put_in_place_of(random, target.file)
+        return
+    data = random.choice(target.mutations)(random, target.pristine)
+    if target.file.name in (MANIFEST, "build.json"):
+        try:
+            target.file.write_bytes(data)
+            edit_json(target.file, lambda _: None)  # hashed anew
+            return
+        except (ValueError, RecursionError, AttributeError):
+            pass
+    target.file.write_bytes(data)
+    if target.bundle:
+        _record(target.bundle, target.file.name)
+
+
+def _peak_bytes():
+    text = Path("/proc/self/status").read_text()
+    sizes = {line.split(":")[0]: line.split()[1] for line in text.splitlines() if line.startswith(("VmHWM", "VmRSS"))}
+    return 1024 * int(sizes["VmHWM"]), 1024 * int(sizes["VmRSS"])
+
+
+def _fault(command, outputs):
+    """What is wrong with how a command ended; nothing is, as a rule."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, start = _peak_bytes()[1], time.monotonic()
+    try:
+        result = CliRunner().invoke(main, [str(part) for part in command], input=b"")
+    except BaseException as error:  # a panic in a library, or our own alarm
+        return f"{type(error).__name__}: {error}", None
+    taken, seconds = _peak_bytes()[0] - before, time.monotonic() - start
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return f"{type(result.exception).__name__}: {result.exception}", result
+    lines = result.stderr.splitlines()
+    if result.exit_code == 2 and "-f" in command:
+        return "", result  # click opens this file
+    if result.exit_code not in (0, 1, 3, 4, 5, 6, 7):
+        return f"exit code {result.exit_code}", result
+    if result.exit_code > 1 and not (len(lines) >= 1 and lines[-1].startswith("edgeskip: ")):
+        return "no line that says why", result
+    if result.exit_code > 1 and command[:2] != ("recipes", "validate") and len(lines) != 1:
+        return "more than one line", result
+    if any(len(line) > 5000 for line in lines):
+        return "a line without end", result
+    if any(c in result.output for c in "\x1b\x9b\x07\u202e") and command[0] != "generate":
+        return "something that drives a terminal", result
+    if taken > MOST_BYTES:
+        return f"{taken / 1e6:.0f} MB", result
+    if seconds > MOST_SECONDS:
+        return f"{seconds:.0f} s", result
+    for folder in outputs:
+        if folder.exists() and result.exit_code:
+            return "an output in spite of an error", result
+        left = [path.name for path in folder.parent.iterdir() if path.name.endswith(".edgeskip")]
+        if left:
+            return f"left behind: {left}", result
+    return "", result
+
+
+def _alarm(*_):
+    raise TimeoutError(f"more than {MOST_SECONDS} s")
+
+
+@pytest.mark.timeout(max(300, COUNT))
+def test_no_file_brings_a_command_down(targets, monkeypatch, tmp_path):
+    random, faults, codes = Random(SEED), [], Counter()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    previous = signal.signal(signal.SIGALRM, _alarm)
+    for target in targets:
+        for command in target.commands:
+            assert _fault(command, ())[1].exit_code == 0, command
+            for folder in target.outputs:
+                clear(folder)
+    for i in range(COUNT):
+        target = targets[i % len(targets)]
+        manifest = (target.bundle / MANIFEST).read_bytes() if target.bundle else b""
+        _spoil(target, random)
+        for command in target.commands:
+            signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+            fault, result = _fault(command, target.outputs)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            codes[target.file.name, result.exit_code if result and not fault else "fault"] += 1
+            if fault:
+                faults.append(f"{i} {target.file.name}, {' '.join(map(str, command))[:80]}: {fault[:300]}")
+                kept = tmp_path / f"{i}-{target.file.name}"
+                if target.file.is_file() and target.file.stat().st_size < 1 << 24:
+                    shutil.copy(target.file, kept)
+                if os.environ.get("EDGESKIP_MUTATIONS"):
+                    print(faults[-1], kept)
+            for folder in target.outputs:
+                clear(folder)
+        clear(target.file)
+        target.file.write_bytes(target.pristine)
+        if target.bundle:
+            (target.bundle / MANIFEST).write_bytes(manifest)
+    signal.signal(signal.SIGALRM, previous)
+    if os.environ.get("EDGESKIP_MUTATIONS"):
+        print(*sorted(codes.items(), key=str), sep="\n")
+    assert faults == []
