@@ -18,10 +18,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgeskip.exporter.check.golden import Golden, Trace
-from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
+from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime, ort_errors
 from edgeskip.runtime.bundle.graphs import Graph, GraphName, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.errors import BackendError
 
 Array = npt.NDArray[Any]
 
@@ -56,10 +55,8 @@ class TappedGraph:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
         providers = [CUDA_PROVIDER] if on_gpu else []
         data = ir.to_proto(model).SerializeToString()
-        try:
+        with ort_errors(f"{path}, with its layers as outputs"):
             self._session = ort.InferenceSession(data, options, providers=[*providers, "CPUExecutionProvider"])
-        except Exception as error:  # its errors have no base in common but Exception
-            raise BackendError(path, f"ONNX Runtime {ort.__version__} cannot narrow it ({error})") from None
         dims = dimensions(manifest.architecture, manifest.max_length)
         self._caches = {
             t.name: np.zeros([dims[dim] for dim in t.shape], np.float32) for t in self._graph.inputs if t.is_cache

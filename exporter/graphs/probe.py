@@ -22,7 +22,7 @@ from onnxscript import OpBuilder
 from edgeskip.exporter.formats import NUMPY_DTYPES, ONNX_DTYPES
 from edgeskip.exporter.graphs.pickers import greedy
 from edgeskip.exporter.graphs.split import Model, begin
-from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime
+from edgeskip.runtime.backends.ort import CUDA_PROVIDER, cpu_options, has_cuda_provider, onnxruntime, ort_errors
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import embedding_table, stored_arrays
 from edgeskip.runtime.errors import BackendError
@@ -66,11 +66,8 @@ class Probe:
         dialect = dialect or ("standard" if on_gpu and dtype == "fp32" else "ort")
         data = ir.to_proto(probe_graph(bundle, dialect)).SerializeToString()
         providers = [*([CUDA_PROVIDER] if on_gpu else []), "CPUExecutionProvider"]
-        try:
+        with ort_errors("probe"):
             self._session = ort.InferenceSession(data, options, providers=providers)
-        except Exception as error:  # its errors share no base but Exception
-            found = f"ONNX Runtime {ort.__version__} refuses the probe ({error})"
-            raise BackendError(bundle.folder, found, fix="upgrade onnxruntime") from None
         self._embeddings, self._dtype = embedding_table(bundle), NUMPY_DTYPES[dtype]
 
     def __enter__(self) -> Probe:
@@ -86,7 +83,8 @@ class Probe:
             "inputs_embeds": rows.view(self._dtype).astype(np.float32)[None],
             "first": np.array([len(prompt_ids) - 1]),
         }
-        return Exits(*self._session.run(["token_ids", "confidences"], feeds))
+        with ort_errors("probe"):
+            return Exits(*self._session.run(["token_ids", "confidences"], feeds))
 
 
 def check_probed(bundle: Bundle, device: Literal["cpu", "cuda"]) -> None:

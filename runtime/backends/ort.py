@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,8 @@ class OrtGraphs:
         self._sessions: dict[GraphName, Any] = {}
         for graph in self._table:
             path = bundle.graph_path(graph, dialect)
-            try:
+            with ort_errors(path):
                 session = ort.InferenceSession(path, options, providers=providers)
-            except Exception as error:  # its errors share no base but Exception
-                self.close()
-                raise BackendError(
-                    path, f"ONNX Runtime {ort.__version__} refuses it ({error})", fix="upgrade onnxruntime"
-                ) from None
             self._sessions[graph] = session
             self._check_tensors(path, graph)
 
@@ -107,9 +103,12 @@ class OrtGraphs:
             array, number = self._weights[name]
             element = NUMBER_TYPES[number].onnx
             binding.bind_input(name, device, 0, element, list(array.shape), array.ctypes.data)
-        if run_options is None:
-            return lambda: session.run_with_iobinding(binding)
-        return lambda: session.run_with_iobinding(binding, run_options)
+
+        def run() -> None:
+            with ort_errors(call.graph):
+                session.run_with_iobinding(binding, run_options)
+
+        return run
 
     def close(self) -> None:
         """Frees the graphs and their weights."""
@@ -158,11 +157,19 @@ _pool_threads: int | None = None
 
 
 def cpu_options(ort: Any, threads: int) -> Any:
-    """Options for a session on the process's one thread pool: pools of their own would spin against each other."""
+    """Options for a session on the process's one thread pool: pools of their own would spin against each other.
+
+    Raises:
+        BackendError: more threads than there are cores, or another number than in this process so far.
+    """
     global _pool_threads
+    if threads > usable_cores():
+        wanted = f"at most {usable_cores()}, the cores that this process may use"
+        raise BackendError("threads", f"{threads}", wanted=wanted)
     if _pool_threads is None:
+        with ort_errors("threads"):
+            ort.set_global_thread_pool_sizes(threads or usable_cores(), 1)
         _pool_threads = threads or usable_cores()
-        ort.set_global_thread_pool_sizes(_pool_threads, 1)
     elif threads not in (0, _pool_threads):
         raise BackendError(
             "threads",
@@ -174,6 +181,21 @@ def cpu_options(ort: Any, threads: int) -> Any:
     options.use_per_session_threads = False
     options.log_severity_level = 4  # fatal: what it refuses it raises too
     return options
+
+
+@contextmanager
+def ort_errors(place: object) -> Iterator[None]:
+    """Whatever ONNX Runtime raises becomes one line.
+
+    Raises:
+        BackendError: with this place.
+    """
+    try:
+        yield
+    except Exception as error:  # its errors share no base but Exception
+        lacking = any(word in str(error) for word in ("bad_alloc", "allocate memory", "pthread_create"))
+        fix = "free some memory" if lacking else "upgrade onnxruntime"
+        raise BackendError(place, f"ONNX Runtime {onnxruntime().__version__} refuses it ({error})", fix=fix) from None
 
 
 def onnxruntime() -> Any:

@@ -95,6 +95,8 @@ def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
             raise BundleError(path, f"{name} is {found:.120}", wanted=f"{wanted}, by the manifest", fix=_FIX)
     if header:
         raise BundleError(path, f"has {next(iter(header))!r}, which the manifest does not call for", fix=_FIX)
+    if start != len(header_of(arrays)):  # the graphs count from the beginning of the file
+        raise BundleError(path, f"a header of {start} bytes", wanted=f"{len(header_of(arrays))}", fix=_FIX)
     return {
         name: replace(array, offset=start + array.offset)
         for name, array in arrays.items()

@@ -98,6 +98,8 @@ def exchanged(header, one, other):
         (lambda h: h.update({"x" * 1_000_000: 1}), "weights.safetensors: has 'xxx"),
         (lambda h: h.update(__metadata__=3), "__metadata__ is 3; wanted a table of texts"),
         (lambda h: h.update(__metadata__={"format": 3}), "__metadata__ is"),
+        (lambda h: h.update(__metadata__={"format": "x" * 64}), "a header of [0-9]+ bytes; wanted [0-9]+;"),
+        (lambda h: json.dumps(h, indent=8).encode(), "a header of [0-9]+ bytes; wanted [0-9]+;"),
         (lambda h: b"[]", "its header is \\[\\]; wanted a table of tensors"),
         (lambda h: b"null", "its header is None"),
         (lambda h: b"{", "not valid JSON"),
