@@ -78,8 +78,10 @@ class _Group(click.Group):
             return result
         except EdgeskipError as error:
             said = error
-        except MemoryError as error:
-            said = BackendError("memory", f"there is not enough ({error or 'no more can be had'})", fix="free some")
+        except (MemoryError, ImportError) as error:
+            if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+                raise
+            said = BackendError("memory", f"not enough ({str(error) or 'none is left'})", fix="free some")
         except OSError as error:
             if error.errno == errno.EPIPE and error.filename is None:
                 _drop_unread()
