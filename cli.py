@@ -14,6 +14,11 @@ from typing import Any
 
 import click
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 import edgeskip
 from edgeskip.runtime.errors import BackendError, EdgeskipError, RequestError, reason
 
@@ -37,6 +42,9 @@ VERBS = {
 
 REPORTS = ("--json", "--html")
 """Options that take a file, and without one mean standard output."""
+
+_LEAST_ADDRESSES = 1 << 28
+"""Bytes that Python and the libraries of every verb take before there is a model."""
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
@@ -72,7 +80,7 @@ class _Group(click.Group):
             if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
         try:
-            _check_current_folder()
+            _check_surroundings()
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
@@ -83,6 +91,8 @@ class _Group(click.Group):
                 raise
             said = BackendError("memory", f"not enough ({str(error) or 'none is left'})", fix="free some")
         except OSError as error:
+            if error.errno is None:
+                raise  # a library's own, of which nothing is known
             if error.errno == errno.EPIPE and error.filename is None:
                 _drop_unread()
                 ctx.exit(128 + signal.SIGPIPE)  # as for programs that this signal ends
@@ -108,11 +118,17 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _check_current_folder() -> None:
+def _check_surroundings() -> None:
+    """Refuses what libraries answer with crashes and messages of their own."""
     try:
         os.getcwd()  # noqa: PTH109
     except OSError as error:
         raise RequestError("current folder", f"is gone ({error.strerror})", fix="change into another") from None
+    if resource is not None:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if 0 <= limit < _LEAST_ADDRESSES:
+            wanted = f"{_LEAST_ADDRESSES / 1e6:.0f} MB or more"
+            raise BackendError("memory", f"limited to {limit / 1e6:.0f} MB", wanted=wanted, fix="ulimit -v unlimited")
 
 
 def _drop_unread() -> None:
@@ -127,7 +143,7 @@ def _drop_unread() -> None:
 def _of_the_system(error: OSError) -> EdgeskipError:
     """What the system refused and nobody expected: a file, or a stream, which has no name here."""
     if error.filename is not None:
-        return RequestError(os.fsdecode(error.filename), reason(error))
+        return RequestError(error.filename, reason(error))
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left has nowhere to go
     return RequestError("stdout", f"cannot be written ({reason(error)})")

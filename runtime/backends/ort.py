@@ -207,5 +207,7 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        if "failed to map segment" in str(error):
+            raise MemoryError(str(error)) from None
         raise BackendError("onnxruntime", f"not usable ({error})", fix=install("cpu")) from None
     return onnxruntime
