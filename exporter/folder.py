@@ -38,6 +38,11 @@ _KINDS = (
         "a distributed checkpoint of torch",
         "consolidate it: save the model with transformers",
     ),
+    Kind(
+        ("zero_to_fp32.py", "global_step*"),
+        "a checkpoint of DeepSpeed",
+        "make a whole one of it with its zero_to_fp32.py",
+    ),
     Kind(("tf_model*.h5", "flax_model*.msgpack"), "weights of TensorFlow or Flax", _DOWNLOAD),
     Kind(
         ("model-*-of-*.safetensors",),
@@ -52,6 +57,9 @@ _KINDS = (
     ),
     Kind(("*.onnx",), "ONNX graphs, not a checkpoint", _DOWNLOAD),
     Kind(("checkpoint-*/config.json",), "a folder of checkpoints", "give one of them"),
+    Kind(
+        ("snapshots/*/config.json",), "a repository in the hub's cache", "give the folder in snapshots, or its hub id"
+    ),
 )
 
 
@@ -66,7 +74,7 @@ def refuse_other_kinds(folder: Path) -> None:
         return
     for kind in _KINDS:
         for pattern in kind.files:
-            if names := sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)):
+            if names := sorted(str(path.relative_to(folder)) for path in folder.glob(pattern) if path.exists()):
                 raise CheckpointError(folder, f"{kind.found} ({names[0]})", fix=kind.fix)
     if kind_of(folder / "tokenizer.json", CheckpointError) and not kind_of(folder / "config.json", CheckpointError):
         raise CheckpointError(folder, "a tokenizer without a model", fix=_DOWNLOAD)

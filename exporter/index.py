@@ -21,6 +21,7 @@ from edgeskip.exporter.config import read_json
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
 from edgeskip.runtime.errors import CheckpointError, reason
+from edgeskip.runtime.reading import kind_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _OF_A_BASE_MODEL = ("embed_tokens.", "layers.", "norm.")
@@ -49,12 +50,11 @@ def weight_files(folder: Path, warn: Warn = lambda _: None) -> tuple[list[Path],
         CheckpointError: there are none, or the index is no index.
     """
     index, single = folder / INDEX, folder / WEIGHTS
-    if single.is_file():
-        if index.is_file():
+    has_index = kind_of(index, CheckpointError)
+    if kind_of(single, CheckpointError) or not has_index:
+        if has_index:
             warn(f"{folder}: {WEIGHTS} is taken, as transformers does, and not the shards of {INDEX}")
-        return [single], {}
-    if not index.is_file():
-        raise CheckpointError(single, "no such file", fix="download the checkpoint again")
+        return [_file(single)], {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(index, "no weight_map of tensors to files", fix="download the checkpoint again")
@@ -62,9 +62,7 @@ def weight_files(folder: Path, warn: Warn = lambda _: None) -> tuple[list[Path],
     for path in shards:
         if path.parent != folder or "\0" in path.name:
             raise CheckpointError(index, f"shard {path.name!r} leads out of the folder")
-        if not path.is_file():
-            raise CheckpointError(path, "no such file", fix="download the checkpoint again")
-    return shards, weight_map
+    return [_file(path) for path in shards], weight_map
 
 
 def index_tensors(
@@ -105,6 +103,14 @@ def tensor_rows(file: Any, tensor: SourceTensor, block_bytes: int = 1 << 24) -> 
     rows = max(1, block_bytes // max(row_bytes, 1))
     for start in range(0, tensor.shape[0], rows):
         yield view[start : min(start + rows, tensor.shape[0])]
+
+
+def _file(path: Path) -> Path:
+    """The path, found to be a file."""
+    found = kind_of(path, CheckpointError) or ("a link to nothing" if path.is_symlink() else "no such file")
+    if found != "a file":
+        raise CheckpointError(path, found, wanted="a file of weights", fix="download the checkpoint again")
+    return path
 
 
 def _model_name(name: str) -> str:

@@ -53,7 +53,7 @@ ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
 )
 @pytest.mark.parametrize("config", [True, False])
 def test_a_folder_is_called_what_it_is(file, content, message, config, folder):
-    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_text(content)
     if not config:
         (folder / "config.json").unlink()

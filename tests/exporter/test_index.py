@@ -244,6 +244,14 @@ REFUSED = {
         lambda folder: shard(folder, {}, {NORM: 1}),
         "no weight_map of tensors to files",
     ),
+    "a link to nothing": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors").symlink_to("../blobs/0"),
+        ),
+        "model.safetensors: a link to nothing; wanted a file of weights; download the checkpoint again",
+    ),
+    "a shard with a name too long": (lambda folder: shard(folder, {}, {NORM: "x" * 300}), "File name too long"),
     "a shard elsewhere": (lambda folder: shard(folder, {}, {NORM: "sub/x.safetensors"}), "leads out of the folder"),
 }
 
