@@ -1,0 +1,72 @@
+"""What signals do to a run: how it ends, and that what the parent ignores stays ignored."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells which handlers are there")
+
+ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def waiting(bundle, ignored=()):
+    """A run that has its handlers and waits for its prompt."""
+
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "edgeskip", "generate", bundle.folder, "-f", "-", "-n", "4"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, text=True, preexec_fn=ignore, **pipes)
+    wanted = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP) if number not in ignored)
+    deadline = time.monotonic() + 60
+    while wanted & ~caught(process.pid):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def caught(pid):
+    """The signals that a process has handlers for, as bits."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)["SigCgt"], 16)
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_ends_the_run_without_a_traceback(number, bundles):
+    with waiting(bundles("llama-gqa")) as process:
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == ENDS[number]
+    assert (stdout, stderr) == ("", "edgeskip: interrupted\n" if number == signal.SIGINT else "")
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_that_the_parent_ignores_stays_ignored(number, bundles):
+    """SIGHUP by nohup, SIGINT by a shell for its jobs in the background."""
+    with waiting(bundles("llama-gqa"), ignored=[number]) as process:
+        process.send_signal(number)
+        stdout, stderr = process.communicate("def f(x):", timeout=60)
+    assert process.returncode == 0, stderr
+    assert stdout
+
+
+def test_an_interrupt_before_the_command_line_is_there_has_no_traceback():
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from edgeskip.__main__ import main; main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stdout, out.stderr) == (-signal.SIGINT, "", "")
