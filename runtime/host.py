@@ -50,6 +50,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def others_seconds(root: Path = Path("/")) -> float | None:
+    """Processor time of all else so far on this process's cores, a hypervisor's other guests included; null where the
+    system does not tell.
+    """
+    cores = {f"cpu{core}" for core in (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ())}
+    try:
+        lines = [line.split() for line in (root / "proc/stat").read_text(encoding="ascii").splitlines()]
+        # user nice system idle iowait irq softirq steal
+        ticks = sum(int(line[i]) for line in lines if line and line[0] in cores for i in (1, 2, 3, 6, 7, 8))
+    except (OSError, ValueError, IndexError):
+        return None
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """Memory according to /proc/meminfo; where there is no such file, as on macOS, its size alone.
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HardwareNames:
-    """The device's own name, and the system and processor type of its host."""
+    """The device's own name, the system and processor type of its host, and a GPU's SM, 87 for 8.7."""
 
     device: str
     host: str
+    compute_capability: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Provenance:
     max_length: Size
 
 
-def hardware_names(device: str) -> HardwareNames:
+def hardware_names(device: str, compute_capability: int | None = None) -> HardwareNames:
     """The names of a device on this host."""
-    return HardwareNames(device, f"{platform.system()} {platform.machine()}")
+    return HardwareNames(device, f"{platform.system()} {platform.machine()}", compute_capability)
 
 
 def provenance(model: Model, command: str) -> Provenance:
@@ -53,7 +54,7 @@ def provenance(model: Model, command: str) -> Provenance:
         source=manifest.source,
         synthetic=manifest.synthetic,
         backend=session.description,
-        hardware=hardware_names(session.hardware),
+        hardware=hardware_names(session.hardware, session.compute_capability),
         versions=versions(RUNTIME_PACKAGES),
         command=command,
         dtype=manifest.dtype,

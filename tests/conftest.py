@@ -16,9 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
+from edgeskip.recipes.tune import tune
 from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.bench import validity
 from edgeskip.runtime.bundle.manifest import SEAL, Bundle, sealed
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.rounds import Round
@@ -181,6 +183,9 @@ def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ort, "usable_cores", lambda: 1)  # a pool's threads spin, and crawl beside other programs
         patch.setattr(terminal, "INTERVAL_S", math.inf)
+        patch.setattr(tune, "BUSY", math.inf)  # no test depends on how busy the machine is
+        for limit in ("FROM_MEMORY", "FROM_CACHES", "SPREAD", "OTHERS"):
+            patch.setattr(validity, limit, math.inf)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -77,6 +77,9 @@ class HostDevice:
     def used_bytes(self):
         return self.taken
 
+    def copy_bytes_per_second(self):
+        return 1e10
+
     def zeros(self, shapes):
         shapes = list(shapes)
         sizes = [-(-row_bytes * rows // ALIGNMENT) * ALIGNMENT for row_bytes, rows in shapes]

@@ -23,6 +23,7 @@ from edgeskip.cli import main
 from edgeskip.exporter.pack import pack
 from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import trt
+from edgeskip.runtime.bench import validity
 from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.decoding.statistics import Statistics
@@ -254,10 +255,26 @@ def test_bench_writes_its_report_as_json(bundle, texts, tmp_path):
         assert 0 <= row["acceptance_rate"] <= row["match_rate"] <= 1
     assert rows[0]["acceptance_rate"] is rows[0]["match_rate"] is None
     assert report["faults"] == 0
+    assert (report["valid"], report["doubts"]) == (True, [])
     assert (report["prompts"], report["settings"]["max_new_tokens"], report["settings"]["repeats"]) == (2, 8, 2)
     assert "Every mode gave exactly the tokens of plain decoding." in result.stdout
     assert result.stdout.count("self-speculative") == 2
     assert "…" not in result.stdout  # cut off by the width that a pipe does not have
+
+
+def test_bench_says_when_the_machine_was_not_idle(bundle, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(validity, "SPREAD", -1.0)
+    command = ("bench", bundle, "--prompts", texts, "-k", 2, "-n", 4, "--repeats", 2)
+    result = succeed(*command, "--json", tmp_path / "report.json", "--html", tmp_path / "page.html")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["valid"]
+    (doubt,) = report["doubts"]
+    assert "between repeats" in doubt
+    assert f"Not a valid measurement: {doubt}." in result.stdout
+    assert f"Not a valid measurement: {doubt}." in (tmp_path / "page.html").read_text()
+    calibrated = run("plan", "llama3-8b", "-d", "h100", "--calibrate", tmp_path / "report.json")
+    assert calibrated.exit_code == 5
+    assert f"report.json: not a valid measurement: {doubt}; run" in calibrated.stderr
 
 
 def test_bench_keeps_stdout_for_the_json(bundle, texts):

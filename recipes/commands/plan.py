@@ -77,7 +77,7 @@ def plan(
     from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
     from edgeskip.recipes.plan.report import print_plan
     from edgeskip.recipes.shape import Shape, load_shape
-    from edgeskip.runtime.bench.measure import read_report
+    from edgeskip.runtime.bench.measure import check_report, read_report
     from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
     from edgeskip.runtime.terminal import console
 
@@ -102,7 +102,10 @@ def plan(
     if exit_layer not in known:
         num_speculations = first(num_speculations, own_num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
-    made = make_plan(recipe or shape.name, shape.architecture, device, settings, [read_report(p) for p in reports])
+    measured = [read_report(path) for path in reports]
+    for report, path in zip(measured, reports, strict=True):
+        check_report(report, path)
+    made = make_plan(recipe or shape.name, shape.architecture, device, settings, measured)
     print_plan(made, console(stderr=on_stdout(json_path)))
     write_json(json_path, made)
     if not made.works:

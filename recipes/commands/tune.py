@@ -22,7 +22,7 @@ from edgeskip.runtime.commands.options import (
     threshold_option,
 )
 from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json, write_report
-from edgeskip.runtime.errors import RecipeError
+from edgeskip.runtime.errors import RecipeError, RequestError
 
 
 @click.command()
@@ -88,5 +88,7 @@ def tune(
     write_json(json_path, report)
     if html_path is not None:
         write_report(html_path, tuning_page(report))
+    if recipe is not None and not report.valid:
+        raise RequestError(recipe, "not written: the measurement is not valid", fix="run it again on an idle machine")
     if recipe is not None:
         write_report(recipe, tuned_recipe(report, str(recipe)))

@@ -7,6 +7,7 @@ it, plus what its kernels cost (see `cost`). Reports of `edgeskip bench` from th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -204,6 +205,7 @@ def make_plan(
     capacity = min(device.max_length, context) if settings.max_length is None else settings.max_length
     settings = replace(settings, backend=backend, dtype=dtype, max_length=capacity)
     _check(a, device, settings)
+    _check_reports(device, reports)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
 
@@ -324,6 +326,16 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
         raise RequestError("JetPack", f"{settings.jetpack}, which is not in the table of {device.name}", wanted=wanted)
 
 
+def _check_reports(device: Device, reports: Sequence[BenchReport]) -> None:
+    """Refuses what was measured on a CPU or a GPU of another kind."""
+    for report in reports:
+        sm = report.hardware.compute_capability
+        on_cpu = ", CPU, " in report.backend
+        if on_cpu or sm not in (None, device.compute_capability):
+            found = f"a report from {report.hardware.device}" + (", a CPU" if on_cpu else f", SM {sm}")
+            raise RequestError("--calibrate", found, wanted=f"one from {device.name}, SM {device.compute_capability}")
+
+
 def _memory(
     architecture: Architecture,
     held: Mapping[GraphName, int],
@@ -421,11 +433,18 @@ def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> 
     """What to know besides the figures."""
     if not reports:
         yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
+    for name in dict.fromkeys(report.hardware.device for report in reports):
+        if not _words(name) - {"nvidia"} <= _words(device.name):
+            yield f"Calibrated by a report from {name}: see that it is this device."
     if backend == "tensorrt" and device.jetpacks:
         served = _jetpacks(device)
         yield f"Needs JetPack {' or '.join(served)}." if served else "No JetPack has a TensorRT that is new enough yet."
     if backend != "onnxruntime":
         yield "Engines have been built for RTX GPUs and have not run on any GPU yet."
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"\w+", name.lower()))
 
 
 def _jetpacks(device: Device) -> list[str]:

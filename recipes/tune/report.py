@@ -14,13 +14,12 @@ from rich.table import Table
 from edgeskip.recipes.tune.tune import Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
+from edgeskip.runtime.bench.report import print_doubts
 from edgeskip.runtime.terminal import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BUSY = 1.3
-"""A scale beyond this is not the model's: idle machines show 1.0 to 1.1."""
 _TOP = 5
 _CROWDED = 40
 """From this many exit layers on, plots leave out figures."""
@@ -62,11 +61,10 @@ def print_tuning(report: TuneReport, console: Console) -> None:
         f"{present.exit_layer} with {_drafts(present)} {present.ms_per_token:.3f}: {report.scale:.2f} times what its "
         "calls add up to, a factor that is applied to all pairs."
     )
-    if report.scale > BUSY:
-        console.print("[bold]The machine was busy[/bold]: run this again when it is idle.")
     if report.departures:
         console.print(f"{report.departures} of the tokens are ties, which the probe rounds the other way.")
     console.print(f"[bold]{verdict(report)}[/bold]")
+    print_doubts(report.doubts, console)
 
 
 def verdict(report: TuneReport) -> str:

@@ -25,8 +25,10 @@ import numpy.typing as npt
 from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
 from edgeskip.recipes.plan.cost import ONE_EXIT, Sample, call_ms, fit_cost, graph_sizes
 from edgeskip.runtime.bench.prompts import encoded_prompts
+from edgeskip.runtime.bench.validity import Watch, doubts
 from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations, single_exit
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
+from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import Round, draft_round, speculative_round, verification_round
 from edgeskip.runtime.decoding.session import MeasuredSession
@@ -37,6 +39,9 @@ from edgeskip.runtime.provenance import Provenance, provenance
 _TIMED_ROUNDS = 24  # of each length, over all prompts
 _REPEATS = 30
 _WARM_UP_TOKENS = 24
+
+BUSY = 1.3
+"""A scale beyond this is not the model's: idle machines show 1.0 to 1.1."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class TuneReport(Provenance):
     pairs: tuple[Pair, ...]
     scale: float
     measured: Measured
+    valid: bool = True
+    doubts: tuple[str, ...] = ()
 
 
 def tune(
@@ -187,7 +194,10 @@ def tune(
         if settings.confidence_threshold is None:
             settings = replace(settings, confidence_threshold=session.confidence_threshold)
         prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
-        texts, measured = _measure(model, prompt_ids, settings, progress)
+        watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
+        texts, measured, halves = _measure(model, prompt_ids, settings, progress)
+        copy_rates.append(session.copy_bytes_per_second())
+        others_share, weights = watch.others_share(), read_bytes(bundle)
     probed = _probe(bundle, device, texts, progress)
     drafts = {
         exit_layer: [drafts_of_exit(*one, exit_layer, manifest.max_length) for one in zip(probed, texts, strict=True)]
@@ -213,6 +223,14 @@ def tune(
             match_rate=rounds.accepted / max(rounds.tested, 1),
         )
 
+    rates = [
+        (f"{call.graph} over {call.rows} row{'s' * (call.rows > 1)}", size, 1e3 * size / call.ms / max(copy_rates))
+        for call in measured.calls
+        for size in (weights[call.graph],)
+    ]
+    found = doubts(rates, {"rounds": halves, "copies of memory": copy_rates}, others_share)
+    if scale > BUSY:
+        found += (f"rounds took {scale:.2f} times what their calls add up to",)
     pairs = tuple(pair(exit_layer, k) for exit_layer in drafts for k in sorted(set(settings.grid)))
     return TuneReport(
         **vars(head),
@@ -227,6 +245,8 @@ def tune(
         pairs=pairs,
         scale=scale,
         measured=measured,
+        valid=not found,
+        doubts=found,
     )
 
 
@@ -323,7 +343,7 @@ class _Turn:
 
 def _measure(
     model: Model, prompt_ids: Sequence[list[int]], settings: TuneSettings, progress: Progress
-) -> tuple[list[Text], Measured]:
+) -> tuple[list[Text], Measured, list[float]]:
     """Decodes the prompts and times calls in turns, so that a device that slows down slows both."""
     session, manifest = model.session, model.bundle.manifest
     largest = min(max(*settings.grid, manifest.num_speculations), manifest.max_length - 1)
@@ -354,23 +374,32 @@ def _measure(
     if not turns:
         raise RequestError("prompts", "the model ends after the first token of each", wanted="one that it continues")
     position = int(statistics.median(one.position for one in turns))
-    times: dict[tuple[GraphName, int], list[float]] = defaultdict(list)
-    for timed in [t for one in turns for t in one.times] or [_times_alone(session, largest, position)]:
-        for key, ms in timed:
-            times[key].append(ms)
+    laps = [t for one in turns for t in one.times] or [_times_alone(session, largest, position) for _ in range(2)]
+    times = _by_call(laps)
+    halves = [float(sum(map(_quiet, _by_call(half).values()))) for half in (laps[::2], laps[1::2])]
     order = list(manifest.graphs)
     calls = sorted(times, key=lambda key: (order.index(key[0]), key[1]))
     plain, speculative = [one.plain.statistics for one in turns], [one.speculative for one in turns]
     host_ms, drafting_ms = (_quiet(map(_host_ms, runs)) for runs in (plain, speculative))
     drafts = sum(s.drafted for s in speculative) / sum(s.rounds for s in speculative)
     texts = [Text(one.plain.prompt_token_ids, one.plain.token_ids, _wall_ms(one.speculative)) for one in turns]
-    return texts, Measured(
+    measured = Measured(
         calls=tuple(CallTime(*key, _quiet(times[key])) for key in calls),
         position=position,
         host_round_ms=host_ms,
         host_draft_ms=max(drafting_ms - host_ms, 0.0) / max(drafts, 1.0),
         plain_ms_per_token=statistics.median(_wall_ms(s) / (s.new_tokens - 1) for s in plain),
     )
+    return texts, measured, halves
+
+
+def _by_call(laps: Iterable[_Times]) -> dict[tuple[GraphName, int], list[float]]:
+    """All times of each call."""
+    times: dict[tuple[GraphName, int], list[float]] = defaultdict(list)
+    for timed in laps:
+        for key, ms in timed:
+            times[key].append(ms)
+    return times
 
 
 def _quiet(times: Iterable[float]) -> float:

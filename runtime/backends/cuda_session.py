@@ -50,7 +50,7 @@ class CudaSession(MeasuredSession):
         self._bound: dict[Round, BoundRound] = {}
         self._carry: list[Callable[[], None]] = []
         self._device_ns = self._captured_rounds = 0
-        self.hardware = device.name
+        self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._graph_table, self._split = manifest.graphs, manifest.split()
         self._weights_bytes = weights_bytes

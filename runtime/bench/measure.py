@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 
 from edgeskip.runtime.bench.prompts import encoded_prompts
+from edgeskip.runtime.bench.validity import Watch, doubts
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations
@@ -131,7 +132,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class BenchReport(Provenance):
-    """`faults` counts the differences that are not ties, leaving out other runtimes: there must be none.
+    """`faults` counts the differences that are not ties, leaving out other runtimes: there must be none. `valid` says
+    whether the machine was idle enough, and `doubts` why it seems not to have been.
 
     `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` is what one call of each graph reads, and
     `ideal_ms_per_token` the time for their sum at that rate. `prompt_tokens` is a median.
@@ -149,6 +151,8 @@ class BenchReport(Provenance):
     rows: tuple[BenchRow, ...]
     differences: tuple[Difference, ...]
     faults: int
+    valid: bool = True
+    doubts: tuple[str, ...] = ()
 
 
 def read_report(path: Path) -> BenchReport:
@@ -184,11 +188,15 @@ def run_bench(
     longest = max(map(len, prompt_ids))
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
-    copy_rate = session.copy_bytes_per_second()
+    watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
     contestants = [_ours(model, k, settings) for k in (0, *settings.grid)]
     measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
     weights, memory = read_bytes(model.bundle), session.memory()
+    copy_rates.append(session.copy_bytes_per_second())
+    copy_rate = max(copy_rates)  # what else runs only ever slows a copy down
     stages = tuple(_time_stages(model, settings.grid, longest, weights, copy_rate))
+    repeated = {_name(c): list(map(_ms_of_repeat, kept)) for c, kept in zip(contestants, measured, strict=True)}
+    found = doubts(_rates(stages), {**repeated, "copies of memory": copy_rates}, watch.others_share())
     foreign = others()
     contestants += foreign
     measured += _take_turns(foreign, prompt_ids, settings.max_new_tokens, 1, progress, "measuring other runtimes")
@@ -217,7 +225,30 @@ def run_bench(
         rows=rows,
         differences=differences,
         faults=sum(not d.is_tie and d.mode not in foreign_modes for d in differences),
+        valid=not found,
+        doubts=found,
     )
+
+
+def check_report(report: BenchReport, place: object) -> None:
+    """Refuses a report that is not of an idle machine, by what it says of itself and by its times.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if found := report.doubts or doubts(_rates(report.stages), {}):
+        fix = "run `edgeskip bench` again on an idle machine"
+        raise RequestError(place, f"not a valid measurement: {'; '.join(found)}", fix=fix)
+
+
+def _rates(stages: Iterable[StageTime]) -> Iterator[tuple[str, int, float]]:
+    for stage in stages:
+        yield f"{stage.graph} over {stage.rows} row{'s' * (stage.rows > 1)}", stage.bytes, stage.share_of_copy
+
+
+def _name(contestant: Contestant) -> str:
+    k = contestant.num_speculations
+    return f"{contestant.mode} decoding with K = {k}" if k else "plain decoding"
 
 
 def _take_turns(
@@ -304,9 +335,12 @@ def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
 
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
     """Median over repeats of time over tokens."""
-    return statistics.median(
-        1e3 * sum(run.seconds for run in runs) / max(sum(len(run.token_ids) - 1 for run in runs), 1) for runs in repeats
-    )
+    return statistics.median(map(_ms_of_repeat, repeats))
+
+
+def _ms_of_repeat(runs: Sequence[Run]) -> float:
+    """Time over tokens."""
+    return 1e3 * sum(run.seconds for run in runs) / max(sum(len(run.token_ids) - 1 for run in runs), 1)
 
 
 def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: float) -> BenchRow:

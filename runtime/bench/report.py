@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from edgeskip.runtime.bench.measure import BenchReport, BenchRow
@@ -52,6 +54,14 @@ def print_bench(report: BenchReport, console: Console) -> None:
         )
     if not report.differences:
         console.print("Every mode gave exactly the tokens of plain decoding.")
+    print_doubts(report.doubts, console)
+
+
+def print_doubts(doubts: Sequence[str], console: Console) -> None:
+    """Why a measurement is not valid."""
+    if doubts:
+        console.print(f"[bold red]Not a valid measurement:[/bold red] {shown('; '.join(doubts))}.", soft_wrap=True)
+        console.print("Run it again when the machine does nothing else.")
 
 
 def _print_rounds(report: BenchReport, console: Console) -> None:

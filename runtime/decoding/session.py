@@ -107,6 +107,9 @@ class MeasuredSession(Session):
     hardware: str
     """The chip's own name."""
 
+    compute_capability: int | None = None
+    """A GPU's SM, 87 for 8.7."""
+
     dialect = "standard"
     """Of the graph files that it runs, or that its engines were built from."""
 

@@ -272,6 +272,36 @@ def test_a_report_without_usable_times_cannot_calibrate(change, message, tmp_pat
     assert len(done.output.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hardware": {"device": "NVIDIA L4", "host": "x", "compute_capability": 89}},
+            "a report from NVIDIA L4, SM 89",
+        ),
+        ({"backend": "ONNX Runtime 1.32.0, CPU, ort dialect, fp32"}, "a report from NVIDIA H100 80GB HBM3, a CPU"),
+    ],
+)
+def test_a_report_from_another_device_cannot_calibrate(change, message, tmp_path):
+    report = json.loads((DOCS / "benchmarks" / "llama3.2-1b-0.8.json").read_text()) | change
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    done = run("llama3-8b", "--device", "h100", "--calibrate", tmp_path / "r.json")
+    assert done.exit_code == 5
+    assert f"--calibrate: {message}; wanted one from H100 80GB HBM3 (SXM), SM 90" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("NVIDIA H100 80GB HBM3", False), ("NVIDIA H100 PCIe", True), ("NVIDIA H200", True)]
+)
+def test_a_report_from_a_device_of_another_name_is_noted(name, said, tmp_path):
+    report = json.loads((DOCS / "benchmarks" / "llama3.2-1b-0.8.json").read_text())
+    report["hardware"] = {"device": name, "host": "x", "compute_capability": 90}
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    done = run("llama3-8b", "--device", "h100", "--calibrate", tmp_path / "r.json")
+    assert done.exit_code == 0
+    assert (f"Calibrated by a report from {name}: see that it is this device." in done.output) == said
+
+
 def test_a_plan_prints_in_any_encoding():
     command = [sys.executable, "-m", "edgeskip.cli", "plan", "llama3.2-1b", "-d", "h100"]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -284,6 +286,21 @@ def test_the_command_writes_all_it_is_asked_for(bundles, prompt, tmp_path):
     assert again.exit_code == 7
     assert again.stderr == f"edgeskip: {files['toml']}: is there already; give another file, or remove it\n"
     assert files["toml"].read_text() == kept
+
+
+def test_no_recipe_comes_from_a_machine_that_is_not_idle(bundles, prompt, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[tune.__module__], "BUSY", 0.0)
+    recipe, report = tmp_path / "tuned.toml", tmp_path / "report.json"
+    bundle = bundles("llama-tied", exit_layer=2).folder
+    result = run("tune", bundle, "--prompts", prompt, "-k", 2, "-n", 12, "--json", report, "--recipe", recipe)
+    assert result.exit_code == 5
+    assert "tuned.toml: not written: the measurement is not valid; run it again on an idle machine" in result.stderr
+    assert not recipe.exists()
+    made = json.loads(report.read_text())
+    assert not made["valid"]
+    (doubt,) = made["doubts"]
+    assert f"Not a valid measurement: {doubt}." in result.stdout
+    assert re.fullmatch(r"rounds took \d+\.\d\d times what their calls add up to", doubt)
 
 
 @pytest.mark.parametrize(
