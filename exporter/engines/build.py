@@ -91,9 +91,9 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     bundle.require_graphs(fix="build where it was packed, and pack it again")
     library = _library(settings.backend)
     targets = _targets(library, settings)
+    _check_heads(bundle)
     for target in targets:
         _check_dtype(bundle, target.compute_capability)
-    _check_heads(bundle)
     check_within(bundle, bundle.folder / FOLDER)
     verify_hashes(bundle, progress)
     return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
