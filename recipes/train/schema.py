@@ -47,7 +47,8 @@ class DataRecipe:
         folder: the corpus; the three names below are inside it.
         train: a folder of text files, or `<name>.npy`, an array of tokens made from one.
         heldout: the same, of files that are never trained on.
-        tokenizer: a folder with tokenizer.json and tokenizer_config.json. A model that is continued has its own.
+        tokenizer: a folder with tokenizer.json, and tokenizer_config.json or config.json to say which token is EOS. A
+            model that is continued has its own.
         files: the pattern of the text files.
         context: tokens in a sequence.
         file_start_share: the share of sequences that begin where a file begins; the others are cut anywhere.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.files import whole_file
 from edgeskip.runtime.reading import read_json
+from edgeskip.runtime.terminal import progress_bar
 
 Array = npt.NDArray[Any]
 _FILES_PER_BATCH = 512
@@ -39,31 +38,44 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer in `folder`; tokenizer_config.json names its BOS and EOS.
+    """The tokenizer in `folder`; BOS and EOS are what tokenizer_config.json names, else what config.json numbers.
 
     Raises:
-        RecipeError: a file or the EOS token is missing.
+        RecipeError: tokenizer.json is missing or malformed, or no file says which token is EOS.
     """
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise RecipeError(folder / name, "no such file", wanted="a folder with a fast tokenizer")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RecipeError(path, "no such file", wanted="a folder with a fast tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
         raise RecipeError(folder, f"no tokenizer can be read here ({error})", fix="save it again") from None
-    config = read_json(folder / "tokenizer_config.json", RecipeError, fix="save it again")
-    if not isinstance(config, dict):
-        raise RecipeError(folder / "tokenizer_config.json", "is no table", fix="save it again")
+    names, numbers = (_table(folder / name) for name in ("tokenizer_config.json", "config.json"))
 
     def token_id(name: str) -> int | None:
-        token = config.get(name)
+        token = names.get(name)
         token = token.get("content") if isinstance(token, dict) else token  # an AddedToken, written out
-        return None if token is None else tokenizer.token_to_id(token)
+        if isinstance(token, str):
+            return tokenizer.token_to_id(token)
+        number = numbers.get(f"{name}_id")
+        number = number[0] if isinstance(number, list) and number else number  # of several, the first
+        return number if type(number) is int and tokenizer.id_to_token(number) is not None else None
 
     eos_id = token_id("eos_token")
     if eos_id is None:
-        raise RecipeError(folder / "tokenizer_config.json", "no eos_token from the vocabulary", fix="add one")
+        found = "neither eos_token in tokenizer_config.json nor eos_token_id in config.json is in the vocabulary"
+        raise RecipeError(folder, found, fix="add one")
     return TextTokenizer(folder, tokenizer, token_id("bos_token"), eos_id)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is no such file."""
+    if not path.is_file():
+        return {}
+    table = read_json(path, RecipeError, fix="save it again")
+    if not isinstance(table, dict):
+        raise RecipeError(path, "is no table", fix="save it again")
+    return table
 
 
 def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder: Path) -> Array:
@@ -106,11 +118,13 @@ def write_tokens(paths: list[Path], tokenizer: TextTokenizer, output: Path) -> N
 
 def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int]]:
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    batches = range(0, len(paths), _FILES_PER_BATCH)
-    for first in track(batches, "tokenizing", transient=True, disable=not sys.stdout.isatty()):
-        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths[first : first + _FILES_PER_BATCH]]
-        for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
-            yield [*before, *encoding.ids, tokenizer.eos_id]
+    with progress_bar() as progress:
+        for first in range(0, len(paths), _FILES_PER_BATCH):
+            progress("tokenizing", first, len(paths))
+            batch = paths[first : first + _FILES_PER_BATCH]
+            texts = [path.read_text(encoding="utf-8", errors="replace") for path in batch]
+            for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
+                yield [*before, *encoding.ids, tokenizer.eos_id]
 
 
 def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:

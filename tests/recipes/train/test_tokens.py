@@ -1,5 +1,7 @@
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,5 +68,36 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train: no files '\*\.py' here; wanted a folder of text, or train\.npy"):
         token_array(tmp_path / "train", "*.py", tokenizer, tmp_path)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
-    with pytest.raises(RecipeError, match=r"tokenizer_config\.json: no eos_token from the vocabulary"):
+    with pytest.raises(RecipeError, match=r"tokenizer: neither eos_token in tokenizer_config\.json nor eos_token_id"):
         load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("names", "numbers", "eos_id"),
+    [
+        ({"eos_token": "</s>"}, {"eos_token_id": 7}, 1),
+        ({"eos_token": {"content": "</s>"}}, None, 1),
+        ({"eos_token": None}, {"eos_token_id": 7}, 7),
+        (None, {"eos_token_id": 7}, 7),
+        (None, {"eos_token_id": [9, 7]}, 9),
+        (None, {"eos_token_id": 258}, None),
+        (None, {"eos_token_id": []}, None),
+        (None, {"eos_token_id": True}, None),
+        ({"eos_token": "</s>"}, None, 1),
+        (None, None, None),
+    ],
+)
+def test_eos_is_named_by_the_tokenizer_or_numbered_by_the_config(
+    names: Any, numbers: Any, eos_id: int | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    write_tokenizer(folder)
+    for name, table in (("tokenizer_config.json", names), ("config.json", numbers)):
+        (folder / name).unlink(missing_ok=True)
+        if table is not None:
+            (folder / name).write_text(json.dumps(table))
+    if eos_id is None:
+        with pytest.raises(RecipeError, match="in the vocabulary; add one"):
+            load_tokenizer(folder)
+    else:
+        assert load_tokenizer(folder).eos_id == eos_id
