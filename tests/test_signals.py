@@ -57,16 +57,3 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number, bundles):
         stdout, stderr = process.communicate("def f(x):", timeout=60)
     assert process.returncode == 0, stderr
     assert stdout
-
-
-def test_an_interrupt_before_the_command_line_is_there_has_no_traceback():
-    code = (
-        "import os, signal, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "from edgeskip.__main__ import main; main()"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (out.returncode, out.stdout, out.stderr) == (-signal.SIGINT, "", "")
