@@ -1,4 +1,4 @@
-"""Writes the tables of docs/planning.md: every recipe on every device, and what was foretold against what was measured.
+"""Writes the tables of docs/planning.md: every recipe on every device, and what was planned against what was measured.
 
     python docs/planning/tables.py
 

@@ -1,12 +1,12 @@
-"""Compares what `edgeskip tune` picks with every pair measured, and writes the tables of docs/tuning.md.
+"""Compares what `edgeskip tune` picks with measurements of every pair, and writes the tables of docs/tuning.md.
 
     python docs/tuning/run.py                            seven minutes on two cores, with nothing else running
-    python docs/tuning/run.py --confidence-threshold 0   the same with K drafts always, as on a GPU
+    python docs/tuning/run.py --confidence-threshold 0   the same with K drafts in every round, as on a GPU
     python docs/tuning/run.py --check                    fails where the page shows other figures than the kept reports
 
 The shipped checkpoint is exported at every exit layer. In each pass tune runs from the bundles of three of them, then
-plain decoding and every pair continue the same prompts, prompt by prompt and in a new order each time. What else runs
-only ever adds to a time, so each pair's time for a prompt is that of its quietest pass; and what is measured while
+plain decoding and every pair continue the same prompts, prompt by prompt and in a new order each time. Whatever else
+runs only ever adds to a time, so each pair's time for a prompt is that of its quietest pass; and what is measured while
 other processes take more than a little of the machine is measured again (on Linux).
 """
 
@@ -162,7 +162,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
     ks = report["num_speculations"]
     plain = report["plain_ms_per_token"]
     threshold = report["confidence_threshold"]
-    yield "### " + (f"Drafting ends below a confidence of {threshold:g}" if threshold else "K drafts always")
+    yield "### " + (f"Drafting ends below a confidence of {threshold:g}" if threshold else "Always K drafts")
     yield ""
     yield (
         f"Every pair measured, ms per token; plain decoding takes {plain:.3f}. {report['hardware']['device']}, ONNX "
@@ -178,11 +178,11 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         f"What tune picked. *Regret* is the picked pair's measured time over that of the best, E = {best[0]} "
-        f"K = {best[1]}, less one. *Off* is how far a foretold speedup over plain decoding lies from the measured one: "
+        f"K = {best[1]}, less one. *Off* is how far a predicted speedup over plain decoding is from the measured one: "
         "the median and the largest over all pairs."
     )
     yield ""
-    yield "| bundle's E | picked | foretold ms | measured ms | regret | off, median | off, largest |"
+    yield "| bundle's E | picked | predicted ms | measured ms | regret | off, median | off, largest |"
     yield "|---:|---|---:|---:|---:|---:|---:|"
     for one in sorted(report["tuned"], key=lambda one: one["from_exit_layer"]):
         foretold = _by_pair(report, one["foretold_ms_per_token"])

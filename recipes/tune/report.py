@@ -52,7 +52,7 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     threshold = report.settings.confidence_threshold
     console.print(
         f"{report.prompts} prompts, {report.new_tokens} new tokens; match: the share that an exit drafts right; ms "
-        "per token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "K drafts always\n")
+        "per token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "always K drafts\n")
     )
     top = sorted(report.pairs, key=lambda p: p.ms_per_token)[:_TOP]
     console.print("Fastest: " + ", ".join(f"E={p.exit_layer} K={p.num_speculations} {p.ms_per_token:.3f}" for p in top))

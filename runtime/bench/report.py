@@ -30,7 +30,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         + (
             f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
             if settings.confidence_threshold
-            else "K drafts always\n"
+            else "always K drafts\n"
         )
     )
     console.print(
