@@ -19,6 +19,9 @@ Report = Mapping[str, Any]
 Plot = tuple[float, Callable[["Axes"], None]]
 """Height in inches, and the function that draws."""
 
+WIDTH = 6.4
+"""Of a plot in inches, which a phone's screen still shows whole and legibly."""
+
 PLAIN, SPECULATIVE = "autoregressive", "self-speculative"
 BLUE, ORANGE, PURPLE, GREEN, GREY = "#3a80c2", "#c8741c", "#8e6bbf", "#2f9468", "#868c95"  # on light and on dark
 COLORS = {"draft": BLUE, "verify": ORANGE, "head": PURPLE, "device": BLUE, "host": GREY}
@@ -100,7 +103,7 @@ def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
 
     file = StringIO()
     with style.context(["default", {**STYLE, "svg.hashsalt": name}]):
-        canvas = Figure(figsize=(8, height), layout="constrained")
+        canvas = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(canvas.add_subplot())
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         canvas.savefig(file, format="svg", transparent=True, metadata=no_metadata)

@@ -143,6 +143,15 @@ def test_the_page_is_whole_and_each_plot_is_xml():
         assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
 
 
+def test_plots_are_whole_and_legible_on_a_narrow_screen():
+    text = bench_page(REPORT)
+    assert "min-width" not in text  # a plot is as wide as the page, and cut off nowhere
+    for svg in Page(text).svgs:
+        width = float(ElementTree.fromstring(svg).get("viewBox").split()[2])
+        smallest = min(float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg))
+        assert smallest * (500 - 40) / width >= 8  # px of letters, in a window of 500 less its margins
+
+
 def test_nothing_is_fetched():
     text = bench_page(REPORT)
     links = set(re.findall(r"\w+://[^\s\"'<>]*", text))
