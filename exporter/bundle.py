@@ -6,14 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 import edgeskip
 from edgeskip.exporter.checkpoint import Checkpoint
-from edgeskip.exporter.config import SYNTHETIC, read_json
-from edgeskip.exporter.folder import is_own
+from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
@@ -91,8 +89,7 @@ def export_bundle(
     layout = plan_weights(checkpoint, settings.dtype, capacity, settings.formats)
     exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
     graphs = graph_table(architecture.num_layers, exits, heads)
-    tokenizer_config = _tokenizer_config(checkpoint.folder)
-    texts = _text_files(checkpoint, tokenizer_config)
+    texts = _text_files(checkpoint)
     if settings.dtype == "fp16" and (found := beyond_fp16(checkpoint)):
         warn(
             f"{found.tensor} gives numbers of about {found.value:.0e}, and fp16 ends at {LARGEST_FP16:.0f}; "
@@ -120,13 +117,13 @@ def export_bundle(
             num_speculations=settings.num_speculations,
             prefill_chunk=min(settings.prefill_chunk, capacity),
             eos_token_ids=checkpoint.eos_token_ids,
-            bos_token=_special_token(tokenizer_config, "bos_token"),
-            eos_token=_special_token(tokenizer_config, "eos_token"),
+            special_tokens=checkpoint.tokenizer.special_tokens,
             heads=heads,
             graphs=graphs,
             chains=chains_of(graphs, exits),
             files=files,
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
+            split_special_tokens=checkpoint.tokenizer.split_special_tokens,
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Bundle(destination, manifest)
@@ -163,35 +160,14 @@ def _write(path: Path, data: bytes) -> FileRecord:
     return FileRecord(*write_hashed(path, [data]))
 
 
-def _text_files(checkpoint: Checkpoint, tokenizer_config: dict[str, Any]) -> dict[str, bytes]:
-    """Tokenizer, config, chat template and licences, under their own names."""
-    paths = [checkpoint.folder / name for name in ("tokenizer.json", "config.json")]
-    template = checkpoint.folder / "chat_template.jinja"
-    if template.is_file() and not is_own(checkpoint.folder, template):
-        raise CheckpointError(
-            template, "is a link out of the checkpoint", fix="put a copy of the template in its place"
-        )
-    paths += [*([template] if template.is_file() else []), *checkpoint.licences]
+def _text_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Tokenizer, config, chat template and licences, the last under their own names."""
+    paths = [checkpoint.folder / "config.json", *checkpoint.licences]
     try:
         files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}
     except OSError as error:
         raise CheckpointError(error.filename, f"cannot be read ({reason(error)})") from None
-    inline = tokenizer_config.get("chat_template")
-    if isinstance(inline, list):  # several, by name
-        named = [item for item in inline if isinstance(item, dict) and item.get("name") == "default"]
-        inline = named[0].get("template") if named else None
-    if isinstance(inline, str):
-        files.setdefault("chat_template.jinja", inline.encode())
+    files["tokenizer.json"] = checkpoint.tokenizer.json.encode()
+    if checkpoint.tokenizer.chat_template is not None:
+        files["chat_template.jinja"] = checkpoint.tokenizer.chat_template.encode()
     return files
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _special_token(tokenizer_config: dict[str, Any], name: str) -> str:
-    """The text of a special token, which may be spelled out as a table; empty where there is none."""
-    token = tokenizer_config.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else ""

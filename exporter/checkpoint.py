@@ -11,16 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
-from tokenizers import Tokenizer
 
 from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
 from edgeskip.exporter.folder import is_own, refuse_other_kinds
 from edgeskip.exporter.index import SourceTensor, Warn, index_tensors, tensor_rows
+from edgeskip.exporter.tokenizer import (
+    CheckpointTokenizer,
+    chat_template_files,
+    check_vocabulary,
+    read_checkpoint_tokenizer,
+)
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.errors import CheckpointError, reason
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
-_HUB_DUPLICATES = ["*/*", "consolidated*"]  # the same weights in other layouts
+# Folders have the same weights in other layouts, but for additional_chat_templates.
+_HUB_DUPLICATES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _CHANGES_GREEDY = {
     "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "bad_words_ids": [],
     "suppress_tokens": [], "begin_suppress_tokens": [], "forced_bos_token_id": None, "forced_eos_token_id": None,
@@ -44,6 +50,7 @@ class Checkpoint:
     architecture: Architecture
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
+    tokenizer: CheckpointTokenizer
     tensors: dict[str, SourceTensor]
     licences: tuple[Path, ...]
 
@@ -108,15 +115,12 @@ def open_checkpoint(
     refuse_other_kinds(folder)
     config = read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
     architecture = architecture_from_config(config, folder / "config.json")
-    if not (folder / "tokenizer.json").is_file():
-        legacy = (folder / "tokenizer.model").is_file()
-        found = "only tokenizer.model, without tokenizer.json" if legacy else "no tokenizer.json"
-        fix = "save it again with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise CheckpointError(folder, found, fix=fix)
-    try:
-        Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises Exception itself
-        raise CheckpointError(folder / "tokenizer.json", f"not a tokenizer ({error})") from None
+    for path in chat_template_files(folder).values():
+        if path.is_file() and not is_own(folder, path):
+            fix = "put a copy of the template in its place"
+            raise CheckpointError(path, "is a link out of the checkpoint", fix=fix)
+    tokenizer = read_checkpoint_tokenizer(folder, config)
+    check_vocabulary(tokenizer, architecture.vocab_size, folder, warn)
     tensors, architecture = index_tensors(folder, architecture, warn)
     _warn_of_generation(folder, warn)
     return Checkpoint(
@@ -126,6 +130,7 @@ def open_checkpoint(
         architecture=architecture,
         sliding_window=sliding_window(config, folder / "config.json"),
         eos_token_ids=_eos_token_ids(folder, config, architecture.vocab_size),
+        tokenizer=tokenizer,
         tensors=tensors,
         licences=tuple(_licences(folder, warn)),
     )

@@ -362,6 +362,9 @@ def _check_measurement(shape: Shape, settings: SyntheticSettings, measured: Meas
 
 # The folder
 
+_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": None, "eos_token": None, "pad_token": None}
+"""No special tokens: transformers' class for Qwen would add some that the model has not."""
+
 
 def _write(weights: Weights, shape: Shape, made: Synthetic, folder: Path) -> None:
     model = weights.model.to(weights.dtype)
@@ -371,7 +374,7 @@ def _write(weights: Weights, shape: Shape, made: Synthetic, folder: Path) -> Non
     byte_tokenizer(shape.architecture.vocab_size).save(str(folder / "tokenizer.json"))
     texts = {
         "generation_config.json": json.dumps({"eos_token_id": None}) + "\n",
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n",
+        "tokenizer_config.json": json.dumps(_TOKENIZER) + "\n",
         "README.md": _readme(made),
     }
     for name, text in texts.items():

@@ -25,6 +25,7 @@ from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import trt
 from edgeskip.runtime.bench import validity
 from edgeskip.runtime.bundle.engines import read_engines
+from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.printable import printable
@@ -119,6 +120,18 @@ def test_the_prompt_can_come_from_a_file_or_from_stdin(bundle, tmp_path):
     wanted = succeed("generate", bundle, "--prompt", "naïve: 日本\n", "-n", 12).stdout
     assert succeed("generate", bundle, "--prompt-file", tmp_path / "prompt.txt", "-n", 12).stdout == wanted
     assert succeed("generate", bundle, "--prompt-file", "-", "-n", 12, input="naïve: 日本\n").stdout == wanted
+
+
+@pytest.mark.parametrize("text", ["a = 1\r\nb = 2\r\n", "a\rb", "\ufeffa\n"])
+def test_a_prompt_is_taken_as_it_is(text, bundle, tmp_path):
+    with edgeskip.load(bundle) as model:
+        wanted = model.encode(text)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "one.txt").write_bytes(text.encode())
+    for source, settings in ((tmp_path / "prompts" / "one.txt", {}), ("-", {"input": text.encode()})):
+        made = succeed("generate", bundle, "--prompt-file", source, "-n", 1, "--json", **settings)
+        assert json.loads(made.stdout)["prompt_token_ids"] == wanted
+    assert load_prompts(tmp_path / "prompts") == [text]
 
 
 def test_a_piped_prompt_in_a_process_of_its_own(bundle):

@@ -59,7 +59,7 @@ def measure(work: Path, passes: int, num_prompts: int, threshold: float) -> dict
     seconds: dict[Pair, list[list[float]]] = {}
     with ExitStack() as stack:
         models = {e: stack.enter_context(edgeskip.load(work / f"e{e}")) for e in layers}
-        prompts = [models[1].tokenizer.encode(prompt).ids for prompt in load_prompts()[:num_prompts]]
+        prompts = [models[1].encode(prompt) for prompt in load_prompts()[:num_prompts]]
         for number in range(passes):
             tuned += [(e, undisturbed(partial(tune, work, e, num_prompts, threshold))) for e in TUNED]
             for pair, times in sweep(models, prompts, threshold, seed=number).items():

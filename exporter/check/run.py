@@ -21,7 +21,6 @@ from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Manifest, Progress
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.rounds import Mode
-from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 
 NEW_TOKENS = 48
@@ -123,17 +122,16 @@ def run_check(
         progress: called after each text.
 
     Raises:
-        RequestError: a prompt without tokens.
+        RequestError: a prompt without tokens, or one that the tokenizer fails on.
         BundleError: `layers` is asked for, and the bundle is packed, so it has no graphs.
         BackendError: a graph cannot be narrowed down here.
     """
     manifest = model.bundle.manifest
     if layers:
         model.bundle.require_graphs(fix="narrow down in the bundle that it was packed from")
-    whole = [model.tokenizer.encode(prompt).ids for prompt in prompts]
-    if not all(whole):
-        raise RequestError("prompts", "one has no tokens", wanted="text")
-    prompt_ids = [ids[: max(manifest.max_length // 2, 1)] for ids in whole]
+    longest = max(manifest.max_length // 2, 1)
+    whole = [model.encode(prompt, most=longest + 1) for prompt in prompts]
+    prompt_ids = [ids[:longest] for ids in whole]
     threshold, tie_gap = THRESHOLDS[manifest.dtype], TIE_GAP[manifest.dtype]
     runner, comparison = SessionRunner(model.bundle, model.session), Comparison()
     disagreements: list[Disagreement] = []

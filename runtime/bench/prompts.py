@@ -47,7 +47,7 @@ def encoded_prompts(
         RequestError: a prompt or a number of new tokens that is too long for the bundle, or fewer than two new tokens.
     """
     capacity = model.bundle.manifest.max_length
-    prompt_ids = [model.tokenizer.encode(prompt).ids[:prompt_tokens] for prompt in prompts]
+    prompt_ids = [model.encode(prompt, most=prompt_tokens) for prompt in prompts]
     longest = max(map(len, prompt_ids))
     room = capacity - longest
     if room < 2:

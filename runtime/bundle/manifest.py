@@ -82,8 +82,9 @@ class Manifest:
     `dtype` is what is computed in; `formats` names the tensors that are stored in another format. The model is cut
     after each of `exit_layers`, in order, and drafts from `exit_layer` unless told otherwise. `heads` are its heads
     by graph. `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts per round,
-    `prefill_chunk` the prompt tokens of one call; `bos_token` and `eos_token` are texts for the chat template. `graphs`
-    and `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
+    `prefill_chunk` the prompt tokens of one call; `special_tokens` are texts for the chat template, by names such as
+    `bos_token`; with `split_special_tokens`, they are ordinary text wherever they stand in a prompt. `graphs` and
+    `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
     `synthetic` says that the weights are random, from `edgeskip synth`: good for measuring speed only.
     """
 
@@ -99,13 +100,13 @@ class Manifest:
     num_speculations: Annotated[int, Range(1, MAX_SPECULATIONS)]
     prefill_chunk: Size
     eos_token_ids: tuple[int, ...]
-    bos_token: str
-    eos_token: str
+    special_tokens: dict[str, str]
     heads: dict[GraphName, HeadRecord]
     graphs: dict[GraphName, Graph]
     chains: dict[str, dict[str, tuple[GraphName, ...]]]
     files: dict[str, FileRecord]
     synthetic: bool = False
+    split_special_tokens: bool = False
     packed: Packed | None = None
 
     def to_json(self) -> str:

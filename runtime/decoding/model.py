@@ -111,7 +111,7 @@ class Model:
         if not all(stops):
             raise RequestError("stop", "an empty text", wanted="at least one character")
         k = num_speculations if mode == "self-speculative" else 0
-        return self._generate(_Request(self._encode(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
+        return self._generate(_Request(self._held(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
 
     def complete(
         self,
@@ -135,9 +135,18 @@ class Model:
         assert last.generation is not None
         return last.generation
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, *, most: int | None = None) -> list[int]:
+        """Token ids of a prompt; with `most`, the first so many of a text, which may then be of any length.
+
+        Raises:
+            RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
+        """
+        return encode_prompt(self.tokenizer, prompt, self.bundle, most)
+
+    def _held(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt that the caches can hold."""
         manifest = self.bundle.manifest
-        ids = encode_prompt(self.tokenizer, prompt, self.bundle)
+        ids = self.encode(prompt)
         if len(ids) > manifest.max_length:
             raise RequestError(
                 "prompt",
@@ -178,10 +187,13 @@ class Model:
                 kept, released = 0, []
                 while reason is None and kept < len(step.token_ids):
                     token_ids.append(step.token_ids[kept])
-                    released += stream.push(token_ids[-1], drafted=kept < step.accepted)
+                    if token_ids[-1] not in self.bundle.manifest.eos_token_ids:  # EOS is no text, special or not
+                        released += stream.push(token_ids[-1], drafted=kept < step.accepted)
                     kept += 1
                     reason = self._stop_reason(request, token_ids, stream)
-                released += stream.finish() if reason else []
+                if reason:
+                    released += stream.finish()
+                    reason = "stop_string" if stream.stopped and reason != "eos" else reason
                 # a device works on while the caller holds a piece: that time counts too
                 seconds = max(perf_counter() - start, self._session_seconds() - device_start)
                 records.append(_record(step, kept, seconds))

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import edit_json, make_model, save_checkpoint
 
 import edgeskip
+from edgeskip.exporter import checkpoint as checkpoint_module
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS
@@ -275,6 +277,22 @@ def test_a_value_too_large_for_fp16_is_refused_with_its_name(checkpoint, tmp_pat
 def test_a_source_that_is_not_there(source, message):
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(source, offline=True)
+
+
+def test_of_the_hub_s_folders_only_chat_templates_are_downloaded():
+    names = ["model.safetensors", "config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    others = [
+        "original/model.safetensors",
+        "onnx/config.json",
+        "adapter/adapter_config.json",
+        "consolidated.00.safetensors",
+    ]
+    chosen = filter_repo_objects(
+        names + others,
+        allow_patterns=checkpoint_module._HUB_PATTERNS,
+        ignore_patterns=checkpoint_module._HUB_DUPLICATES,
+    )
+    assert list(chosen) == names
 
 
 def test_an_existing_destination_is_left_alone(checkpoint, tmp_path):

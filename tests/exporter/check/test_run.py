@@ -301,7 +301,7 @@ def test_long_prompts_are_cut_and_empty_ones_refused(bundles, tmp_path):
         golden = Golden(bundle)
         assert run_check(model, golden, ["a" * 500, "abc"]).prompts_cut == 1
         model.tokenizer.post_processor = None
-        with pytest.raises(RequestError, match="prompts: one has no tokens; wanted text"):
+        with pytest.raises(RequestError, match="prompt: empty; wanted at least one token"):
             run_check(model, golden, [""])
 
 

@@ -1,0 +1,89 @@
+"""Chats: messages checked, and rendered by the model's own template in a process that has little time and memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.decoding import template
+from edgeskip.runtime.errors import BundleError, RequestError
+from edgeskip.runtime.reading import read_text
+
+CHAT_TEMPLATE = "chat_template.jinja"
+_MOST_BYTES = 1 << 20  # of a template; real ones have a few thousand
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def render_chat(messages: Sequence[Any], bundle: Bundle) -> str:
+    """The messages as the model was trained to see them, as transformers' `apply_chat_template` writes them.
+
+    Raises:
+        RequestError: no template, a malformed message, or a template that refuses, fails or takes too much.
+    """
+    path = bundle.path(CHAT_TEMPLATE)
+    if path.name not in bundle.manifest.files:
+        raise RequestError(path, "no chat template, so this model takes no chat", fix="give a plain text")
+    variables = dict(bundle.manifest.special_tokens) | {
+        "messages": [_message(number, message) for number, message in enumerate(messages, 1)],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
+    job = {
+        "path": _folders("jinja2", "markupsafe"),
+        "template": read_text(path, BundleError, most=_MOST_BYTES),
+        "variables": variables,
+    }
+    answer = _render(json.dumps(job).encode())
+    if "text" not in answer:
+        raise RequestError(path, f"the chat template {answer['failed']}", fix="give a plain text")
+    return str(answer["text"])
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    """A message as templates expect it: keys without a value left out, and the reasoning under its usual names."""
+    place = f"message {number}"
+    if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
+        raise RequestError(place, f"a {type(message).__name__}", wanted="a mapping with `role` and `content`")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            found = f"its {key} is a {type(message[key]).__name__}" if key in message else f"has no {key}"
+            raise RequestError(place, found, wanted=f"a text as its {key}")
+    made = {key: value for key, value in message.items() if value is not None}
+    try:
+        made = json.loads(json.dumps(made))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(place, f"not plain data ({error})", wanted="texts, numbers, lists and tables") from None
+    reasoning = next((made[key] for key in _REASONING if key in made), None)
+    if reasoning is not None:
+        made = {"thinking": reasoning, **made, "reasoning_content": reasoning}
+    return made
+
+
+def _folders(*libraries: str) -> list[str]:
+    """Where the libraries are, and nothing else that happens to be on this process's path."""
+    found = (importlib.util.find_spec(library) for library in libraries)
+    return [str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin]
+
+
+def _render(job: bytes) -> dict[str, Any]:
+    """Runs template.py, which knows its limits; they cannot be kept within a process that has other things to do."""
+    command = [sys.executable, "-I", "-S", str(Path(template.__file__).resolve())]
+    try:
+        run = subprocess.run(command, input=job, capture_output=True, timeout=template.WALL_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"takes more than {template.WALL_SECONDS} s"}
+    except OSError as error:
+        return {"failed": f"cannot be run ({error})"}
+    if run.returncode < 0:  # the system has ended it
+        return {"failed": f"takes more than {template.SECONDS} s"}
+    if run.returncode:
+        return {"failed": f"cannot be run ({run.stderr.decode(errors='replace')[-200:]})"}
+    answer: dict[str, Any] = json.loads(run.stdout)
+    return answer
