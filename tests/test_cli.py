@@ -24,8 +24,8 @@ from edgeskip.exporter.pack import pack
 from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import trt
 from edgeskip.runtime.bench import validity
-from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.printable import printable

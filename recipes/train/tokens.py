@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.errors import RecipeError
+from edgeskip.exporter.config import read_json
+from edgeskip.exporter.tokenizer import read_checkpoint_tokenizer
+from edgeskip.runtime.decoding.tokenizer import tokenizers_errors
+from edgeskip.runtime.errors import CheckpointError, RecipeError
 from edgeskip.runtime.files import whole_file
-from edgeskip.runtime.reading import read_json
+from edgeskip.runtime.reading import kind_of
 from edgeskip.runtime.terminal import progress_bar
 
 Array = npt.NDArray[Any]
@@ -24,10 +27,11 @@ _FILES_PER_BATCH = 512
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer.json and the ids around a file."""
+    """The tokenizer of a folder, also as the text of a tokenizer.json, and the ids around a file."""
 
     folder: Path
     tokenizer: Tokenizer
+    json: str
     bos_id: int | None
     eos_id: int
 
@@ -38,44 +42,32 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer in `folder`; BOS and EOS are what tokenizer_config.json names, else what config.json numbers.
+    """The tokenizer that transformers would load from `folder`; what BOS and EOS it does not name, config.json numbers.
 
     Raises:
-        RecipeError: tokenizer.json is missing or malformed, or no file says which token is EOS.
+        RecipeError: there is no tokenizer or it is not supported, or no file says which token is EOS.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise RecipeError(path, "no such file", wanted="a folder with a fast tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise RecipeError(folder, f"no tokenizer can be read here ({error})", fix="save it again") from None
-    names, numbers = (_table(folder / name) for name in ("tokenizer_config.json", "config.json"))
+        path = folder / "config.json"
+        config = read_json(path) if kind_of(path, CheckpointError) else {}
+        read = read_checkpoint_tokenizer(folder, config)
+    except CheckpointError as error:
+        raise RecipeError(error.place, error.found, wanted=error.wanted, fix=error.fix) from None
 
     def token_id(name: str) -> int | None:
-        token = names.get(name)
-        token = token.get("content") if isinstance(token, dict) else token  # an AddedToken, written out
-        if isinstance(token, str):
-            return tokenizer.token_to_id(token)
-        number = numbers.get(f"{name}_id")
+        if name in read.special_tokens:
+            return read.tokenizer.token_to_id(read.special_tokens[name])
+        number = config.get(f"{name}_id")
         number = number[0] if isinstance(number, list) and number else number  # of several, the first
-        return number if type(number) is int and tokenizer.id_to_token(number) is not None else None
+        if type(number) is not int or number < 0:
+            return None
+        return number if read.tokenizer.id_to_token(number) is not None else None
 
     eos_id = token_id("eos_token")
     if eos_id is None:
         found = "neither eos_token in tokenizer_config.json nor eos_token_id in config.json is in the vocabulary"
         raise RecipeError(folder, found, fix="add one")
-    return TextTokenizer(folder, tokenizer, token_id("bos_token"), eos_id)
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where there is no such file."""
-    if not path.is_file():
-        return {}
-    table = read_json(path, RecipeError, fix="save it again")
-    if not isinstance(table, dict):
-        raise RecipeError(path, "is no table", fix="save it again")
-    return table
+    return TextTokenizer(folder, read.tokenizer, read.json, token_id("bos_token"), eos_id)
 
 
 def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder: Path) -> Array:
@@ -93,7 +85,7 @@ def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder
     paths = sorted(path for path in source.glob(files) if path.is_file())
     if not paths:
         raise RecipeError(source, f"no files {files!r} here", wanted=f"a folder of text, or {ready.name}")
-    key = hashlib.sha256((tokenizer.folder / "tokenizer.json").read_bytes())
+    key = hashlib.sha256(tokenizer.json.encode())
     for path in paths:
         status = path.stat()
         key.update(f"{path.relative_to(source)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
@@ -122,8 +114,10 @@ def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int
         for first in range(0, len(paths), _FILES_PER_BATCH):
             progress("tokenizing", first, len(paths))
             batch = paths[first : first + _FILES_PER_BATCH]
-            texts = [path.read_text(encoding="utf-8", errors="replace") for path in batch]
-            for encoding in tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False):
+            texts = [path.read_bytes().decode("utf-8", "replace") for path in batch]
+            with tokenizers_errors(lambda reason: RecipeError(tokenizer.folder, f"its tokenizer fails ({reason})")):
+                encodings = tokenizer.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for encoding in encodings:
                 yield [*before, *encoding.ids, tokenizer.eos_id]
 
 

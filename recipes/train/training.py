@@ -57,7 +57,10 @@ from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
 # Files of a checkpoint that travel with its weights.
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "LICENSE*")
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "LICENSE*"),
+)
 CLOCK = "clock.json"  # the last file of a checkpoint, and the first that goes
 KEPT_CHECKPOINTS = 2
 _NO_LIMIT = 10**9  # steps, where only time is limited

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.recipes.conftest import write_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from edgeskip.recipes.train import tokens as tokens_module
 from edgeskip.recipes.train.tokens import file_starts, load_tokenizer, token_array, write_tokens
@@ -62,12 +64,12 @@ def test_an_array_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"tokenizer\.json: no such file"):
+    with pytest.raises(RecipeError, match=r": no tokenizer\.json; save it again"):
         load_tokenizer(tmp_path)
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(RecipeError, match=r"train: no files '\*\.py' here; wanted a folder of text, or train\.npy"):
         token_array(tmp_path / "train", "*.py", tokenizer, tmp_path)
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(RecipeError, match=r"tokenizer: neither eos_token in tokenizer_config\.json nor eos_token_id"):
         load_tokenizer(tmp_path / "tokenizer")
 
@@ -76,7 +78,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     ("names", "numbers", "eos_id"),
     [
         ({"eos_token": "</s>"}, {"eos_token_id": 7}, 1),
-        ({"eos_token": {"content": "</s>"}}, None, 1),
+        ({"eos_token": {"content": "</s>", "__type": "AddedToken"}}, None, 1),
         ({"eos_token": None}, {"eos_token_id": 7}, 7),
         (None, {"eos_token_id": 7}, 7),
         (None, {"eos_token_id": [9, 7]}, 9),
@@ -101,3 +103,19 @@ def test_eos_is_named_by_the_tokenizer_or_numbered_by_the_config(
             load_tokenizer(folder)
     else:
         assert load_tokenizer(folder).eos_id == eos_id
+
+
+def test_the_tokenizer_is_the_one_that_transformers_loads_and_text_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    write_tokenizer(folder)
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored.enable_truncation(3)
+    stored.enable_padding(length=9)
+    stored.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|user|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_bytes(b"<|user|>one\r\ntwo")
+    tokens = token_array(tmp_path / "text", "*", load_tokenizer(folder), tmp_path)
+    judge = AutoTokenizer.from_pretrained(folder)
+    assert tokens.tolist() == [*judge("<|user|>one\r\ntwo").input_ids, 1]
