@@ -51,7 +51,7 @@ class ExportSettings:
         exit_layer: E; layers[:E] draft, the rest verify.
         dtype: of weights, activations and caches.
         max_length: cache capacity in tokens, prompt included; by default the model's context, at most 2048.
-        num_speculations: drafts a round, unless the user asks for another number.
+        num_speculations: drafts per round, unless the user asks for another number.
         prefill_chunk: prompt tokens of one call.
         other_exits: exit layers beside E, from which the bundle can draft too.
         draft_vocabulary: rows of the vocabulary that a head of its own drafts from, the first so many.

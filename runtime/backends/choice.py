@@ -35,10 +35,10 @@ def open_session(
     Args:
         bundle: what to load.
         backend: `auto` takes TensorRT engines that fit this machine, else ONNX Runtime.
-        device: of ONNX Runtime; `auto` takes the GPU where library and machine have one, else the CPU. The session's
-            description says why not.
-        threads: of the CPU; 0 means one a core.
-        dialect: of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
+        device: ONNX Runtime's; `auto` takes the GPU if both library and machine have one, else the CPU. The session's
+            description then says why.
+        threads: CPU threads; 0 means one per core.
+        dialect: that of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
         progress: called while engines are checked.
 
     Raises:
@@ -112,7 +112,7 @@ def why_not_here(engines: Engines) -> str:
 
 
 def _open_gpu(fix: str = "") -> CudaDevice:
-    """The GPU; where there is none, no library that could be installed would help."""
+    """The GPU; where there is none, installing a library would not help."""
     from edgeskip.runtime.backends.device import CudaDevice
     from edgeskip.runtime.host import has_nvidia_gpu
 

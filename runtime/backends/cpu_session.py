@@ -27,13 +27,13 @@ class OrtCpuSession(MeasuredSession):
 
     Args:
         bundle: what to load.
-        threads: of the one pool that the three graphs share, and with it every session of this process; 0 means
-            one a core.
+        threads: threads of the one pool that all graphs share, and so does every session of this process; 0 means
+            one per core.
         dialect: `ort`, or `standard` to run the graphs that TensorRT gets.
 
     Raises:
         BackendError: ONNX Runtime is missing or refuses the graphs, or the bundle is in bf16, which its CPU
-            provider does not compute.
+            provider does not compute in.
     """
 
     device = "cpu"
@@ -69,7 +69,7 @@ class OrtCpuSession(MeasuredSession):
     def _make_caches(
         self, graphs: Iterable[Graph], number: np.dtype[Any], dialect: str
     ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-        """Caches by their input's name, and where a dialect hands back new rows, room for those by their output's."""
+        """Caches by their input's name, and, where a dialect hands back new rows, room for those by their output's."""
         caches = [tensor for graph in graphs for tensor in graph.inputs if tensor.is_cache]
         made = {t.name: _zeros(tuple(self._dims[dim] for dim in t.shape), number) for t in caches}
         if DIALECTS[dialect].caches == "in-place":
@@ -131,7 +131,7 @@ class OrtCpuSession(MeasuredSession):
         self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]
 
     def draft_confidence(self, row: int, vocabulary: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+        """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
         logits, scratch = self._buffers["draft_logits"][row, :vocabulary], self._scratch[:vocabulary]
         np.subtract(logits, self._buffers["draft_token_logits"][row], out=scratch)
         np.exp(scratch, out=scratch)
@@ -160,7 +160,7 @@ class OrtCpuSession(MeasuredSession):
         return 2 * size * threads / float(np.median(times[2:]))
 
     def memory(self) -> Memory:
-        """Host memory by kind; what the backend takes beyond the weights is not told apart from the process's."""
+        """Host memory by kind; what the backend takes beyond the weights cannot be told from the process's own."""
         caches = sum(cache.nbytes for cache in self._caches.values())
         return Memory(self._weights_bytes, caches, sum(buffer.nbytes for buffer in self._buffers.values()), None)
 
@@ -191,13 +191,13 @@ class _CpuRound:
         self._target_logits = buffers["target_token_logits"][: round_.num_targets]
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
-        """Writes where its rows stand, and what its heads are told of them."""
+        """Writes the positions of its rows, and what its heads are told of them."""
         np.add(self._rows, position, out=self._positions)
         for name, buffer in self._row_inputs.items():
             buffer[:] = row_inputs[name]
 
     def wait(self) -> RoundResult:
-        """Runs the calls, and takes the time of each."""
+        """Runs the calls, and times each."""
         before = perf_counter_ns()
         for graph, call in self._calls:
             call()

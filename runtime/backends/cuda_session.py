@@ -1,11 +1,11 @@
-"""What every session on a CUDA device shares: workspace and caches in device memory, rounds that run without the host.
+"""What all sessions on a CUDA device share: workspace and caches in device memory, rounds that run without the host.
 
-A round is enqueued whole on one stream:
+A round is enqueued as a whole on one stream:
 
     positions (pinned) -> device | the round's calls, in order | draft and target ids -> pinned
 
 and the host waits once, for the ids. The first run of a round enqueues its calls one by one, which lets the backend
-settle its memory; the second captures the same sequence into one CUDA graph, and all others replay that.
+settle its memory; the second captures the same sequence into one CUDA graph, and all later ones replay that.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _READ_BACK = (*_IDS, "target_token_logits")
 
 
 class CudaSession(MeasuredSession):
-    """A session whose memory is on a CUDA device; a backend adds how one call is enqueued.
+    """A session whose memory is on a CUDA device; a backend adds how a call is enqueued.
 
     Args:
         bundle: what is loaded.
-        device: where to; the session closes it.
-        weights_bytes: that the backend will take for weights.
+        device: where it is loaded to; the session closes it.
+        weights_bytes: what the backend will take for weights.
 
     Raises:
         BackendError: not enough device memory for weights, caches and workspace.
@@ -64,7 +64,7 @@ class CudaSession(MeasuredSession):
             raise out_of_memory(bundle.folder, self.planned_bytes, free)
         self._caches = dict(zip(caches, device.zeros([(size, 1) for size in caches.values()]), strict=True))
         self._buffers = dict(zip(buffers, device.zeros(buffers.values()), strict=True))
-        # what is read back after each round lies side by side on the device, so that one copy reads it all
+        # what is read back after each round is side by side on the device, so that one copy reads it all
         self._buffers |= self._adjacent({name: buffers[name] for name in _READ_BACK})
         self._results = device.pinned((sum(self._buffers[name].bytes for name in _READ_BACK),), np.uint8)
         self._row_inputs = {
@@ -90,7 +90,7 @@ class CudaSession(MeasuredSession):
         """Frees what the backend holds."""
 
     def _warm_up(self, chunk: int) -> None:
-        """Runs the largest calls once, so that memory that does not suffice is found now."""
+        """Runs the largest calls once, so that a lack of memory shows now."""
         round_ = self.bind(prefill_round(self._split, chunk, last=True, early_exit=False))
         round_.start(0)
         round_.wait()
@@ -108,11 +108,11 @@ class CudaSession(MeasuredSession):
             for step in (*writes, *calls, read):
                 step()
 
-        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, and each but once
+        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, each only once
         return _CudaRound(self, round_, enqueue, written, replayed=replayed)
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
-        """Where a round's results come to lie in pinned memory, by buffer."""
+        """Where a round's results go in pinned memory, by buffer."""
         rows = dict(zip(_READ_BACK, (round_.num_drafts, round_.num_targets, round_.num_targets), strict=True))
         kinds = dict.fromkeys(_IDS, "int64") | {_READ_BACK[-1]: NUMBER_TYPES[self._dtype].numpy}
         found, start = {}, 0
@@ -129,7 +129,7 @@ class CudaSession(MeasuredSession):
 
     @property
     def stage_ns(self) -> Mapping[str, int]:
-        """Device time of all rounds so far: what runs within one is not the host's to see."""
+        """Device time of all rounds so far: the host cannot see what runs within one."""
         return {"device": self._device_ns}
 
     def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
@@ -160,7 +160,7 @@ class CudaSession(MeasuredSession):
         self._carry[row]()
 
     def draft_confidence(self, row: int, vocabulary: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+        """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
         logits = self.read(View("draft_logits", row, 1))[0, :vocabulary]
         return float(1.0 / np.exp(logits - logits.max()).sum())
 
@@ -187,7 +187,7 @@ class CudaSession(MeasuredSession):
         return self._device.copy_bytes_per_second()
 
     def memory(self) -> Memory:
-        """Device memory by kind; what is not ours by name is the backend's: scratch, kernels, libraries."""
+        """Device memory by kind; what we did not take ourselves is the backend's: scratch, kernels, libraries."""
         other = max(self._device.used_bytes() - self.planned_bytes, 0)
         return Memory(self._weights_bytes, self._caches_bytes, self._workspace_bytes, other)
 
@@ -211,7 +211,7 @@ class CudaSession(MeasuredSession):
         return arrays
 
     def _fetched(self, address: int, size: int) -> npt.NDArray[Any]:
-        """Bytes of device memory, when all that was started is done; good until the next copy."""
+        """Bytes of device memory, once all that was started is done; valid until the next copy."""
         part = self._staging[:size]
         self._device.copier(part.ctypes.data, address, size)()
         self._device.stream.sync()
@@ -252,7 +252,7 @@ class _CudaRound:
         self._launch: Callable[[], None] | None = None
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
-        """Enqueues the round, or from its third run on launches it as one graph."""
+        """Enqueues the round or, from its third run on, launches it as one graph."""
         session = self._session
         if self._runs and self._replayed and self._launch is None and session._is_capturable(self._round):
             self._launch = session._device.captured(self._enqueue)

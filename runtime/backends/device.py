@@ -1,6 +1,6 @@
 """A CUDA device: memory, the one stream, copies and graphs, through cuda-core. Importing this touches no GPU.
 
-Everything that a session does on the device is enqueued on one stream, in order, so nothing but a read-back waits.
+Everything that a session does on the device is enqueued on one stream, in order, so only reading back waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DeviceArray:
 
     @property
     def bytes(self) -> int:
-        """All rows."""
+        """Bytes of all rows."""
         return self.row_bytes * self.rows
 
 
@@ -57,7 +57,7 @@ class CudaDevice:
             self._device = core.Device(0)
             self._device.set_current()
             self.stream = self._device.create_stream()
-        except Exception as error:  # what is missing decides the type: no driver, no device, a driver too old
+        except Exception as error:  # its type depends on what is missing: driver, device, a newer driver
             if "OUT_OF_MEMORY" in str(error):  # a context takes some 400 MB
                 raise BackendError("CUDA", "no memory free for a context", fix="free the device's memory") from None
             raise BackendError(
@@ -101,7 +101,7 @@ class CudaDevice:
         return int(self._checked(self._driver.cuDeviceGetCount()))
 
     def free_bytes(self) -> int:
-        """Device memory that nobody holds."""
+        """Device memory that is free."""
         self.stream.sync()
         return int(self._checked(self._driver.cuMemGetInfo())[0])
 
@@ -136,7 +136,7 @@ class CudaDevice:
         return array
 
     def copier(self, target: int, source: int, size: int) -> Callable[[], None]:
-        """A copy of `size` bytes between two addresses, device or pinned, to be enqueued as often as wanted."""
+        """A copy of `size` bytes between two addresses, device or pinned, that can be enqueued as often as wanted."""
         buffer, stream = self._core.Buffer, self.stream
         to, from_ = buffer.from_handle(target, size), buffer.from_handle(source, size)
         return lambda: to.copy_from(from_, stream=stream)
@@ -181,7 +181,7 @@ class CudaDevice:
                 self._owned.pop()()
 
     def _allocate(self, size: int) -> int:
-        """Takes device memory for itself, not from a pool that would keep it."""
+        """Takes device memory by itself, not from a pool that would keep it."""
         status, address = self._driver.cuMemAlloc(size)
         if int(status):
             raise out_of_memory("CUDA", size, self.free_bytes(), status.name)
@@ -222,10 +222,10 @@ class DeviceTimer:
 
 
 def out_of_memory(place: object, wanted_bytes: int, free_bytes: int, error: object = "") -> BackendError:
-    """The one line for device memory that does not suffice."""
+    """The error line for a lack of device memory."""
     return BackendError(
         place,
-        f"out of device memory, {free_bytes / 1e6:.0f} MB are free" + (f" ({error})" if error else ""),
+        f"out of device memory, {free_bytes / 1e6:.0f} MB free" + (f" ({error})" if error else ""),
         wanted=f"{wanted_bytes / 1e6:.0f} MB",
         fix="export with a smaller --max-length or in fp16, or free the device's memory",
     )

@@ -22,11 +22,11 @@ from edgeskip.runtime.host import usable_cores
 from edgeskip.runtime.packages import install
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
-"""With fp32 as it is: by default products round it to the 10 bits of TF32."""
+"""With fp32 as it is: by default, products round it to the 10 bits of TF32."""
 
 
 class OrtGraphs:
-    """A bundle's graphs, loaded, whose calls are bound by address."""
+    """A bundle's graphs, loaded; their calls are bound by address."""
 
     def __init__(
         self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
@@ -77,10 +77,10 @@ class OrtGraphs:
         """Binds a call to memory; calling the result runs it.
 
         Args:
-            call: which graph, on which rows.
+            call: the graph and its rows.
             device: where the memory is.
-            address: of a cache, by its input's name; of the new rows of one, by its output's; of rows of the workspace.
-            run_options: of ONNX Runtime.
+            address: that of a cache, by its input's name; of its new rows, by its output's; of rows of the workspace.
+            run_options: ONNX Runtime's.
         """
         session, graph = self._sessions[call.graph], self._table[call.graph]
         binding = session.io_binding()
@@ -125,12 +125,12 @@ def _mapped_weights(bundle: Bundle) -> dict[str, tuple[npt.NDArray[Any], str]]:
 
 
 def has_cuda_provider(ort: Any) -> bool:
-    """Whether this ONNX Runtime was built for CUDA; one for the CPU was not."""
+    """Whether this ONNX Runtime was built for CUDA."""
     return "CUDAExecutionProvider" in ort.get_available_providers()
 
 
 def check_cuda_provider(ort: Any, driver_cuda_version: tuple[int, int]) -> None:
-    """Says in one line what would keep the CUDA provider from loading with a driver for this CUDA.
+    """Refuses what would keep the CUDA provider from loading with a driver for this CUDA.
 
     Raises:
         BackendError: no such provider, the driver is too old, or libraries are missing.
@@ -157,10 +157,10 @@ _pool_threads: int | None = None
 
 
 def cpu_options(ort: Any, threads: int) -> Any:
-    """Options for a session on the process's one thread pool: pools of their own would spin against each other.
+    """Options for a session on the process's one thread pool: separate pools would spin against each other.
 
     Raises:
-        BackendError: more threads than there are cores, or another number than in this process so far.
+        BackendError: more threads than there are cores, or a different number than so far in this process.
     """
     global _pool_threads
     if threads > usable_cores():
@@ -179,7 +179,7 @@ def cpu_options(ort: Any, threads: int) -> Any:
         )
     options = ort.SessionOptions()
     options.use_per_session_threads = False
-    options.log_severity_level = 4  # fatal: what it refuses it raises too
+    options.log_severity_level = 4  # fatal: whatever it refuses, it raises too
     return options
 
 
@@ -192,7 +192,7 @@ def ort_errors(place: object) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # its errors share no base but Exception
+    except Exception as error:  # its errors have no base in common but Exception
         lacking = any(word in str(error) for word in ("bad_alloc", "allocate memory", "pthread_create"))
         fix = "free some memory" if lacking else "upgrade onnxruntime"
         raise BackendError(place, f"ONNX Runtime {onnxruntime().__version__} refuses it ({error})", fix=fix) from None

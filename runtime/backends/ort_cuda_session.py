@@ -14,7 +14,7 @@ from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
 _LIBRARIES_BYTES = 256 << 20
-"""About what cuBLAS, cuDNN and the kernels take beside the weights."""
+"""About what cuBLAS, cuDNN and the kernels take besides the weights."""
 
 
 class OrtCudaSession(CudaSession):
@@ -22,12 +22,12 @@ class OrtCudaSession(CudaSession):
 
     Args:
         bundle: what to load.
-        device: where to; the session closes it.
-        dialect: `ort` for fp16 and bf16 and `standard` for fp32, by default: the fused attention has no fp32.
+        device: where it is loaded to; the session closes it.
+        dialect: by default `ort` for fp16 and bf16, and `standard` for fp32, which the fused attention does not have.
 
     Raises:
         BackendError: ONNX Runtime lacks its CUDA provider, CUDA libraries are missing, the driver is too old, an
-            operator has no kernel for CUDA, or device memory does not suffice.
+            operator has no kernel for CUDA, or there is not enough device memory.
     """
 
     def __init__(self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None) -> None:
@@ -70,7 +70,7 @@ class OrtCudaSession(CudaSession):
     def _release(self) -> None:
         if self._graphs is None:
             return
-        # What runs left unsynchronized lent from the host goes back with one that is: left to its destructor, ONNX
+        # A synchronized run gives back what unsynchronized runs borrowed from the host. Left to its destructor, ONNX
         # Runtime frees it in a callback of the stream, where CUDA permits no such call, and aborts the process.
         with suppress(Exception):
             for call in speculative_round(self._split, 0).calls:
@@ -80,11 +80,11 @@ class OrtCudaSession(CudaSession):
 
 
 def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
-    """Whether it was memory: what the libraries say then is anything from an allocation to an internal error."""
+    """Whether it was memory: libraries then report anything from a failed allocation to an internal error."""
     words = ("out of memory", "failed to allocate memory", "available memory of", "resource allocation failed")
     text = str(error).lower()
     if not isinstance(error, Exception) or isinstance(error, BundleError) or "out of device memory" in text:
-        return False  # no error of memory, or said already
+        return False  # not an error of memory, or already reported
     return any(word in text for word in words) or device.free_bytes() < _LIBRARIES_BYTES
 
 
@@ -96,7 +96,7 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
 
 
 def _cuda_options(ort: Any) -> Any:
-    ort.set_default_logger_severity(4)  # it warns of providers that nobody asked for
+    ort.set_default_logger_severity(4)  # it warns about providers that nobody asked for
     options = cpu_options(ort, 0)  # a process that has one pool of threads must share it
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
     return options

@@ -10,8 +10,8 @@ VERSIONS: dict[EngineBackend, str] = {
     "tensorrt": "TensorRT 10.15 or later (JetPack 7.2 has 10.16, JetPack 6 has 10.3)",
     "tensorrt-rtx": "TensorRT-RTX 1.4 or later",
 }
-"""The first with the layers that a graph becomes: TensorRT's release notes of 10.15.1; RTX 1.4 to 1.7 build the
-shipped bundle."""
+"""The first versions with the layers that a graph becomes: TensorRT's release notes of 10.15.1; RTX 1.4 to 1.7 build
+the shipped bundle."""
 
 RTX_SERVES = (75, 80, 86, 89, 120, 121)
 """SMs of TensorRT-RTX 1.7, as its `ComputeCapability` lists them."""
@@ -19,7 +19,7 @@ RTX_SERVES = (75, 80, 86, 89, 120, 121)
 RTX_REFUSED = "Jetsons (87, 110) and data center GPUs (90, 100) are served by --backend tensorrt, run on them"
 
 LEAST_DTYPE_SM: dict[DType, int] = {"fp16": 75, "bf16": 80}
-"""The least compute capability for a dtype. fp32 is served by none: fused attention has no such kernel.
+"""The lowest compute capability for a dtype. None serves fp32: fused attention has no such kernel.
 
 Table 1 of TensorRT-RTX's support matrix; for fp32, RTX 1.7.1 says "Attention operation was not supported by a dedicated
 kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
@@ -27,7 +27,7 @@ kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
 
 
 def dtype_problem(dtype: DType, compute_capability: int) -> str:
-    """What TensorRT wants in place of a dtype that it or the GPU does not compute; empty where it does."""
+    """What TensorRT wants in place of a dtype that it or the GPU does not compute in; empty if there is no problem."""
     if dtype not in LEAST_DTYPE_SM:
         return "fp16 or bf16: TensorRT has no attention in fp32"
     if compute_capability < LEAST_DTYPE_SM[dtype]:
@@ -40,9 +40,9 @@ HEAD_SIZES = range(16, 257, 8)
 
 
 def heads_problem(architecture: Architecture) -> str:
-    """What TensorRT wants in place of attention heads that it does not compute; empty where it does.
+    """What TensorRT wants in place of attention heads that it does not compute; empty if there is no problem.
 
-    What it says itself of others is a failed check in a file of its own.
+    TensorRT itself only reports a failed check in one of its source files.
     """
     if architecture.head_dim not in HEAD_SIZES:
         return f"a head size of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]} in steps of {HEAD_SIZES.step}"

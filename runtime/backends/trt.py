@@ -32,7 +32,7 @@ def served_by(library: Any) -> list[int]:
 
 
 def make_logger(library: Any) -> Any:
-    """Keeps the last error for our one line, and prints nothing."""
+    """Keeps the last error for our own message, and prints nothing."""
 
     class Logger(library.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -21,7 +21,7 @@ from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.files import keep, kept
 
 DECODE, PREFILL = 0, 1
-"""Optimization profiles of draft and verify: up to HEAD_ROWS rows, and up to a prompt's chunk. Head has the first."""
+"""Optimization profiles of graphs of layers: up to HEAD_ROWS rows, and up to a prompt's chunk. Heads have the first."""
 
 
 def why_not(engines: Engines, compute_capability: int, version: str) -> str:
@@ -37,19 +37,19 @@ def why_not(engines: Engines, compute_capability: int, version: str) -> str:
 class TrtSession(CudaSession):
     """TensorRT engines on a stream of ours.
 
-    One execution context for each graph and number of rows, all of them sharing one block of scratch memory: they run
-    in turn. Caches are bound past and present to one address, which the engine itself must expect.
+    There is an execution context for each graph and number of rows; they run in turn, so all share one block of scratch
+    memory. Caches are bound, past and present, to one address, which the engine itself must expect.
 
     Args:
-        bundle: what the engines are of.
+        bundle: the bundle that the engines belong to.
         engines: built for this GPU by the installed version.
-        device: where to; the session closes it.
+        device: where they are loaded to; the session closes it.
         library: the TensorRT module.
         progress: called while the engines are checked.
 
     Raises:
-        BundleError: the engines are of another GPU or version, damaged, or not of this bundle's tensors.
-        BackendError: TensorRT refuses an engine, or device memory does not suffice.
+        BundleError: the engines are for another GPU or version, are damaged, or do not have this bundle's tensors.
+        BackendError: TensorRT refuses an engine, or there is not enough device memory.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TrtSession(CudaSession):
         return enqueue
 
     def _context(self, graph: GraphName, rows: int) -> Any:
-        """The context of a graph for so many rows; prompts, which come in any length, share one."""
+        """The context of a graph for this many rows; prompts, which can have any length, share one."""
         key = (graph, rows if rows <= HEAD_ROWS else 0)
         if key not in self._contexts:
             engine = self._engines[graph]
@@ -168,9 +168,9 @@ class TrtSession(CudaSession):
         return self._contexts[key]
 
     def _runtime_config(self, graph: GraphName, strategy: Any, *, is_fixed: bool) -> Any:
-        """TensorRT for RTX compiles kernels on the device: at once for shapes that stay, in the background for others.
+        """TensorRT for RTX compiles kernels on the device: at once for fixed shapes, in the background for others.
 
-        What it compiled is kept in the user's cache folder, so that the next start has it.
+        What it has compiled is kept in the user's cache folder for the next start.
         """
         config = self._engines[graph].create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
@@ -182,13 +182,13 @@ class TrtSession(CudaSession):
         if name not in self._runtime_caches:
             cache = config.create_runtime_cache()
             if (kernels := kept("kernels", name)) is not None:
-                cache.deserialize(kernels)  # what does not fit this machine it leaves alone
+                cache.deserialize(kernels)  # it ignores what does not fit this machine
             self._runtime_caches[name] = cache
         config.set_runtime_cache(self._runtime_caches[name])
         return config
 
     def _placed(self, call: Call) -> tuple[dict[str, int], list[Callable[[], None]], list[Callable[[], None]]]:
-        """Addresses by tensor, each on a 256-byte boundary: a row that starts on none is copied to one that does."""
+        """Addresses by tensor, each on a 256-byte boundary: a row that starts elsewhere is copied to one."""
         addresses: dict[str, int] = {}
         before: list[Callable[[], None]] = []
         after: list[Callable[[], None]] = []

@@ -87,7 +87,7 @@ class Model:
         Args:
             prompt: text, token ids, or chat messages.
             mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
-            num_speculations: K, drafts a round at most; the bundle's default if not given.
+            num_speculations: K, drafts per round at most; the bundle's default if not given.
             confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
                 It changes the speed, never the tokens. By default what suits the backend.
             max_new_tokens: by default, until the caches are full.

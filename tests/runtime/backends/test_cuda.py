@@ -149,7 +149,7 @@ def test_a_session_that_fails_gives_its_memory_back(bundles, device, monkeypatch
 @pytest.mark.gpu
 def test_caches_larger_than_the_device_are_refused_before_anything_is_taken(bundles, monkeypatch):
     monkeypatch.setattr(CudaDevice, "free_bytes", lambda self: 1000)
-    with pytest.raises(BackendError, match=r"out of device memory, 0 MB are free; wanted \d MB; .*--max-length"):
+    with pytest.raises(BackendError, match=r"out of device memory, 0 MB free; wanted \d MB; .*--max-length"):
         open_session(bundles("llama-gqa", dtype="fp16"), device="cuda")
 
 
@@ -238,7 +238,7 @@ def test_missing_cuda_libraries_are_named(tmp_path):
         ("Failed to allocate memory for requested buffer", 900, True),
         ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR", 90, True),  # what cuDNN says for want of memory
         ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR", 900, False),
-        ("x: out of device memory, 1 MB are free", 90, False),  # said already
+        ("x: out of device memory, 1 MB free", 90, False),  # said already
     ],
 )
 def test_the_libraries_ways_of_running_out_of_memory_are_known(text, free_mb, short):
