@@ -37,8 +37,9 @@ from edgeskip.runtime.bundle.manifest import (
     Progress,
     chains_of,
 )
-from edgeskip.runtime.errors import CheckpointError, RequestError, reason
+from edgeskip.runtime.errors import CheckpointError, RequestError
 from edgeskip.runtime.files import whole_folder, write_hashed
+from edgeskip.runtime.reading import read_bytes
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -163,10 +164,7 @@ def _write(path: Path, data: bytes) -> FileRecord:
 def _text_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Tokenizer, config, chat template and licences, the last under their own names."""
     paths = [checkpoint.folder / "config.json", *checkpoint.licences]
-    try:
-        files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name): path.read_bytes() for path in paths}
-    except OSError as error:
-        raise CheckpointError(error.filename, f"cannot be read ({reason(error)})") from None
+    files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:200]: read_bytes(path, CheckpointError) for path in paths}
     files["tokenizer.json"] = checkpoint.tokenizer.json.encode()
     if checkpoint.tokenizer.chat_template is not None:
         files["chat_template.jinja"] = checkpoint.tokenizer.chat_template.encode()

@@ -110,7 +110,8 @@ def open_checkpoint(
         CheckpointError: not found, not readable, not supported, or incomplete.
     """
     folder = Path(source).expanduser()
-    if not _is_dir(folder):
+    local = _is_dir(folder)
+    if not local:
         folder = _download(source, revision, token, offline)
     refuse_other_kinds(folder)
     config = read_json(folder / "config.json", f"{folder} is not a checkpoint in transformers' format")
@@ -124,7 +125,7 @@ def open_checkpoint(
     tensors, architecture = index_tensors(folder, architecture, warn)
     _warn_of_generation(folder, warn)
     return Checkpoint(
-        source=source if not Path(source).is_dir() else Path(source).resolve().name,
+        source=folder.resolve().name if local else source,
         folder=folder,
         config=config,
         architecture=architecture,

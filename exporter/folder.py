@@ -12,15 +12,17 @@ from edgeskip.runtime.reading import kind_of
 
 _MERGE = "merge it with peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
 _DOWNLOAD = "give the model in transformers' format, with config.json and safetensors"
+_CONSOLIDATE = "load it with what wrote it, and save the whole model with save_pretrained"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder: files that tell it, what it is, what to do."""
+    """A kind of folder: files that tell it, what it is, what to do, and whether it is that even with a model beside."""
 
     files: tuple[str, ...]
     found: str
     fix: str
+    anyway: bool = False
 
 
 _KINDS = (
@@ -33,11 +35,8 @@ _KINDS = (
         "save it again with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
     ),
     Kind(("consolidated*.safetensors",), "weights in their maker's own format (consolidated.safetensors)", _DOWNLOAD),
-    Kind(
-        (".metadata", "*.distcp"),
-        "a distributed checkpoint of torch",
-        "consolidate it: save the model with transformers",
-    ),
+    Kind(("shard-*-model-*-of-*.safetensors",), "a distributed checkpoint of transformers", _CONSOLIDATE, anyway=True),
+    Kind((".metadata", "*.distcp"), "a distributed checkpoint of torch", _CONSOLIDATE),
     Kind(
         ("zero_to_fp32.py", "global_step*"),
         "a checkpoint of DeepSpeed",
@@ -70,13 +69,13 @@ def refuse_other_kinds(folder: Path) -> None:
         CheckpointError: an adapter is in it, or no weights are and something else is.
     """
     _refuse_adapter(folder)
-    if any(kind_of(folder / name, CheckpointError) for name in (WEIGHTS, INDEX)):
-        return
+    whole = any(kind_of(folder / name, CheckpointError) for name in (WEIGHTS, INDEX))
     for kind in _KINDS:
-        for pattern in kind.files:
+        for pattern in kind.files if kind.anyway or not whole else ():
             if names := sorted(str(path.relative_to(folder)) for path in folder.glob(pattern) if path.exists()):
                 raise CheckpointError(folder, f"{kind.found} ({names[0]})", fix=kind.fix)
-    if kind_of(folder / "tokenizer.json", CheckpointError) and not kind_of(folder / "config.json", CheckpointError):
+    has = {name for name in ("tokenizer.json", "config.json") if kind_of(folder / name, CheckpointError)}
+    if has == {"tokenizer.json"} and not whole:
         raise CheckpointError(folder, "a tokenizer without a model", fix=_DOWNLOAD)
 
 

@@ -43,6 +43,7 @@ ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "owner/base"}
         ("model.fp16.safetensors", "", r"another name than model.safetensors \(model.fp16.safetensors\)"),
         ("model_index.json", "{}", "a pipeline of diffusers"),
         ("__0_0.distcp", "", "a distributed checkpoint of torch"),
+        ("shard-00001-model-00001-of-00001.safetensors", "", "a distributed checkpoint of transformers"),
         ("decoder.onnx", "", "ONNX graphs, not a checkpoint"),
         (
             "checkpoint-500/config.json",
@@ -72,6 +73,13 @@ def test_an_adapter_beside_a_whole_model_is_refused(checkpoints, tmp_path):
     folder = Path(shutil.copytree(checkpoints("llama-gqa"), tmp_path / "checkpoint"))
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
     with pytest.raises(CheckpointError, match="a LoRA adapter of owner/base"):
+        open_checkpoint(str(folder))
+
+
+def test_shards_of_many_processes_count_before_a_model_beside_them(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints("llama-gqa"), tmp_path / "checkpoint"))
+    (folder / "shard-00000-model-00001-of-00001.safetensors").touch()
+    with pytest.raises(CheckpointError, match="a distributed checkpoint of transformers"):
         open_checkpoint(str(folder))
 
 

@@ -16,6 +16,7 @@ from tests.conftest import edit_json
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import TensorReader, open_checkpoint
 from edgeskip.exporter.reference import reference_model
+from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.errors import CheckpointError
 
 HEAD, TABLE, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
@@ -299,6 +300,17 @@ def test_a_licence_travels_where_it_is_the_checkpoints_own(place, folder, tmp_pa
     bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(2))
     assert [path for path in bundle.folder.iterdir() if b"secret" in path.read_bytes()] == []
     assert bundle.path("NOTICE").read_text() == "free"
+
+
+def test_a_licence_of_any_name_travels_but_not_of_any_size(folder, tmp_path):
+    name = f"LICENSE é {'x' * 230}"
+    (folder / name).write_text("free")
+    bundle = export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", ExportSettings(2))
+    assert [path.read_text() for path in read_bundle(bundle.folder).folder.glob("LICENSE*")] == ["free"]
+    with (folder / "NOTICE").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(CheckpointError, match="NOTICE: is too large"):
+        export_bundle(open_checkpoint(str(folder)), tmp_path / "other", ExportSettings(2))
 
 
 def test_a_chat_template_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):
