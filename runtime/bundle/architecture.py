@@ -1,4 +1,4 @@
-"""The shape of a Llama-family model: all that its mathematics depends on, less the weights."""
+"""The shape of a Llama-family model: everything that its mathematics depends on, except the weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from edgeskip.runtime.structure import Positive, Range
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""The family, as config.json calls its members."""
+"""The families, as config.json names them."""
 
 MOST_LAYERS, MOST_SIZE, MOST_CONTEXT = 1000, 1 << 24, 1 << 31
-"""Bounds of what a file may claim: decoder layers, any one dimension, positions that a model was made for."""
+"""Bounds on what a file may claim: decoder layers, any one dimension, positions that a model was made for."""
 
 Layers = Annotated[int, Range(1, MOST_LAYERS)]
 Size = Annotated[int, Range(1, MOST_SIZE)]
@@ -37,8 +37,8 @@ class Rope:
 class Architecture:
     """A decoder of the Llama family.
 
-    `qkv_bias`, `output_bias` and `mlp_bias` say which linear layers add a bias; `qk_norm` that queries and keys
-    pass an RMS norm of their own per head, as in Qwen 3.
+    `qkv_bias`, `output_bias` and `mlp_bias` say which linear layers add a bias; `qk_norm`, that the queries and keys of
+    each head pass RMS norms of their own, as in Qwen 3.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""Dialects of the graph files, as far as a session must know them; exporter/graphs/dialects.py writes them.
+"""Dialects of the graph files, as far as a session must know them; exporter/graphs/dialects.py has their operators.
 
 Each graph of a bundle comes in every dialect, and all of them read the same weights file.
 """
@@ -13,10 +13,10 @@ from typing import Literal
 class Dialect:
     """Conventions of a dialect's graph files.
 
-    `file` is the pattern of their names. `caches` says how a call hands back what it adds to the KV caches: `in-place`,
-    the outputs are the whole caches and are bound to the memory of the inputs, or `new-rows`, the outputs are the
-    rows of this call [B,N,T,D], which the session writes into the caches. `weights` says whether a graph holds its
-    weights as initializers that point into the weights file, or takes them as inputs under their names in it.
+    `file` is the pattern of their names. `caches` says how a call hands back what it adds to the KV caches. With
+    `in-place`, the outputs are the whole caches, bound to the memory of the inputs; with `new-rows`, they are the rows
+    of this call [B,N,T,D], which the session writes into the caches. `weights` says whether a graph holds its weights
+    as initializers that point into the weights file, or takes them as inputs under their names in that file.
     """
 
     name: str
@@ -29,4 +29,4 @@ DIALECTS: dict[str, Dialect] = {
     "standard": Dialect("standard", "{}.onnx"),
     "ort": Dialect("ort", "{}.ort.onnx"),
 }
-"""`standard` has ONNX operators only, `ort` ONNX Runtime's fused ones too."""
+"""`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones."""

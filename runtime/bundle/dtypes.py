@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["fp32", "fp16", "bf16"]
-"""What is computed in: activations and caches."""
+"""The types that are computed in: activations and caches."""
 
 
 @dataclass(frozen=True)
 class NumberType:
     """A type of numbers: its size, and its name in NumPy, safetensors, ONNX, ONNX Runtime, TensorRT and torch.
 
-    NumPy has no bf16, so a runtime without further libraries holds it as raw 16-bit words. `onnx` is the number in
+    NumPy has no bf16, so a runtime without further libraries holds it as raw 16-bit words. `onnx` is its number in
     TensorProto.
     """
 
@@ -39,4 +39,4 @@ ITEMSIZE: dict[str, int] = {name: number.bytes for name, number in NUMBER_TYPES.
 """Bytes of one number."""
 
 BY_SAFETENSORS: dict[str, str] = {number.safetensors: name for name, number in NUMBER_TYPES.items()}
-"""Our names by those of safetensors."""
+"""Our names, by those of safetensors."""

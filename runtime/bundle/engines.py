@@ -4,8 +4,8 @@
       tensorrt-rtx-sm86-1.7.1.116/   {draft,verify,head}.engine, build.json
       tensorrt-sm87-10.16.0.72/      ...
 
-An engine holds kernels, so it is code: it is loaded only where its sha256 is that of build.json. Its weights are the
-bundle's, so an engine is stale as soon as the bundle's graphs or weights are others than those it was built from.
+An engine holds kernels, so it is code: it is loaded only if its sha256 is the one in build.json. Its weights are the
+bundle's, so an engine is stale as soon as the bundle's graphs or weights differ from those that it was built from.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BUILD_VERSION = 1
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """Rows T that an engine serves in one optimization profile: the least, the one it is tuned for, the most."""
+    """Rows T that an engine serves in one optimization profile: the fewest, those it is tuned for, the most."""
 
     min_rows: Size
     opt_rows: Size
@@ -59,7 +59,7 @@ class EngineProfile:
 class EngineRecord:
     """One engine: the graph file it was built from, its own hash and size, and what building it took.
 
-    `peak_memory_bytes` is of the host, of the process that built it; null where the system does not tell.
+    `peak_memory_bytes` is the host memory of the process that built it; null where the system does not tell.
     """
 
     onnx_sha256: Sha256
@@ -74,7 +74,7 @@ class EngineRecord:
 class Build:
     """What build.json says: which TensorRT built these engines, for which GPU, from which weights.
 
-    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the one that was present, or null where
+    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
     they were built ahead of time for another machine.
     """
 
@@ -95,7 +95,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Engines:
-    """A folder of engines and its build.json, read and found to belong to its bundle."""
+    """A folder of engines and its build.json, read and checked to belong to its bundle."""
 
     folder: Path
     build: Build
@@ -108,7 +108,7 @@ class Engines:
 def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
     """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
 
-    A round runs draft one row at a time, verify on all its rows, and the head both ways; see rounds.py.
+    A round runs draft one row at a time, verify on all its rows at once, and the head in both ways; see rounds.py.
     """
     most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
     rows = min(manifest.num_speculations + 1, most)
@@ -128,14 +128,15 @@ def engines_folder(bundle: Bundle, backend: EngineBackend, compute_capability: i
 
 
 def build_command(bundle: Bundle, backend: EngineBackend, compute_capability: int | None = None) -> str:
-    """The command that builds engines anew."""
+    """The command that builds engines again."""
     target = f" --sm {compute_capability}" if backend == "tensorrt-rtx" and compute_capability else ""
     return f"edgeskip build {bundle.folder} --backend {backend}{target}"
 
 
 def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
     """Every set of engines in a bundle, without looking into the engines themselves, and what is wrong with the others:
-    a malformed build.json, one that is not of this bundle's graphs and weights, an engine missing or of another size.
+    a malformed build.json, one for other graphs or weights than this bundle's, an engine that is missing or has another
+    size.
     """
     root = bundle.folder / FOLDER
     found: list[Engines] = []
@@ -175,7 +176,7 @@ def read_engines(bundle: Bundle) -> list[Engines]:
 
 @contextmanager
 def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iterator[dict[GraphName, IO[bytes]]]:
-    """Opens the engines and compares each with its sha256, so that what is read from them is what was compared.
+    """Opens the engines and compares each with its sha256, so that what is read from them later is what was compared.
 
     Raises:
         BundleError: an engine was cut short or changed.
@@ -197,16 +198,16 @@ def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iter
 
 
 def check_engine(path: Path, found: str, record: EngineRecord) -> None:
-    """Compares an engine's sha256 with the one that was built.
+    """Compares an engine's sha256 with that of the one that was built.
 
     Raises:
-        BundleError: it is another.
+        BundleError: they differ.
     """
     check_hash(path, found, record.sha256, "as built", "copy it again or build it again")
 
 
 def check_within(bundle: Bundle, path: Path) -> None:
-    """Finds that a file or folder of the bundle is no link to elsewhere.
+    """Checks that a file or folder of the bundle is not a link to elsewhere.
 
     Raises:
         BundleError: it leads out of the bundle.

@@ -1,8 +1,8 @@
-"""Formats of stored tensors: which arrays of numbers stand for a tensor in the weights file.
+"""Formats of stored tensors: the arrays of numbers that stand for a tensor in the weights file.
 
 `dtype` is what a bundle computes in; each stored tensor has a *format* of its own. A format stores a tensor as one or
-more parts, each an array of the weights file: the numbers, and where they are quantized, their scales. How formats are
-written and how graphs read them is the exporter's (exporter/formats.py).
+more parts, each an array of the weights file: the numbers and, where they are quantized, their scales. How formats are
+written, and how graphs read them, is up to the exporter (exporter/formats.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Part:
     """An array of a stored tensor: the suffix of its name, its type of numbers, and its shape from the tensor's.
 
-    Its first axis is the tensor's. `number` is null where the numbers are of the bundle's dtype.
+    Its first axis is the tensor's. `number` is null where the numbers have the bundle's dtype.
     """
 
     suffix: str
@@ -32,7 +32,7 @@ class Part:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
     def number_type(self, dtype: DType) -> str:
-        """The type of its numbers in a bundle of this dtype."""
+        """The type of its numbers in a bundle with this dtype."""
         return self.number or dtype
 
 
@@ -40,7 +40,7 @@ class Part:
 class Format:
     """How a tensor is stored; the first part is the largest and has the tensor's own name.
 
-    `decode` gives rows of the tensor, [n, ...] in the bundle's dtype, from the same rows of each part.
+    `decode` turns rows of each part into the same rows of the tensor, [n, ...] in the bundle's dtype.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Format:
     decode: Callable[[Sequence[Array], DType], Array]
 
     def bytes(self, shape: tuple[int, ...], dtype: DType) -> int:
-        """Size of a tensor of this shape, all parts together."""
+        """Size of a tensor of this shape, with all its parts."""
         return sum(math.prod(part.shape(shape)) * ITEMSIZE[part.number_type(dtype)] for part in self.parts)
 
 
@@ -63,6 +63,6 @@ def _as_stored(parts: Sequence[Array], _: DType) -> Array:
 FORMATS: dict[str, Format] = {
     name: Format(name, (Part("", name, _same),), _as_stored) for name in ("fp32", "fp16", "bf16")
 }
-"""By name. A plain format stores each number as it is; it is read without a conversion, so it must be the dtype."""
+"""By name. A plain format stores each number as it is and is read without conversion, so it must be the dtype."""
 
 assert FORMATS.keys() <= NUMBER_TYPES.keys()

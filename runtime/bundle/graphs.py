@@ -1,14 +1,14 @@
 """The contract between the graphs, the sessions and the loop: every tensor of every graph, in one table.
 
-A model is cut after its exit layers into runs of layers, each a graph, and one or more heads:
+A model is cut after its exit layers into runs of layers, each of them a graph, and has one or more heads:
 
     inputs_embeds -> [ draft: layers[:E] ] -> exit_hidden_states -> [ verify: layers[E:] ] -> hidden_states -> [ head ]
 
-With several exits there are graphs between them (`middle_4_6` for layers[4:6]), and a state for each exit
-(`exit_hidden_states.4`). A head over the first rows of the vocabulary alone is one more graph on the same table.
+With several exits, there are graphs between them (`middle_4_6` for layers[4:6]) and a state for each exit
+(`exit_hidden_states.4`). A head over only the first rows of the vocabulary is one more graph on the same table.
 
-Dimensions: B batch, T new tokens in this call, C cache capacity, H hidden size, N KV heads, D head size,
-V vocabulary, of a head its own.
+Dimensions: B batch, T new tokens in this call, C cache capacity, H hidden size, N KV heads, D head size, V vocabulary
+(each head has its own).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MAX_SPECULATIONS = 16
 """The longest speculation that workspaces and engine profiles are made for."""
 
 HEAD_ROWS = MAX_SPECULATIONS + 1
-"""Rows that a head sees at most."""
+"""The most rows that a head sees."""
 
 DEFAULT_SPECULATIONS = 4
-"""K of a bundle whose exporter was not told another."""
+"""K of a bundle for which no other was asked."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or an output: dtype `float` is the bundle's own."""
+    """An input or an output; dtype `float` is the bundle's own."""
 
     name: str
     dtype: Literal["float", "int64"]
@@ -48,15 +48,15 @@ class Tensor:
 
 
 NEW_ROWS = ("B", "N", "T", "D")
-"""Shape of a cache output that is only the rows of this call."""
+"""Shape of a cache output that holds only the rows of this call."""
 
 PICKERS: dict[str, tuple[Tensor, ...]] = {"greedy": ()}
-"""Ways in which a head picks a token from its logits, and what it is told of each row for that: tensors [B,T]."""
+"""Ways in which a head picks a token from its logits, and what it is told about each row: tensors [B,T]."""
 
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """A head: the rows of the vocabulary that it knows, the first so many, and how it picks among them."""
+    """A head: how many rows of the vocabulary it knows, from the first on, and how it picks among them."""
 
     vocabulary: int
     picker: str
@@ -64,7 +64,7 @@ class HeadRecord:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph: the layers it runs, none for a head, and the tensors it takes and gives, the states first."""
+    """A graph: the layers that it runs (none for a head), and its input and output tensors, the states first."""
 
     first_layer: int
     last_layer: int
@@ -88,7 +88,7 @@ class Graph:
         return self.outputs[0].name
 
     def dimensions(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of a model's dimensions, as this graph means them."""
+        """The sizes of a model's dimensions, as they are in this graph."""
         return {**sizes, "V": self.head.vocabulary} if self.head else dict(sizes)
 
 
@@ -103,7 +103,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Head:
-    """A head in a chain: its graph, the rows of its vocabulary, and what it is told of each row beside its state."""
+    """A head in a chain: its graph, the rows of its vocabulary, what it is told about each row besides its state."""
 
     graph: GraphName
     vocabulary: int
@@ -157,11 +157,11 @@ def single_exit(architecture: Architecture, exit_layer: int) -> dict[GraphName, 
 
 
 def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | None = None) -> Split:
-    """How graphs are chained to draft from an exit layer, with the smallest head that picks in this way; by default as
-    the first head does.
+    """How graphs are chained to draft from an exit layer, with the smallest head that picks in this way; by default the
+    way of the first head.
 
     Raises:
-        RequestError: the model is not cut there, or has no head that picks so.
+        RequestError: the model is not cut there, or has no head that picks in this way.
     """
     links = [(graph, Link(name, graph.reads, graph.writes)) for name, graph in graphs.items() if not graph.head]
     exits = [graph.last_layer for graph, _ in links[:-1]]
@@ -186,7 +186,7 @@ def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | N
 
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
-    """Finds that a model of so many layers can exit after this one.
+    """Checks that a model of this many layers can exit after this one.
 
     Raises:
         RequestError: it cannot.
@@ -197,7 +197,7 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
 
 
 def check_num_speculations(num_speculations: int) -> None:
-    """Finds that workspaces and engines are made for rounds of so many drafts.
+    """Checks that workspaces and engines are made for rounds of this many drafts.
 
     Raises:
         RequestError: they are not.

@@ -53,7 +53,7 @@ FileSize = Annotated[int, Range(0, 1 << 50)]
 Sha256 = Annotated[str, Pattern("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is under way, bytes done and bytes in all."""
+"""Called with what is being done, the bytes done, and the bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a packed bundle, engines and no graphs, was before: hashes of its weights and of the graphs that its engines
-    were built from, by graph, and the bytes of weights that one call of each has to read.
+    """What a packed bundle, which has engines and no graphs, was before: hashes of its weights and, by graph, of the
+    graphs that its engines were built from; and the bytes of weights that one call of each has to read.
     """
 
     weights_sha256: Sha256
@@ -80,12 +80,12 @@ class Manifest:
     """What a bundle holds.
 
     `dtype` is what is computed in; `formats` names the tensors that are stored in another format. The model is cut
-    after each of `exit_layers`, in order, and drafts from `exit_layer` unless told otherwise. `heads` are its heads
+    after each of `exit_layers`, in order, and drafts from `exit_layer` unless told otherwise. `heads` has its heads,
     by graph. `max_length` is the cache capacity C in tokens, `num_speculations` the default number of drafts per round,
     `prefill_chunk` the prompt tokens of one call; `special_tokens` are texts for the chat template, by names such as
     `bos_token`; with `split_special_tokens`, they are ordinary text wherever they stand in a prompt. `graphs` and
     `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
-    `synthetic` says that the weights are random, from `edgeskip synth`: good for measuring speed only.
+    `synthetic` says that the weights are random, from `edgeskip synth`: good for nothing but measuring speed.
     """
 
     format_version: int
@@ -115,10 +115,10 @@ class Manifest:
 
     def split(self, exit_layer: int | None = None, picker: str | None = None) -> Split:
         """How the graphs are chained to draft from an exit layer and to pick in some way; by default the bundle's own
-        exit, and the way of its first head.
+        exit and the way of its first head.
 
         Raises:
-            RequestError: the model is not cut there, or has no head that picks so.
+            RequestError: the model is not cut there, or has no head that picks in this way.
         """
         return split_at(self.graphs, self.exit_layer if exit_layer is None else exit_layer, picker)
 
@@ -144,7 +144,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder and its manifest, read and found consistent."""
+    """A folder and its manifest, read and checked."""
 
     folder: Path
     manifest: Manifest
@@ -154,7 +154,7 @@ class Bundle:
         return self.folder / name
 
     def require_graphs(self, fix: str) -> None:
-        """Finds that the bundle has graphs and all weights, not only engines.
+        """Checks that the bundle has graphs and all weights, not just engines.
 
         Raises:
             BundleError: it is packed; `fix` says what to do instead.
@@ -171,8 +171,8 @@ def read_bundle(folder: str | Path) -> Bundle:
     """Reads a bundle's manifest and checks that its files are there and of the right size.
 
     Raises:
-        BundleError: no bundle, another format version, a malformed manifest, or a file that is missing, of
-            another size or outside the folder.
+        BundleError: no bundle, another format version, a malformed manifest, or a file that is missing, has
+            another size or is outside the folder.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -195,15 +195,15 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 
 def sealed(record: dict[str, Any]) -> str:
-    """The JSON of a record with its own hash. That shows changes nobody meant; whoever means one can hash it anew."""
+    """The JSON of a record with its own hash, which shows accidental changes; anybody can hash intended ones again."""
     return json.dumps({**record, SEAL: _record_sha256(record)}, indent=2) + "\n"
 
 
 def check_seal(path: Path, record: dict[str, Any], seal: object, fix: str) -> None:
-    """Compares what a record says with the hash that stood in it.
+    """Compares what a record says with the hash that was in it.
 
     Raises:
-        BundleError: it has none, or another.
+        BundleError: it has no hash, or another one.
     """
     found = _record_sha256(record)
     if found != seal:
@@ -212,12 +212,12 @@ def check_seal(path: Path, record: dict[str, Any], seal: object, fix: str) -> No
 
 
 def _record_sha256(record: dict[str, Any]) -> str:
-    """Of the record's JSON without spaces, its keys sorted."""
+    """The hash of the record's JSON without spaces, with sorted keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
-    """Compares every file with its sha256, in full the first time.
+    """Compares every file with its sha256; in full the first time.
 
     Later loads trust a stamp in the user's cache while size, times of change and inode of each stay as they were.
 
@@ -240,7 +240,7 @@ def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
 
 
 def check_hash(path: Path, found: str, sha256: str, when: str, fix: str) -> None:
-    """Compares a file's sha256 with the one that it had, `when`.
+    """Compares a file's sha256 with the one that it had `when` (such as "as exported").
 
     Raises:
         BundleError: it differs.
@@ -252,7 +252,7 @@ def check_hash(path: Path, found: str, sha256: str, when: str, fix: str) -> None
 def chains_of(
     graphs: Mapping[GraphName, Graph], exit_layers: Sequence[int]
 ) -> dict[str, dict[str, tuple[GraphName, ...]]]:
-    """By exit layer, the paper's two subgraphs: each a chain of graphs that ends in a head."""
+    """The paper's two subgraphs, by exit layer: each is a chain of graphs that ends in a head."""
     splits = {str(layer): split_at(graphs, layer) for layer in exit_layers}
     return {
         layer: {
@@ -335,7 +335,7 @@ def _check_file(folder: Path, name: str, record: FileRecord) -> None:
 
 
 def _stamp(bundle: Bundle) -> bytes:
-    """What the system says of each file; st_ctime is the one time that nobody can set."""
+    """What the system says about each file; st_ctime is the one time that nobody can set."""
     stats = {name: bundle.path(name).stat() for name in bundle.manifest.files}
     stamp = {
         name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino, bundle.manifest.files[name].sha256]

@@ -22,8 +22,8 @@ ROPE_TABLES = ("rope.cos", "rope.sin")
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor of the bundle: its shape, its format, and the checkpoint's tensors that make up its rows, with their
-    number of rows. One without sources is computed.
+    """A tensor of the bundle: its shape, its format, and the checkpoint's tensors that make up its rows, each with its
+    number of rows. A tensor without sources is computed.
     """
 
     name: str
@@ -38,10 +38,10 @@ def bundle_tensors(
     """Every tensor of a bundle, in the order of the file.
 
     Args:
-        architecture: the model.
+        architecture: the model's.
         capacity: cache rows C, which the RoPE tables have too.
-        format_: of all tensors,
-        formats: but for these, by name.
+        format_: the format of all tensors,
+        formats: except for these, by name.
     """
     formats = formats or {}
     return {
@@ -53,7 +53,7 @@ def bundle_tensors(
 def graph_tensors(architecture: Architecture, layers: range) -> list[str]:
     """Tensors that a graph of these layers reads whole at each call; no layers stand for a head.
 
-    Of the embedding table only a tied head reads more than a row, and of the RoPE tables a call reads a few rows.
+    Only a tied head reads more than a row of the embedding table, and a call reads only a few rows of the RoPE tables.
     """
     a = architecture
     if not layers:

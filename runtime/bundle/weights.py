@@ -1,4 +1,4 @@
-"""Reading a bundle's weights file: the token embeddings, mapped, and what each graph has to read of it."""
+"""Reading a bundle's weights file: the token embeddings, mapped, and how much of it each graph has to read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FIX = "export the bundle again"
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of the file: its number type as safetensors spells it, shape, first byte in the file and size."""
+    """An array of the file: its number type as safetensors spells it, its shape, first byte in the file and size."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,8 +39,8 @@ class StoredArray:
 def lay_out(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, StoredArray]:
     """The arrays of a weights file in order, offsets counted from the end of its header.
 
-    Each begins on a 64-byte boundary. safetensors allows no holes, so a filler is an array too, and the last one
-    brings the file to such a boundary.
+    Each begins on a 64-byte boundary. safetensors allows no holes, so fillers are arrays too, and the last one ends
+    the file on such a boundary.
     """
     arrays: dict[str, StoredArray] = {}
     end = 0
@@ -61,7 +61,7 @@ def lay_out(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, StoredAr
 
 
 def header_of(arrays: Mapping[str, StoredArray]) -> bytes:
-    """The beginning of a weights file with these arrays, up to the first of them."""
+    """The beginning of a weights file with these arrays, up to the first one."""
     entries = {"__metadata__": {"format": "edgeskip"}} | {name: _entry(array) for name, array in arrays.items()}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
@@ -74,10 +74,10 @@ def _entry(array: StoredArray) -> dict[str, Any]:
 
 
 def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
-    """The file's arrays by name, fillers left out: those that the manifest calls for, in its order.
+    """The file's arrays by name, without fillers: those that the manifest calls for, in its order.
 
     Raises:
-        BundleError: the file's header is none, or has another array, number type, shape or place.
+        BundleError: the file has no such header, or its header has another array, number type, shape or place.
     """
     path, manifest = bundle.path(WEIGHTS), bundle.manifest
     header, start, end = _header(path)
@@ -88,11 +88,11 @@ def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
     arrays = lay_out(tensors, manifest.dtype)
     last = start + max(array.offset + array.bytes for array in arrays.values())
     if last != end:
-        raise BundleError(path, f"{end} bytes", wanted=f"{last}, by the manifest", fix=_FIX)
+        raise BundleError(path, f"{end} bytes", wanted=f"{last}, by its manifest", fix=_FIX)
     for name, array in arrays.items():
         wanted, found = _text(_entry(array)), _text(header.pop(name, None))
         if found != wanted:
-            raise BundleError(path, f"{name} is {found:.120}", wanted=f"{wanted}, by the manifest", fix=_FIX)
+            raise BundleError(path, f"{name} is {found:.120}", wanted=f"{wanted}, by its manifest", fix=_FIX)
     if header:
         raise BundleError(path, f"has {next(iter(header))!r}, which the manifest does not call for", fix=_FIX)
     if start != len(header_of(arrays)):  # the graphs count from the beginning of the file
@@ -120,12 +120,12 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _text(entry: Any) -> str:
-    """An entry of the header, to compare: a shape of [1.0] is not one of [1]."""
+    """An entry of the header as a text, to compare it: a shape of [1.0] is not a shape of [1]."""
     return "missing" if entry is None else json.dumps(entry, sort_keys=True)
 
 
 class StoredTensor:
-    """A tensor of the bundle, mapped from the weights file, whatever its format."""
+    """A tensor of the bundle in any format, mapped from the weights file."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         arrays, record = stored_arrays(bundle), bundle.manifest.tensors[name]
@@ -162,7 +162,7 @@ def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
 def bytes_by_graph(
     architecture: Architecture, graphs: Mapping[GraphName, Graph], tensors: Mapping[str, TensorRecord], dtype: DType
 ) -> dict[GraphName, int]:
-    """What one call of each graph reads of these tensors: of the embedding table, a tied head alone."""
+    """How much of these tensors one call of each graph reads; only a tied head reads the embedding table."""
 
     def size(name: str, graph: Graph) -> int:
         record = tensors[name]

@@ -179,7 +179,7 @@ def test_a_manifest_that_is_not_consistent(change, message, folder):
 )
 def test_a_manifest_of_other_weights(change, folder):
     edit_json(folder / MANIFEST, change)
-    assert_refused(folder, "by the manifest; export the bundle again|max_length 97; wanted 2 to 96")
+    assert_refused(folder, "by its manifest; export the bundle again|max_length 97; wanted 2 to 96")
 
 
 def test_a_graph_of_another_bundle(folder, bundles):

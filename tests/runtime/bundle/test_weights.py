@@ -123,18 +123,18 @@ def test_a_header_that_does_not_fit_the_file(size, folder):
 @pytest.mark.parametrize("length", [0, 7, 8, 100, -64, -1])
 def test_a_file_cut_short(length, folder):
     rewrite(folder, (folder / WEIGHTS).read_bytes()[:length])
-    assert_refused(folder, "bytes in a file of|by the manifest")
+    assert_refused(folder, "bytes in a file of|by its manifest")
 
 
 def test_a_file_with_more_at_its_end(folder):
     size = (folder / WEIGHTS).stat().st_size
     rewrite(folder, (folder / WEIGHTS).read_bytes() + bytes(64))
-    assert_refused(folder, f"{size + 64} bytes; wanted {size}, by the manifest")
+    assert_refused(folder, f"{size + 64} bytes; wanted {size}, by its manifest")
 
 
 def test_another_dtype_in_the_manifest(folder):
     edit_json(folder / MANIFEST, lambda m: m.update(dtype="fp16"))
-    assert_refused(folder, "by the manifest")
+    assert_refused(folder, "by its manifest")
 
 
 def test_a_header_is_looked_at_before_a_session_is_made(folder, monkeypatch):
