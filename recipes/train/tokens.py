@@ -37,8 +37,8 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary, added tokens included."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        """Rows that a table for it needs: ids may be left out, and added tokens have some."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
             return read.tokenizer.token_to_id(read.special_tokens[name])
         number = config.get(f"{name}_id")
         number = number[0] if isinstance(number, list) and number else number  # of several, the first
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not 0 <= number < 1 << 31:
             return None
         return number if read.tokenizer.id_to_token(number) is not None else None
 
@@ -128,13 +128,18 @@ def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
         raise RecipeError(path, f"not a numpy array ({error})", wanted="token ids, uint16 or uint32") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise RecipeError(path, f"an array {tokens.dtype}{list(tokens.shape)}", wanted="token ids, uint16 or uint32")
-    if int(tokens.max()) >= tokenizer.vocab_size:
-        raise RecipeError(
-            path,
-            f"token id {tokens.max()} is outside the vocabulary of {tokenizer.vocab_size}",
-            fix=f"tokenize again with {tokenizer.folder}",
-        )
+    check_tokens(tokens, tokenizer.vocab_size, path, f"tokenize again with {tokenizer.folder}")
     return tokens
+
+
+def check_tokens(tokens: Array, vocab_size: int, place: Path, fix: str) -> None:
+    """Finds that a vocabulary of this size has all tokens of a text.
+
+    Raises:
+        RecipeError: it has not; `fix` says what to do.
+    """
+    if (highest := int(tokens.max())) >= vocab_size:
+        raise RecipeError(place, f"token id {highest} is outside the vocabulary of {vocab_size}", fix=fix)
 
 
 def file_starts(tokens: Array, eos_id: int) -> npt.NDArray[np.int64]:

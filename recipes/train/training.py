@@ -48,7 +48,7 @@ from edgeskip.recipes.train.layerskip import (
     loss_weights,
 )
 from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
-from edgeskip.recipes.train.tokens import Array, TextTokenizer, file_starts, load_tokenizer, token_array
+from edgeskip.recipes.train.tokens import Array, TextTokenizer, check_tokens, file_starts, load_tokenizer, token_array
 from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
@@ -472,9 +472,11 @@ def run_training(
     set_seed(recipe.run.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16
     watch = Stopwatch(read_clock(checkpoint)[1] if checkpoint else 0.0)
+    model = starting_model(recipe, tokenizer)
+    check_tokens(tokens, model.config.vocab_size, recipe.data.folder, "give the model more rows, or leave it out")
     trainer = LayerSkipTrainer(
         recipe,
-        starting_model(recipe, tokenizer),
+        model,
         tokens,
         tokenizer.eos_id,
         watch,
@@ -510,9 +512,6 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
         model = load_model(recipe.checkpoint)
     except (OSError, SafetensorError) as error:  # both say what is missing or damaged
         raise RecipeError(recipe.checkpoint, str(error)) from error
-    if tokenizer.vocab_size > model.config.vocab_size:
-        found = f"{tokenizer.vocab_size} tokens in tokenizer.json"
-        raise RecipeError(recipe.checkpoint, found, wanted=f"at most the model's {model.config.vocab_size}")
     longest = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or _NO_LIMIT)
     if recipe.data.context > longest:
         raise RecipeError("data.context", f"found {recipe.data.context}", wanted=f"at most the model's {longest}")

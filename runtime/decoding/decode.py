@@ -8,7 +8,7 @@ position and overwritten by the next round.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from edgeskip.runtime.decoding.rounds import (
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
-from edgeskip.runtime.errors import BackendError, RequestError
+from edgeskip.runtime.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ class Decoding:
         num_speculations: K, drafts per round at most; 0 is plain decoding.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
-        picker: how tokens are picked; the split's heads must pick so.
-
-    Raises:
-        RequestError: they do not.
+        picker: how tokens are picked.
     """
 
     split: Split
@@ -48,11 +45,6 @@ class Decoding:
     confidence_threshold: float = 0.0
     early_exit: bool = False
     picker: Picker = GREEDY
-
-    def __post_init__(self) -> None:
-        if self.picker.name != self.split.picker:
-            found = f"{self.picker.name}, with heads that are {self.split.picker}"
-            raise RequestError("picker", found, wanted="the heads' own")
 
 
 @dataclass(frozen=True)
@@ -141,9 +133,7 @@ def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
     if not (how.num_speculations and how.confidence_threshold):
         whole = [_Whole(session, how, speculative_round(how.split, k)) for k in range(how.num_speculations + 1)]
         return lambda k: whole[k]
-    drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(how.num_speculations)]
-    checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(how.num_speculations + 1)]
-    confident = [_WhileConfident(session, how, drafts[:k], checks) for k in range(how.num_speculations + 1)]
+    confident = [_WhileConfident(session, how, k) for k in range(how.num_speculations + 1)]
     return lambda k: confident[k]
 
 
@@ -161,10 +151,11 @@ class _Whole:
 
 
 class _WhileConfident:
-    """A round that ends drafting after the first draft of a probability below the threshold, or the last of these."""
+    """A round of at most K drafts that ends drafting after the first draft of a probability below the threshold."""
 
-    def __init__(self, session: Session, how: Decoding, drafts: Sequence[_Whole], checks: Sequence[_Whole]) -> None:
-        self._drafts, self._checks = drafts, checks
+    def __init__(self, session: Session, how: Decoding, num_speculations: int) -> None:
+        self._drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(num_speculations)]
+        self._checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(num_speculations + 1)]
         self._session, self._threshold = session, how.confidence_threshold
         self._vocabulary = how.split.draft_head.vocabulary
         self._position = 0

@@ -14,7 +14,6 @@ from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
 from edgeskip.runtime.decoding.rounds import MODES, Mode
-from edgeskip.runtime.decoding.sampling import GREEDY
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
@@ -54,7 +53,7 @@ class Model:
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
         self.bundle, self.session = bundle, session
-        self.split = bundle.manifest.split(exit_layer, GREEDY.name)
+        self.split = bundle.manifest.split(exit_layer)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self._busy = self._closed = False
@@ -109,8 +108,10 @@ class Model:
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
             raise RequestError("max new tokens", f"{max_new_tokens}", wanted="a whole number from 1")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise RequestError("stop", "an empty text", wanted="at least one character")
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                found = "an empty text" if text == "" else f"a {type(text).__name__}"
+                raise RequestError("stop", found, wanted="at least one character")
         k = num_speculations if mode == "self-speculative" else 0
         return self._generate(_Request(self._held(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from edgeskip.recipes.train import tokens as tokens_module
-from edgeskip.recipes.train.tokens import file_starts, load_tokenizer, token_array, write_tokens
+from edgeskip.recipes.train.tokens import check_tokens, file_starts, load_tokenizer, token_array, write_tokens
 from edgeskip.runtime.errors import RecipeError
 
 
@@ -61,6 +61,15 @@ def test_an_array_in_place_of_the_folder(tmp_path: Path) -> None:
     np.save(tmp_path / "train.npy", np.zeros((2, 2)))
     with pytest.raises(RecipeError, match=r"train\.npy: an array float64\[2, 2\]; wanted token ids"):
         token_array(tmp_path / "train", "*", tokenizer, tmp_path)
+
+
+def test_tokens_that_a_model_has_no_row_for(tmp_path: Path) -> None:
+    """Each file ends with EOS, so its id is among them; a token that only the tokenizer has does no harm."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer.vocab_size == 258
+    check_tokens(np.array([0, 5, 1]), 6, tmp_path, "")
+    with pytest.raises(RecipeError, match="token id 5 is outside the vocabulary of 5; do this"):
+        check_tokens(np.array([0, 5, 1]), 5, tmp_path, "do this")
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

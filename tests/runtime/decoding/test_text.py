@@ -153,6 +153,7 @@ def test_generation_ends_at_a_stop_string(bundles):
         ("a", {"num_speculations": 17}, "wanted 1 to 16"),
         ("a", {"max_new_tokens": 0}, "max new tokens: 0"),
         ("a", {"stop": [""]}, "stop: an empty text"),
+        ("a", {"stop": ["a", 5]}, "stop: a int; wanted at least one character"),
         ([{"role": "user", "content": "hi"}], {}, "no chat template"),
         (None, {}, "prompt: a NoneType; wanted a text, token ids or a list of messages"),
         ("x" * 20_000_000, {}, "prompt: 20000000 characters; wanted at most 65536"),
