@@ -1,8 +1,8 @@
-"""Files and folders written whole or not at all, what killed processes left of them, and the user's cache.
+"""Files and folders written whole or not at all, what killed processes leave of them, and the user's cache.
 
-What is being written stands under a hidden name beside its own, `.NAME.TAG.edgeskip`, until it is whole and on the
-disk; then one rename puts it in place. Its writer holds a lock on it, which the system takes back however the writer
-ends. So the next one to write into a folder knows what nobody owns any more, and removes it.
+What is being written has a hidden name next to its own, `.NAME.TAG.edgeskip`, until it is whole and on the disk; then
+one rename puts it in place. Its writer holds a lock on it, which the system takes back however the writer ends. So the
+next one to write into a folder can tell what nobody owns any more, and removes it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TRIES = 20  # another process that looks for what is left holds a lock for a mo
 _BLOCK_BYTES = 1 << 22
 
 Count = Callable[[int], None]
-"""Told of bytes as they are read."""
+"""Called with the number of bytes as they are read."""
 
 
 class InUseError(OSError):
@@ -58,18 +58,18 @@ def write_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, new: bool = False, mode: int = 0o666) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its place when the block ends well, and goes away if it does not.
+    """A file to write, which takes its place if the block ends well, and goes away if it does not.
 
-    A link stays one, and what it leads to is replaced. A device or a pipe, whose place nothing may take, is written as
+    A link stays a link, and what it leads to is replaced. A device or a pipe, which nothing may replace, is written as
     it is.
 
     Args:
         path: the file.
-        new: whether there may be none yet.
+        new: whether the file must not exist yet.
         mode: its permissions, less the umask; those of an older file are kept.
 
     Raises:
-        FileExistsError: with `new`, it is there.
+        FileExistsError: with `new`, the file exists.
         OSError: it cannot be written.
     """
     if not new and _is_stream(path):
@@ -91,7 +91,7 @@ def whole_file(path: Path, *, new: bool = False, mode: int = 0o666) -> Iterator[
             yield file
         os.fsync(descriptor)
         if fcntl is None:
-            os.close(descriptor)  # Windows renames nothing that is open
+            os.close(descriptor)  # Windows does not rename what is open
         if new:
             _rename_new(part, path)
         else:
@@ -100,7 +100,7 @@ def whole_file(path: Path, *, new: bool = False, mode: int = 0o666) -> Iterator[
 
 
 def write_hashed(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes a new file, as a rule in a `whole_folder`; gives its bytes and their sha256.
+    """Writes a new file, usually in a `whole_folder`; returns its size and its sha256.
 
     Raises:
         OSError: it cannot be written.
@@ -115,16 +115,16 @@ def write_hashed(path: Path, blocks: Iterable[bytes | memoryview]) -> tuple[int,
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """Opens a file to read that is no link.
+    """Opens a file to read, unless it is a link.
 
     Raises:
-        OSError: it is one, or cannot be opened.
+        OSError: it is a link, or cannot be opened.
     """
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _PLAIN))
 
 
 def blocks_of(file: IO[bytes], count: Count = lambda _: None, size: int | None = None) -> Iterator[bytes]:
-    """The rest of an open file, or its next `size` bytes, told as they are read."""
+    """The rest of an open file, or its next `size` bytes, counted as they are read."""
     left = sys.maxsize if size is None else size
     while left and (block := file.read(min(left, _BLOCK_BYTES))):
         left -= len(block)
@@ -144,10 +144,10 @@ def sha256_of(file: IO[bytes], count: Count = lambda _: None) -> str:
 
 
 def check_destination(destination: Path, error: type[EdgeskipError] = BundleError) -> None:
-    """Refuses a destination that is there already.
+    """Refuses a destination that exists already.
 
     Raises:
-        error: it exists, or its name cannot be one.
+        error: it exists, or its name is not possible.
     """
     try:
         taken = destination.exists() or destination.is_symlink()
@@ -161,14 +161,14 @@ def check_destination(destination: Path, error: type[EdgeskipError] = BundleErro
 def whole_folder(
     destination: Path, num_bytes: int, error: type[EdgeskipError] = BundleError, *, replace: bool = False
 ) -> Iterator[Path]:
-    """A hidden sibling that becomes `destination` at the end, or goes away with whatever went wrong.
+    """A hidden sibling that becomes `destination` at the end, or goes away if anything goes wrong.
 
-    With `replace` it takes the place of a folder of that name, which stays as it is until then: there is no moment
-    without one of the two.
+    With `replace`, it takes the place of a folder of that name, which stays as it is until then: one of the two is
+    always there.
 
     Raises:
-        error: the destination exists, cannot be written or is being written by another process, or the disk has not
-            `num_bytes` free.
+        error: the destination exists, cannot be written or is being written by another process, or the disk does not
+            have `num_bytes` free.
     """
     if not replace:
         check_destination(destination, error)
@@ -198,7 +198,7 @@ def whole_folder(
 
 @contextmanager
 def scratch_folder(name: str) -> Iterator[Path]:
-    """A folder among the system's temporary files, which goes away at the end or, after a kill, with the next one.
+    """A folder among the system's temporary files, which goes away at the end or, after a kill, with the next such one.
 
     Raises:
         OSError: it cannot be made.
@@ -209,7 +209,7 @@ def scratch_folder(name: str) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a folder for this process, where the file system has locks.
+    """Keeps a folder for this process, if the file system has locks.
 
     Raises:
         InUseError: another process has it.
@@ -224,10 +224,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Hands a file, or the names in a folder, to the disk.
+    """Writes a file, or the names in a folder, through to the disk.
 
     Raises:
-        OSError: it cannot be.
+        OSError: that fails.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | _PLAIN)
@@ -243,10 +243,10 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Hands all files below a folder to the disk.
+    """Writes all files below a folder through to the disk.
 
     Raises:
-        OSError: they cannot be.
+        OSError: that fails.
     """
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
@@ -254,7 +254,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """Gives back their names to folders that a killed process was about to replace."""
+    """Gives folders that a killed process was about to replace their names back."""
     for path, name, tag in _hidden(folder):
         _put_back(path, name, tag)
 
@@ -263,7 +263,7 @@ def put_back(folder: Path) -> None:
 
 
 def kept(kind: str, name: str) -> bytes | None:
-    """What the user's cache has under a name; None where it has nothing, or cannot be trusted."""
+    """What the user's cache has under a name; None if it has nothing, or cannot be trusted."""
     folder = cache_folder(kind)
     if folder is None:
         return None
@@ -275,7 +275,7 @@ def kept(kind: str, name: str) -> bytes | None:
 
 
 def keep(kind: str, name: str, data: bytes) -> None:
-    """Keeps in the user's cache what only saves time, for the user alone; where that cannot be, it is not kept."""
+    """Keeps what only saves time in the user's cache, for the user alone; if that is not possible, it is not kept."""
     with suppress(OSError):
         if folder := cache_folder(kind):
             with whole_file(folder / name, mode=0o600) as file:
@@ -283,9 +283,9 @@ def keep(kind: str, name: str, data: bytes) -> None:
 
 
 def lend_cache(variable: str, kind: str) -> bool:
-    """Has a library keep in the user's cache what it keeps, by its environment variable, unless the user has set that.
+    """Has a library keep its files in the user's cache, through its environment variable, unless the user has set it.
 
-    False where there is no cache to be trusted.
+    False if there is no cache that can be trusted.
     """
     if variable not in os.environ and (folder := cache_folder(kind)):
         os.environ[variable] = str(folder)
@@ -293,7 +293,7 @@ def lend_cache(variable: str, kind: str) -> bool:
 
 
 def user_cache() -> Path:
-    """Where edgeskip keeps what only saves time; it need not be there yet.
+    """Where edgeskip keeps what only saves time; the folder may not exist yet.
 
     Raises:
         RuntimeError: the user has no home folder.
@@ -306,9 +306,9 @@ def user_cache() -> Path:
 
 
 def cache_folder(kind: str) -> Path | None:
-    """The user's cache folder of one kind, made where it is not there; None where there is none to be trusted.
+    """The user's cache folder of one kind, made if it does not exist; None if there is none that can be trusted.
 
-    What is in it is believed, and kernels are run, so others must not be able to write it.
+    What is in it is believed, and kernels in it are run, so nobody else must be able to write it.
     """
     try:
         folder = user_cache() / kind
@@ -337,7 +337,7 @@ def _tag(name: str) -> str:
 
 
 def _hidden(folder: Path) -> list[tuple[Path, str, str]]:
-    """What stands in a folder under hidden names of ours, with the names that they are for, or begin with, and tags."""
+    """What a folder holds under hidden names of ours, with the names that they are for, or begin with, and tags."""
     try:
         names = os.listdir(folder)  # noqa: PTH208  (the names alone)
     except OSError:
@@ -354,7 +354,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _put_back(path: Path, name: str, tag: str) -> bool:
-    """Whether this is a folder that nobody owns and that was to be replaced, and has its name back."""
+    """Whether this is a folder that nobody owns, which was to be replaced and now has its name back."""
     if tag != _OLD or os.path.lexists(path.with_name(name)):
         return False
     with suppress(OSError), _claimed(path) as claimed:
@@ -374,10 +374,10 @@ def _clear(path: Path) -> None:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Whether no living process owns what stands there and it is ours, and no other can claim it for now.
+    """Whether what is there is ours and no living process owns it; nobody else can claim it meanwhile.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: that cannot be found out.
     """
     descriptor = os.open(path, os.O_RDONLY | _PLAIN)
     try:
@@ -389,12 +389,12 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: int) -> Iterator[tuple[Path, int]]:
-    """Makes what will be `path`, under a hidden name; gives that name and a descriptor, which holds the lock.
+    """Makes what will be `path`, under a hidden name; yields that name and a descriptor, which holds the lock.
 
-    What has that name at the end is removed.
+    Whatever has that name at the end is removed.
 
     Raises:
-        InUseError: another process is making it, told by the tag.
+        InUseError: another process is making it, as the tag tells.
         OSError: it cannot be made.
     """
     part: Path | None = None
@@ -424,7 +424,7 @@ def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: in
 
 
 def _opened(part: Path, access: int) -> int:
-    """A descriptor that holds the lock of what this process has just made; -1 where one that sweeps was faster."""
+    """A descriptor that holds the lock on what this process has just made; -1 if a sweeping process was faster."""
     with suppress(FileNotFoundError):
         descriptor = os.open(part, access | _PLAIN)
         with suppress(InUseError):
@@ -444,7 +444,7 @@ def _owned_folder(path: Path, tag: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts off what signals raise, in the main thread alone, so that nothing is left half removed."""
+    """Puts off what signals raise, in the main thread only, so that nothing is left half removed."""
     caught: list[int] = []
     before: dict[int, Any] = {}
     try:
@@ -463,7 +463,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Locks what is open until it is closed; False where the file system has no locks.
+    """Locks what is open until it is closed; False if the file system has no locks.
 
     Raises:
         InUseError: another process has locked it.
@@ -480,7 +480,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is open still stands under that name."""
+    """Whether what is open still has that name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except OSError:
@@ -498,10 +498,10 @@ def _remove(path: Path) -> None:
 
 
 def _rename_new(source: Path, target: Path) -> None:
-    """Renames to a name that nothing has.
+    """Renames to a name that is not in use.
 
     Raises:
-        FileExistsError: something has it.
+        FileExistsError: it is in use.
     """
     if _rename_with(source, target, _NO_REPLACE):
         return
@@ -511,7 +511,7 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def _replace(destination: Path, folder: Path) -> None:
-    """Has two folders change their names; if they cannot, nothing changes."""
+    """Swaps the names of two folders; if that fails, nothing changes."""
     with locked(destination):  # the lock goes with it, so that nobody takes the old one for left behind
         if _rename_with(folder, destination, _EXCHANGE):
             return
@@ -526,14 +526,14 @@ def _replace(destination: Path, folder: Path) -> None:
 
 
 def _rename_with(source: Path, target: Path, flag: int) -> bool:
-    """Linux's rename with a flag; False where the system or the file system does not have it.
+    """Linux's rename with a flag; False if the system or the file system does not have it.
 
     Raises:
-        OSError: it refuses.
+        OSError: it is refused.
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # no Linux, or an old one
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old one
         return False
     sys.audit("os.rename", os.fspath(source), os.fspath(target), -1, -1)
     if not renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag):
@@ -545,7 +545,7 @@ def _rename_with(source: Path, target: Path, flag: int) -> bool:
 
 
 def _is_stream(path: Path) -> bool:
-    """A device or a pipe, or the name of an open file."""
+    """Whether this is a device or a pipe, or the name of an open file."""
     return path.exists() and (not path.is_file() or str(path.absolute()).startswith(("/dev/", "/proc/")))
 
 

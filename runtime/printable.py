@@ -1,4 +1,4 @@
-"""Text from outside, made fit for a terminal: it shows what it says and drives nothing."""
+"""Text from outside, made safe for a terminal: it shows what it says and controls nothing."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 from edgeskip.runtime.errors import EdgeskipError, reason
 
 MOST_BYTES = 1 << 24
-"""Of a file that is read whole, where the caller sets no other limit."""
+"""The most for a file that is read whole, unless the caller sets another limit."""
 
 _MOST_DEPTH = 64
 _MOST_DIGITS = 40  # transformers writes 10^30 for "no limit"
@@ -30,10 +30,10 @@ _KINDS = {
 
 
 def kind_of(path: Path, error: type[EdgeskipError]) -> str:
-    """What stands at a path, links followed: `a file`, `a folder`, ..., or nothing at all, as the empty text.
+    """What is at a path, with links followed: `a file`, `a folder`, ...; the empty text if there is nothing.
 
     Raises:
-        error: the path cannot be one, or may not be looked at.
+        error: there can be no such path, or it may not be looked at.
     """
     try:
         return _kind(path.stat())
@@ -51,17 +51,17 @@ def read_bytes(
     Args:
         path: the file.
         error: what to raise.
-        fix: what to do where there is no such file, or it cannot be taken.
-        most: bytes that it may have.
+        fix: what to do if there is no such file, or it cannot be used.
+        most: the most bytes that it may have.
         streams: whether a pipe or a device will do, as for what a user names on the command line.
 
     Raises:
-        error: no such file, not a regular one, unreadable, or larger than that.
+        error: there is no such file, or it is not regular, not readable, or larger than that.
     """
     wanted = {"a file", "a pipe", "a device"} if streams else {"a file"}
-    flags = 0 if streams else getattr(os, "O_NONBLOCK", 0)  # what has become a pipe meanwhile must not hold us up
+    flags = 0 if streams else getattr(os, "O_NONBLOCK", 0)  # what has meanwhile become a pipe must not hold us up
     try:
-        found = _kind(path.stat())  # before it is opened: that alone can set a device going
+        found = _kind(path.stat())  # before it is opened, which alone can set a device going
         if found in wanted:
             with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
                 found = _kind(os.fstat(file.fileno()))
@@ -77,7 +77,7 @@ def read_bytes(
 def read_stream(
     file: IO[bytes], place: object, error: type[EdgeskipError], *, fix: str = "", most: int = MOST_BYTES
 ) -> bytes:
-    """What is left of an open file, such as standard input.
+    """The rest of an open file, such as standard input.
 
     Raises:
         error: it cannot be read, or has more than `most` bytes.
@@ -94,19 +94,19 @@ def read_stream(
 def read_text(
     path: Path, error: type[EdgeskipError], *, fix: str = "", most: int = MOST_BYTES, streams: bool = False
 ) -> str:
-    """The content of a file in UTF-8, line breaks as they are; see `read_bytes`.
+    """The content of a file in UTF-8, with its line breaks as they are; see `read_bytes`.
 
     Raises:
-        error: as `read_bytes`, or it is no text.
+        error: as in `read_bytes`, or it is not text.
     """
     return decode_text(read_bytes(path, error, fix=fix, most=most, streams=streams), path, error, fix=fix)
 
 
 def decode_text(data: bytes, place: object, error: type[EdgeskipError], *, fix: str = "") -> str:
-    """Text from UTF-8, line breaks as they are.
+    """Text from UTF-8, with its line breaks as they are.
 
     Raises:
-        error: it is none.
+        error: it is not text.
     """
     try:
         return data.decode("utf-8")
@@ -118,7 +118,7 @@ def read_json(path: Path, error: type[EdgeskipError], *, fix: str = "", streams:
     """The data of a JSON file; see `read_bytes`.
 
     Raises:
-        error: as `read_bytes` and `parse_json`.
+        error: as in `read_bytes` and `parse_json`.
     """
     return parse_json(read_bytes(path, error, fix=fix, streams=streams), path, error, fix=fix)
 
@@ -127,7 +127,7 @@ def parse_json(data: bytes, place: object, error: type[EdgeskipError], *, fix: s
     """Data from JSON in UTF-8.
 
     Raises:
-        error: not JSON, or not plain (see `check_plain`).
+        error: it is not JSON, or not plain (see `check_plain`).
     """
     try:
         parsed = json.loads(data.decode("utf-8"))
@@ -138,10 +138,10 @@ def parse_json(data: bytes, place: object, error: type[EdgeskipError], *, fix: s
 
 
 def check_plain(data: Any) -> None:
-    """Finds that data can be walked, printed and computed with: tables and lists not too deep, numbers not too long.
+    """Checks that data can be walked, printed and computed with: tables and lists not too deep, numbers not too long.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot be.
     """
     level = [data]
     for _ in range(_MOST_DEPTH):

@@ -1,8 +1,8 @@
 """The loop: draft, verify, accept, advance.
 
-Position n is the number of rows in the caches; the token that stands at n is known, its row is not yet computed.
-A round computes rows n .. n+K, keeps those of the accepted drafts, and leaves the rest stale: they are hidden by
-position and overwritten by the next round.
+Position n is the number of rows in the caches; the token at n is known, but its row is not computed yet. A round
+computes rows n .. n+K, keeps those of the accepted drafts, and leaves the rest stale: they are hidden by their position
+and overwritten by the next round.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Decoding:
 
     Args:
         split: which graphs draft and which verify.
-        num_speculations: K, drafts per round at most; 0 is plain decoding.
+        num_speculations: K, the most drafts per round; 0 is plain decoding.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
         picker: how tokens are picked.
@@ -59,18 +59,18 @@ class Step:
 
     @property
     def accepted(self) -> int:
-        """Drafts that the verification confirmed."""
+        """Drafts that verification confirmed."""
         return len(self.token_ids) - 1
 
 
 def prefill(session: Session, how: Decoding, embeddings: npt.NDArray[Any], chunk: int) -> Step:
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
-    Full chunks, the last one overlapping backwards so that shapes stay few: its first rows are computed again,
-    from the same inputs. A prompt shorter than a chunk is one call of its own length.
+    It runs in full chunks, the last one overlapping backwards so that there are few shapes: its first rows are computed
+    again from the same inputs. A prompt shorter than a chunk is one call of its own length.
 
     Raises:
-        BackendError: the model computes no finite logits.
+        BackendError: the model's logits are not finite.
     """
     length = len(embeddings)
     rows = min(chunk, length)
@@ -90,14 +90,14 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     tokens of the one before it are given out, so that what the caller does with them costs no time.
 
     Args:
-        session: prefilled.
-        how: to decode.
+        session: the session, prefilled.
+        how: how to decode.
         position: n, rows in the caches.
         capacity: C, rows that the caches hold; nothing is written past them.
-        end: no round starts here or later, where the caller knows how far it will go.
+        end: no round starts here or later, if the caller knows how far it will go.
 
     Raises:
-        BackendError: the model computes no finite logits.
+        BackendError: the model's logits are not finite.
     """
     drafting = _drafting(session, how)
     end = capacity if end is None else min(end, capacity)
@@ -151,7 +151,7 @@ class _Whole:
 
 
 class _WhileConfident:
-    """A round of at most K drafts that ends drafting after the first draft of a probability below the threshold."""
+    """A round of at most K drafts that stops drafting after the first one whose probability is below the threshold."""
 
     def __init__(self, session: Session, how: Decoding, num_speculations: int) -> None:
         self._drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(num_speculations)]
@@ -161,7 +161,7 @@ class _WhileConfident:
         self._position = 0
 
     def start(self, position: int) -> None:
-        """Remembers where the round begins: the host looks at each draft, so it runs when somebody waits."""
+        """Remembers where the round begins: the host looks at each draft, so the round runs when somebody waits."""
         self._position = position
 
     def wait(self) -> RoundResult:
@@ -192,9 +192,9 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
 
 
 def _step(result: RoundResult, accepted: int, position: int) -> Step:
-    """What a round gives out, its last token for `position`.
+    """What a round gives out; its last token is the one at `position`.
 
-    Logits that are not finite pick a token all the same, the first one as a rule, and so would all that follow.
+    Logits that are not finite pick a token all the same, usually the first one, and so would all that follow.
     """
     kept = result.target_logits[: accepted + 1]
     if not all(map(math.isfinite, kept)):

@@ -24,7 +24,7 @@ StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation. `token_ids` holds the EOS token or the last token of a stop string; `text` does not."""
+    """A finished generation. `token_ids` includes an EOS token or the last token of a stop string; `text` does not."""
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -35,7 +35,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """Streamed text; `drafted` where an early exit proposed it. The last piece carries the whole generation."""
+    """Streamed text; `drafted` if an early exit proposed it. The last piece carries the whole generation."""
 
     text: str
     drafted: bool = False
@@ -48,7 +48,7 @@ class Piece:
 class Model:
     """A bundle on a device, serving one sequence at a time; a context manager.
 
-    Get one from `edgeskip.load`.
+    `edgeskip.load` makes one.
     """
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
@@ -82,14 +82,14 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Continues a prompt greedily, yielding text as it is certain.
+        """Continues a prompt greedily, yielding text as soon as it is certain.
 
         Args:
             prompt: text, token ids, or chat messages.
             mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
-            num_speculations: K, drafts per round at most; the bundle's default if not given.
+            num_speculations: K, the most drafts per round; by default the bundle's.
             confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
-                It changes the speed, never the tokens. By default what suits the backend.
+                It changes the speed, never the tokens. By default, what suits the backend.
             max_new_tokens: by default, until the caches are full.
             stop: texts that end the generation.
 
@@ -125,7 +125,7 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
     ) -> Generation:
-        """As `generate`, in one piece."""
+        """Like `generate`, but returns everything at once."""
         *_, last = self.generate(
             prompt,
             mode=mode,
@@ -196,7 +196,7 @@ class Model:
                 if reason:
                     released += stream.finish()
                     reason = "stop_string" if stream.stopped and reason != "eos" else reason
-                # a device works on while the caller holds a piece: that time counts too
+                # a device goes on working while the caller holds a piece: that time counts too
                 seconds = max(perf_counter() - start, self._session_seconds() - device_start)
                 records.append(_record(step, kept, seconds))
                 if len(records) == 1:
@@ -220,7 +220,7 @@ class Model:
         yield Piece("", generation=generation)
 
     def _session_seconds(self) -> float:
-        """Time spent in rounds so far, as far as the session tells."""
+        """Time spent in rounds so far, as far as the session tells it."""
         return sum((self.session.stage_ns or {}).values()) / 1e9
 
     def _stop_reason(self, request: _Request, token_ids: Sequence[int], stream: TextStream) -> StopReason | None:
@@ -247,7 +247,7 @@ class Model:
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for, found servable; K is 0 where nothing is drafted."""
+    """What was asked for, checked; K is 0 where nothing is drafted."""
 
     prompt_ids: list[int]
     mode: Mode
@@ -262,7 +262,7 @@ def _closed_error() -> RequestError:
 
 
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
-    """A round cut to its first `kept` tokens: the drafts that a stop dropped were never made."""
+    """A round cut to its first `kept` tokens, as if the drafts that a stop dropped had never been made."""
     if kept < len(step.token_ids):
         return RoundRecord(kept, kept, kept, seconds)
     return RoundRecord(kept, step.drafted, step.accepted, seconds)

@@ -1,6 +1,6 @@
 """Rounds as data: which graph runs on which rows of the workspace, in order.
 
-The workspace is a set of buffers, each a number of rows. A round of K drafts, one column per call:
+The workspace is a set of buffers, each with a number of rows. A round of K drafts, one column per call:
 
               draft head  draft head  ...  draft | verify   head
     row j       0    0      1    1           K   |  0..K    0..K
@@ -8,11 +8,11 @@ The workspace is a set of buffers, each a number of rows. A round of K drafts, o
     writes    exit  id 0   exit  id 1     exit   | hidden   target ids 0..K, target embeds 0..K
                     embeds 1     embeds 2
 
-Row 0 of `inputs_embeds` is the last token whose place in the caches is still empty. The exit state of every row is
+Row 0 of `inputs_embeds` is the last token, whose place in the caches is still empty. The exit states of all rows are
 kept from drafting, so verify never runs the early layers again. Plain decoding is the round with K = 0. A session
 binds a round once and runs it many times.
 
-Where a bundle has several exits, `draft` and `verify` each stand for a chain of graphs: see `Split`.
+If a bundle has several exits, `draft` and `verify` each stand for a chain of graphs: see `Split`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class View:
 class Call:
     """One run of a graph: its workspace inputs and outputs by tensor name.
 
-    The caches are the session's. `layer_shift` binds those of other layers than the graph was made for, so many further
-    on, where one graph serves several runs of layers.
+    The caches are the session's. Where one graph serves several runs of layers, `layer_shift` binds the caches of
+    layers that many further on than those that the graph was made for.
     """
 
     graph: GraphName
@@ -65,7 +65,7 @@ class Call:
 
     @property
     def key(self) -> tuple[GraphName, int]:
-        """Graph and rows: calls that share them do the same work."""
+        """Graph and rows: calls that have both in common do the same work."""
         return self.graph, self.rows
 
 
@@ -73,7 +73,7 @@ class Call:
 class Round:
     """Calls in order; `rows` positions are written before them, ids are read back after them.
 
-    `row_inputs` are the buffers, beside the positions, that must be told something of each row.
+    `row_inputs` are the buffers, besides the positions, that must be filled for each row.
     """
 
     calls: tuple[Call, ...]
@@ -113,7 +113,7 @@ def speculative_round(split: Split, num_speculations: int) -> Round:
 
 @cache
 def draft_round(split: Split, row: int) -> Round:
-    """The part of a speculative round that drafts one token, for a host that looks at each before the next."""
+    """The part of a speculative round that drafts one token, for a host that looks at each draft before the next."""
     calls = (*_chain(split.draft, row, 1), _draft_head(split, row))
     return Round(calls, rows=row + 1, num_drafts=0, num_targets=0, row_inputs=split.draft_head.row_inputs)
 
@@ -143,7 +143,7 @@ def prefill_round(split: Split, rows: int, *, last: bool, early_exit: bool) -> R
 
 
 def distinct_calls(split: Split, lengths: Iterable[int], graphs: Iterable[GraphName]) -> list[Call]:
-    """The kinds of calls in rounds of these lengths, each once, by graph and then by rows."""
+    """The different calls in rounds of these lengths, each once, by graph and then by rows."""
     calls = {call.key: call for k in lengths for call in speculative_round(split, k).calls}
     order = list(graphs)
     return sorted(calls.values(), key=lambda call: (order.index(call.graph), call.rows))
@@ -161,7 +161,7 @@ def _chain(links: Iterable[Link], row: int, rows: int) -> Iterable[Call]:
 
 
 def _draft_head(split: Split, row: int) -> Call:
-    """One row at a time, so that the logits of a head with a smaller vocabulary lie as those of any other."""
+    """One row at a time, so that a head with a smaller vocabulary lays out its logits like any other."""
     return Call(
         split.draft_head.graph,
         _head_inputs(split.draft_head, split.exit_states, row, 1),

@@ -1,4 +1,4 @@
-"""The interfaces of a session: what a backend does for the loop, and what those who measure it ask beside that."""
+"""The interfaces of a session: what a backend does for the loop, and what measuring asks of it besides."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy.typing as npt
 from edgeskip.runtime.decoding.rounds import Call, Round, View
 
 RowInputs = Mapping[str, npt.NDArray[Any]]
-"""What a round's heads are told of each row beside its position: int64 arrays [rows] by buffer."""
+"""What a round's heads are told about each row besides its position: int64 arrays [rows] by buffer."""
 
 NOTHING: RowInputs = {}
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave: K draft ids, the target ids, and the logits with which these were picked."""
+    """What a round gave: K draft ids, the target ids, and the logits of the targets that were picked."""
 
     draft_ids: list[int]
     target_ids: list[int]
@@ -27,10 +27,10 @@ class RoundResult:
 
 
 class BoundRound(Protocol):
-    """A round with its shapes and memory fixed, to be run many times; one round at a time is under way."""
+    """A round with its shapes and memory fixed, to be run many times; only one round runs at a time."""
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
-        """Hands the device the round, its first row at the given position.
+        """Hands the round to the device, with its first row at the given position.
 
         A device works on its own from then on; a CPU begins when somebody waits.
         """
@@ -49,13 +49,13 @@ class Session(ABC):
     """
 
     confidence_threshold = 0.0
-    """Drafts below this probability end a round's drafting, unless the user asks otherwise. 0 lets a round run whole,
-    as a device wants that the host must not wait for."""
+    """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 lets a round run as a
+    whole, for devices that should not wait for the host."""
 
     _bound: dict[Round, BoundRound]
 
     def bind(self, round_: Round) -> BoundRound:
-        """Fixes shapes and memory of a round's calls; the same round is bound once."""
+        """Fixes shapes and memory of a round's calls; the same round is bound only once."""
         if round_ not in self._bound:
             self._bound[round_] = self._bind(round_)
         return self._bound[round_]
@@ -74,7 +74,7 @@ class Session(ABC):
 
     @abstractmethod
     def draft_confidence(self, row: int, vocabulary: int) -> float:
-        """The probability that the exit gave to the token it drafted in this row, by a head of so many logits."""
+        """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
 
     @abstractmethod
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Memory:
 
 
 class MeasuredSession(Session):
-    """A session that can be asked what it is, what it did, what it holds and how fast it is."""
+    """A session that can also be asked what it is, what it did, what it holds and how fast it is."""
 
     description: str
     """Backend, device and dialect, for people."""
@@ -111,12 +111,12 @@ class MeasuredSession(Session):
     """A GPU's SM, 87 for 8.7."""
 
     dialect = "standard"
-    """Of the graph files that it runs, or that its engines were built from."""
+    """The dialect of the graph files that it runs, or that its engines were built from."""
 
     @property
     @abstractmethod
     def stage_ns(self) -> Mapping[str, int] | None:
-        """Time spent in each graph so far, a clock to read before and after; None where the device hides it."""
+        """Time spent in each graph so far: a clock to read before and after. None where the device hides it."""
 
     @property
     def captured_rounds(self) -> int | None:
@@ -125,14 +125,14 @@ class MeasuredSession(Session):
 
     @abstractmethod
     def read(self, view: View) -> npt.NDArray[Any]:
-        """Rows of a workspace buffer, when all that was started is done: ids as they are, all else in fp32."""
+        """Rows of a workspace buffer, once all that was started is done: ids as they are, all else in fp32."""
 
     @abstractmethod
     def read_cache(self, name: str) -> npt.NDArray[Any]:
         """A whole cache, [N,C,D] in fp32, by its input's name (`past_key_values.0.key`)."""
 
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
-        """The first `rows` rows of the last target logits, [rows,V]."""
+        """The first `rows` rows of the latest target logits, [rows,V]."""
         return self.read(View("target_logits", 0, rows))
 
     @abstractmethod
@@ -141,7 +141,7 @@ class MeasuredSession(Session):
 
     @abstractmethod
     def copy_bytes_per_second(self) -> float:
-        """Rate of copies within the memory that holds the weights, bytes read plus bytes written."""
+        """Rate of copies within the memory that holds the weights: bytes read plus bytes written."""
 
     @abstractmethod
     def memory(self) -> Memory:

@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round as it was emitted: tokens after a stop are not in it, nor are the drafts that they were.
+    """One round as it was emitted: without tokens after a stop, and without the drafts that became them.
 
-    `drafted` and `accepted` count drafts, `seconds` is from the start of the round to its text, or what
-    the device took where it worked on while nobody waited.
+    `drafted` and `accepted` count drafts; `seconds` is the time from the start of the round to its text, or what
+    the device took where it went on working while nobody waited.
     """
 
     tokens: int
@@ -27,10 +27,10 @@ class Statistics:
     """Times and rates of one generation.
 
     `acceptance_rate` is accepted / drafted, as LayerSkip reports it; `match_rate` is accepted / tested, where a draft
-    behind the first mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted
-    drafts. Rates of tokens are taken after the first token, which the prefill gives; a token's latency is its
-    round's time over the round's tokens. `stage_ms` sums the time in each graph, prefill left out; null where the
-    device hides it. `captured_rounds` of the rounds ran as one captured CUDA graph; null on a CPU.
+    after the first mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted
+    drafts. Rates of tokens leave out the first token, which comes from the prefill; a token's latency is its
+    round's time over the round's tokens. `stage_ms` is the time in each graph, without the prefill; null where the
+    device hides it. `captured_rounds` is how many rounds ran as one captured CUDA graph; null on a CPU.
     """
 
     mode: str
@@ -62,7 +62,7 @@ def summarize(
     stage_ms: dict[str, float] | None,
     captured_rounds: int | None,
 ) -> Statistics:
-    """Sums up a generation whose first token came with the prefill and the others in `rounds`."""
+    """Sums up a generation whose first token came from the prefill and the others from `rounds`."""
     drafted = sum(r.drafted for r in rounds)
     accepted = sum(r.accepted for r in rounds)
     tested = sum(min(r.accepted + 1, r.drafted) for r in rounds)
@@ -92,7 +92,7 @@ def summarize(
 
 
 def distinct_4grams(texts: Sequence[Sequence[int]]) -> float:
-    """Mean over texts of the share of 4-grams that repeat no earlier one, 0 to 1; 1 where no text has any.
+    """Mean over texts of the share of 4-grams that repeat no earlier one, 0 to 1; 1 if no text has any.
 
     Small models loop, and a loop is easy to draft: a low share flatters every rate.
     """

@@ -33,7 +33,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle, most: int | None = None) -> list[int]:
-    """Token ids of a prompt, or the first `most`; special tokens are added to a text, a chat template brings its own.
+    """Token ids of a prompt, or the first `most`. Special tokens are added to a text; a chat template brings its own.
 
     Raises:
         RequestError: nothing to start from, far more than the bundle holds, ids outside the vocabulary, or a chat that
@@ -95,8 +95,8 @@ class TextStream:
     """Tokens in, text out as soon as it is certain: whole characters, and no beginning of a stop string.
 
     Args:
-        tokenizer: decodes.
-        prompt_ids: what came before, which decides about leading spaces.
+        tokenizer: the tokenizer that decodes.
+        prompt_ids: what came before, on which leading spaces depend.
         stop: texts that end the generation; they are cut off. One may name special tokens, which are not shown.
     """
 
@@ -117,7 +117,7 @@ class TextStream:
         return self._release()
 
     def finish(self) -> list[Span]:
-        """The rest: held text, and tokens that stopped in the middle of a character."""
+        """The rest: text that was held back, and tokens that stopped in the middle of a character."""
         if self.stopped:
             return []
         if text := self._decoder.finish():
@@ -163,5 +163,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
+    """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
