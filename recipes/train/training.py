@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -52,7 +53,7 @@ from edgeskip.recipes.train.tokens import Array, TextTokenizer, check_tokens, fi
 from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
-from edgeskip.runtime.files import InUseError, lend_cache, locked, scratch_folder, sync, sync_tree, write_file
+from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
 from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
 
@@ -403,14 +404,15 @@ def _own_output(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _own_kernels() -> Iterator[None]:
-    """Has torch keep what it compiles, and runs, in the user's cache: by itself it takes a folder of a known name among
-    the system's temporary files.
+    """Has torch keep what it compiles, and runs, where nobody else can write, unless the user has said where.
+
+    By itself it takes a folder of a known name among the system's temporary files, and sets the variable to it.
     """
-    name = "TORCHINDUCTOR_CACHE_DIR"
+    name, own = "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_")
     with ExitStack() as stack:
-        if not lend_cache(name, "inductor"):
-            os.environ[name] = str(stack.enter_context(scratch_folder("inductor")))
-            stack.callback(os.environ.pop, name, None)
+        if os.environ.get(name, own).startswith(own):
+            folder = cache_folder("inductor") or stack.enter_context(scratch_folder("inductor"))
+            os.environ[name] = str(folder)
         yield
 
 

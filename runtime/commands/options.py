@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
 from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.files import lend_cache
 from edgeskip.runtime.packages import NEEDS, missing_modules
 from edgeskip.runtime.printable import printable
 
@@ -86,8 +88,11 @@ def command_line() -> str:
 
 
 def require(verb: str) -> None:
-    """Refuses a verb, or an option of one, whose extra is not installed."""
+    """Refuses a verb, or an option of one, whose extra is not installed; tells torch where our cache is."""
     need = NEEDS[verb]
     if missing := missing_modules(need.modules):
         place = f"edgeskip {click.get_current_context().info_name}"
         raise BackendError(place, f"{', '.join(missing)} not installed", fix=need.fix)
+    if "torch" in need.modules:  # by itself it keeps what it compiles, and runs, in a known folder for temporary files
+        lend_cache("TORCHINDUCTOR_CACHE_DIR", "inductor")
+        os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # for these it knows no other place

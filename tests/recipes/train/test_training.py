@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,22 +288,28 @@ def test_a_training_that_cannot_begin_leaves_no_folder(folder: Path) -> None:
         train(write_recipe(folder), folder / "file" / "out")
 
 
-def test_compiled_kernels_are_kept_in_the_users_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And, where there is none, in a folder that nobody knows, but never in one that anybody could have made."""
-    name, seen = "TORCHINDUCTOR_CACHE_DIR", []
-    monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(training, "_train", lambda *_: seen.append(os.environ[name]))
+@pytest.mark.parametrize("given", [None, "{tmp}/torchinductor_somebody", "theirs"])
+def test_compiled_kernels_are_kept_in_the_users_cache(
+    given: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, where there is none, in a folder that nobody knows; never in torch's own, which anybody could have made."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    seen: list[Path] = []
+    monkeypatch.setattr(training, "_train", lambda *_: seen.append(Path(os.environ[name])))
+    (folder / "file").touch()
     for cache in ("cache", "file/cache"):
-        (folder / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / cache))
         monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given.format(tmp=tempfile.gettempdir()))
         train(write_recipe(folder), folder / "out")
-    assert seen[0] == str(folder / "cache/edgeskip/inductor")
-    assert re.fullmatch(r"\.inductor\.[0-9a-f]{8}\.edgeskip", Path(seen[1]).name)
-    assert not Path(seen[1]).exists()
-    monkeypatch.setenv(name, "theirs")
-    train(write_recipe(folder), folder / "out")
-    assert seen[2] == "theirs"
+    if given == "theirs":
+        assert seen == [Path("theirs")] * 2
+        return
+    kept, scratch = seen
+    assert kept == folder / "cache/edgeskip/inductor"
+    assert re.fullmatch(r"\.inductor\.[0-9a-f]{8}\.edgeskip", scratch.name)
+    assert not scratch.exists()
 
 
 @pytest.fixture
