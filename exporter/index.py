@@ -146,7 +146,7 @@ def _resolve_head(
 
 
 def _equal(one: SourceTensor, other: SourceTensor) -> bool:
-    if one.shape != other.shape or not {one.dtype, other.dtype} <= set(READABLE.values()):
+    if one.shape != other.shape or not one.shape or not {one.dtype, other.dtype} <= set(READABLE.values()):
         return False
     with safe_open(one.file, "numpy") as first, safe_open(other.file, "numpy") as second:
         pairs = zip(tensor_rows(first, one), tensor_rows(second, other), strict=True)
