@@ -22,7 +22,8 @@ from edgeskip.exporter.tokenizer import (
     read_checkpoint_tokenizer,
 )
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.errors import CheckpointError, reason
+from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.reading import expanded, kind_of
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Folders have the same weights in other layouts, but for additional_chat_templates.
@@ -109,8 +110,8 @@ def open_checkpoint(
     Raises:
         CheckpointError: not found, not readable, not supported, or incomplete.
     """
-    folder = Path(source).expanduser()
-    local = _is_dir(folder)
+    folder = expanded(source, CheckpointError)
+    local = kind_of(folder, CheckpointError) == "a folder"
     if not local:
         folder = _download(source, revision, token, offline)
     refuse_other_kinds(folder)
@@ -154,13 +155,6 @@ def _licences(folder: Path, warn: Warn) -> Iterator[Path]:
                 yield path
             else:
                 warn(f"{path}: left out, as it is a link out of the checkpoint")
-
-
-def _is_dir(folder: Path) -> bool:
-    try:
-        return folder.is_dir()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(folder)[:60]!r}", f"cannot be looked up ({reason(error)})") from None
 
 
 def download_config(source: str) -> Path:

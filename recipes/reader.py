@@ -26,10 +26,11 @@ else:
 PositiveInt = Annotated[int, Range(1)]
 Share = Annotated[float, Range(0, 1)]
 
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 16
 """Of a recipe's file."""
 
 _MOST_BASES = 16
+_MOST_COLUMNS = 4096  # a key of more parts than that takes minutes to read
 
 Kind = Literal["model", "device", "training"]
 FOLDERS: dict[Kind, Path] = {
@@ -84,6 +85,8 @@ def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path =
 
 def _parsed(path: Path) -> dict[str, Any]:
     text = read_text(path, RecipeError, fix="give a recipe in TOML", most=MOST_BYTES)
+    if (longest := max(map(len, text.split("\n")))) > _MOST_COLUMNS:
+        raise RecipeError(path, f"a line of {longest} characters", wanted=f"at most {_MOST_COLUMNS}")
     try:
         table = tomllib.loads(text)
         check_plain(table)

@@ -11,7 +11,8 @@ from typing import Any
 
 from edgeskip.exporter.config import architecture_from_config, read_json
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.errors import BackendError, RequestError, reason
+from edgeskip.runtime.errors import BackendError, RequestError
+from edgeskip.runtime.reading import kind_of
 
 FOLDER = Path(__file__).parent / "shapes"
 
@@ -39,13 +40,11 @@ def load_shape(name: str) -> Shape:
     """
     names = shape_names()
     path = FOLDER / f"{name}.json" if name in names else Path(name)
-    try:
-        if path.is_dir():
-            path /= "config.json"
-        elif not path.is_file():
-            path = _from_hub(name, names)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"shape {name[:60]!r}", f"cannot be looked up ({reason(error)})") from None
+    found = kind_of(path, RequestError)
+    if found == "a folder":
+        path /= "config.json"
+    elif not found:
+        path = _from_hub(name, names)
     config = read_json(path, "give a checkpoint in transformers' format")
     whose = path.parent if path.name == "config.json" else path
     return Shape(name if name in names else whose.name, config, architecture_from_config(config, path))

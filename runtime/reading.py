@@ -43,6 +43,18 @@ def kind_of(path: Path, error: type[EdgeskipError]) -> str:
         raise error(path, f"cannot be looked up ({reason(caught)})") from None
 
 
+def expanded(path: str | Path, error: type[EdgeskipError]) -> Path:
+    """The path with `~` as the home folder that it means.
+
+    Raises:
+        error: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise error(path, "no such home folder") from None
+
+
 def read_bytes(
     path: Path, error: type[EdgeskipError], *, fix: str = "", most: int = MOST_BYTES, streams: bool = False
 ) -> bytes:

@@ -136,8 +136,8 @@ class _Reader:
         if hint is Path:
             try:
                 return self.folder / Path(self.typed(str, value, "a path", place)).expanduser()
-            except RuntimeError:  # ~ without a home, or of nobody
-                raise self.error(place, f"found {value!r:.60}", wanted="a path with a home folder") from None
+            except RuntimeError:
+                raise self.error(place, f"found {value!r:.60}", wanted="a home folder that there is") from None
         if hint is float:
             return self.value(Annotated[float, Range(-MOST_FLOAT, MOST_FLOAT)], value, place)
         names = {bool: "true or false", int: "a whole number", str: "a text"}

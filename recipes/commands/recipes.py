@@ -12,7 +12,7 @@ from edgeskip.recipes.reader import FOLDERS
 from edgeskip.runtime.commands.options import say
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.printable import printable
-from edgeskip.runtime.reading import read_text
+from edgeskip.runtime.reading import kind_of, read_text
 
 
 @click.group()
@@ -61,7 +61,9 @@ def copy(recipe: str, file: Path | None) -> None:
     path = recipe_file(recipe)
     check_recipe(path)
     text = read_text(path, RecipeError, most=MOST_BYTES)
-    target = Path(path.name) if file is None else file / path.name if file.is_dir() else file
+    target = Path(path.name) if file is None else file
+    if file is not None and kind_of(file, RecipeError) == "a folder":
+        target /= path.name
     try:
         write_file(target, text, new=True)
     except FileExistsError:

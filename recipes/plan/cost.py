@@ -160,4 +160,6 @@ def samples_of_report(report: BenchReport) -> Iterator[Sample]:
         raise ValueError(f"exit layer {early} of {all_layers} layers")
     layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, "head": 0}
     for stage in report.stages:
+        if stage.graph not in layers:
+            raise ValueError(f"times of a graph {stage.graph!r:.60}, none of {', '.join(layers)}")
         yield Sample(layers[stage.graph], stage.rows, stage.bytes, stage.ms)

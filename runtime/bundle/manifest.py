@@ -44,6 +44,7 @@ from edgeskip.runtime.structure import Pattern, Range, structure
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT_VERSION = 2
+_MOST_HEADS = 16
 SEAL = "sha256"  # the key of a record's own hash
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
@@ -298,6 +299,8 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise BundleError(path, f"exit_layers {exits}", wanted=f"layers in order, of 1 to {layers - 1}")
     if manifest.exit_layer not in exits:
         raise BundleError(path, f"exit_layer {manifest.exit_layer}", wanted=f"one of {exits}")
+    if len(manifest.heads) > _MOST_HEADS:
+        raise BundleError(path, f"{len(manifest.heads)} heads", wanted=f"at most {_MOST_HEADS}")
     for name, head in manifest.heads.items():
         if head.picker not in PICKERS or not 1 <= head.vocabulary <= vocab_size or not FILE_NAME.fullmatch(name):
             raise BundleError(path, f"head {name!r} {head}", wanted=f"1 to {vocab_size} rows, by {', '.join(PICKERS)}")
@@ -310,8 +313,9 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         )
     if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(table):
         raise BundleError(path, "packed: not of every graph", wanted=", ".join(table), fix="pack the bundle again")
+    tensors = manifest.tensors if manifest.formats else {}
     for name, format_ in manifest.formats.items():
-        if format_ not in FORMATS or name not in manifest.tensors:
+        if format_ not in FORMATS or name not in tensors:
             raise BundleError(path, f"formats: {name!r} in {format_!r}", wanted=f"tensors in {', '.join(FORMATS)}")
     wanted = [WEIGHTS, "tokenizer.json"]
     if not manifest.packed:

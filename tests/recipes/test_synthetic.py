@@ -200,7 +200,7 @@ def test_the_tokenizer_has_a_token_for_every_id(vocab_size, tmp_path):
     [
         ("llama3-8B", {}, RequestError, "'llama3-8B' is neither .*; wanted one of codellama-34b, .*mean 'llama3-8b'?"),
         ("gpt", {}, RequestError, "'gpt' is neither a published shape nor a config.json; wanted one of"),
-        ("a\0b", {}, RequestError, "shape"),
+        ("a\0b", {}, RequestError, "cannot be looked up"),
         ("{untied}", {"exit_layer": 0}, RequestError, "exit layer: 0; wanted 1 to 3: the model has 4 layers"),
         ("{untied}", {"exit_layer": 4}, RequestError, "exit layer: 4; wanted 1 to 3"),
         ("{untied}", {"match_rate": 1.1}, RequestError, "match rate: 1.1; wanted 0 to 1"),
