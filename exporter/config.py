@@ -17,9 +17,11 @@ from edgeskip.runtime.bundle.architecture import (
     MOST_CONTEXT,
     MOST_LAYERS,
     MOST_SIZE,
+    MOST_WEIGHTS,
     Architecture,
     Rope,
 )
+from edgeskip.runtime.bundle.tensors import num_weights
 from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.structure import MOST_FLOAT
 
@@ -133,7 +135,7 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
         raise CheckpointError(place, f"head_dim {head_dim}", wanted="an even number, for RoPE")
     attention_bias = fields.flag("attention_bias") and model_type in ("llama", "qwen3")
     context = fields.whole("max_position_embeddings", high=MOST_CONTEXT)
-    return Architecture(
+    architecture = Architecture(
         model_type=model_type,
         num_layers=fields.whole("num_hidden_layers", high=MOST_LAYERS),
         hidden_size=hidden_size,
@@ -151,6 +153,9 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
         mlp_bias=fields.flag("mlp_bias") and model_type == "llama",
         qk_norm=model_type == "qwen3",
     )
+    if (weights := num_weights(architecture)) > MOST_WEIGHTS:
+        raise CheckpointError(place, f"a model of {weights:.3g} weights", wanted=f"at most {MOST_WEIGHTS:.0e}")
+    return architecture
 
 
 @dataclass(frozen=True)

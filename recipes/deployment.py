@@ -13,14 +13,15 @@ from typing import Annotated
 from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.backends.choice import Backend
-from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.architecture import MOST_SIZE, Size
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.structure import Range
 
-Capacity = Annotated[int, Range(2)]
+Capacity = Annotated[int, Range(2, MOST_SIZE)]
+Microseconds = Annotated[float, Range(0, 1e9)]
 Amount = Annotated[float, Range(1e-3, 1e6)]
 Part = Annotated[float, Range(0.01, 1)]
 
@@ -75,10 +76,10 @@ class Kernels:
         flops_share: share of `fp16_tflops` that products of many rows reach.
     """
 
-    call_us: Annotated[float, Range(0)] = 13.1
-    layer_us: Annotated[float, Range(0)] = 35.5
-    several_us: Annotated[float, Range(0)] = 5.2
-    row_us: Annotated[float, Range(0)] = 0.32
+    call_us: Microseconds = 13.1
+    layer_us: Microseconds = 35.5
+    several_us: Microseconds = 5.2
+    row_us: Microseconds = 0.32
     copy_share: Part = 0.92
     flops_share: Part = 0.5
 

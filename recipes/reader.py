@@ -23,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PositiveInt = Annotated[int, Range(1)]
+PositiveInt = Annotated[int, Range(1, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 
 MOST_BYTES = 1 << 16

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from edgeskip.recipes.reader import Positive, PositiveInt, Share, read_recipe
+from edgeskip.runtime.bundle.architecture import MOST_LAYERS, MOST_SIZE, Context, Size
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.structure import Range
+
+BatchSize = Annotated[int, Range(1, 1 << 16)]
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
     """A Llama to train from scratch; the names are those of config.json. The tokenizer sets the vocabulary."""
 
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: Annotated[int, Range(2)]
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    max_position_embeddings: PositiveInt
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Range(2, MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Context
     rope_theta: Positive = 10_000.0
     rms_norm_eps: Positive = 1e-5
     initializer_range: Positive = 0.02
@@ -59,7 +62,7 @@ class DataRecipe:
     heldout: str = "heldout"
     tokenizer: str = "tokenizer"
     files: str = "**/*"
-    context: Annotated[int, Range(2)] = 1024
+    context: Annotated[int, Range(2, MOST_SIZE)] = 1024
     file_start_share: Share = 0.5
 
 
@@ -136,13 +139,13 @@ class RunRecipe:
         output_dtype: of the finished model's weights.
     """
 
-    batch_size: PositiveInt
+    batch_size: BatchSize
     max_steps: PositiveInt | None = None
     max_minutes: Positive | None = None
-    gradient_accumulation: PositiveInt = 1
+    gradient_accumulation: BatchSize = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    seed: Annotated[int, Range(0)] = 0
+    seed: Annotated[int, Range(0, (1 << 32) - 1)] = 0
     checkpoint_minutes: Positive | None = None
     checkpoint_steps: PositiveInt | None = None
     log_steps: PositiveInt = 50

@@ -82,7 +82,10 @@ def token_array(source: Path, files: str, tokenizer: TextTokenizer, cache_folder
     ready = source if source.suffix == ".npy" else source.with_name(source.name + ".npy")
     if ready.is_file():
         return _open_array(ready, tokenizer)
-    paths = sorted(path for path in source.glob(files) if path.is_file())
+    try:
+        paths = sorted(path for path in source.glob(files) if path.is_file())
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise RecipeError("data.files", f"found {files!r:.60} ({error})", wanted="a pattern such as **/*.txt") from None
     if not paths:
         raise RecipeError(source, f"no files {files!r} here", wanted=f"a folder of text, or {ready.name}")
     key = hashlib.sha256(tokenizer.json.encode())
@@ -123,8 +126,8 @@ def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int
 
 def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:
     try:
-        tokens: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        tokens: Array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header is a Python literal, which may fail in any way
         raise RecipeError(path, f"not a numpy array ({error})", wanted="token ids, uint16 or uint32") from None
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise RecipeError(path, f"an array {tokens.dtype}{list(tokens.shape)}", wanted="token ids, uint16 or uint32")

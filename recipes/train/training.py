@@ -48,10 +48,18 @@ from edgeskip.recipes.train.layerskip import (
     dropout_ramp,
     loss_weights,
 )
-from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
+from edgeskip.recipes.train.schema import (
+    DataRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    TrainingRecipe,
+    check_focus,
+    load_recipe,
+)
 from edgeskip.recipes.train.tokens import Array, TextTokenizer, check_tokens, file_starts, load_tokenizer, token_array
-from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Size
+from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Architecture, Rope, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
+from edgeskip.runtime.bundle.tensors import num_weights
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
 from edgeskip.runtime.reading import read_json
@@ -255,6 +263,10 @@ class LayerSkipTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
+        with _saving(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*args, **settings)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
         return 0
@@ -314,8 +326,9 @@ class Limits(TrainerCallback):
         self.saved_at_s = self.watch.elapsed_s
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        sync_tree(checkpoint)
-        write_file(checkpoint / CLOCK, json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
+        with _saving(folder):
+            sync_tree(checkpoint)
+            write_file(checkpoint / CLOCK, json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
         for old in whole_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             remove_checkpoint(old)
         if not control.should_training_stop:
@@ -389,6 +402,7 @@ def _own_output(output: Path) -> Iterator[None]:
         try:
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output))
+            tempfile.TemporaryFile(dir=output).close()  # else it is found when there is something to save
         except InUseError:
             fix = "wait for it, or choose another output folder"
             raise RecipeError(output, "another training is running in it", fix=fix) from None
@@ -400,6 +414,22 @@ def _own_output(output: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):  # nothing came of it
                 output.rmdir()
+
+
+@contextmanager
+def _saving(output: Path) -> Iterator[None]:
+    """Whatever torch, safetensors and the system raise where they cannot write becomes one line.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(output).free
+        found = f"{free / 1e6:.1f} MB free on the disk" if free < 1e6 else f"cannot be written ({reason(error)})"
+        fix = "make room; --resume continues from the last whole checkpoint, where there is one"
+        raise RecipeError(output, found, fix=fix) from None
 
 
 @contextmanager
@@ -429,7 +459,8 @@ def _train(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     if checkpoint is None or not is_over(recipe, *read_clock(checkpoint)):
-        tokens = token_array(recipe.data.folder / recipe.data.train, recipe.data.files, tokenizer, output.parent)
+        with _saving(output):
+            tokens = token_array(recipe.data.folder / recipe.data.train, recipe.data.files, tokenizer, output.parent)
         run_training(recipe, tokenizer, tokens, folder, checkpoint, stop_at)
         checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None  # a training ends with one
@@ -451,7 +482,8 @@ def _train(
             "recipe.toml": recipe_path.read_text(encoding="utf-8"),
             "training.json": json.dumps(summary, indent=1),
         }
-        write_model(model, tokenizer, getattr(torch, NUMBER_TYPES[recipe.run.output_dtype].torch), output, notes)
+        with _saving(output):
+            write_model(model, tokenizer, getattr(torch, NUMBER_TYPES[recipe.run.output_dtype].torch), output, notes)
     return result
 
 
@@ -503,6 +535,7 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
             eos_token_id=tokenizer.eos_id,
         )
         config._attn_implementation = "sdpa"
+        _check_memory(recipe.model, tokenizer.vocab_size)
         return LlamaForCausalLM(config)
     assert recipe.checkpoint is not None  # the recipe has one of the two
     path = recipe.checkpoint / "config.json"
@@ -520,6 +553,27 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
     if recipe.layerskip:
         check_focus(recipe.layerskip, model.config.num_hidden_layers)
     return model
+
+
+def _check_memory(model: ModelRecipe, vocab_size: int) -> None:
+    """Refuses a model whose weights alone, in fp32, are more than the machine's memory."""
+    a = Architecture(
+        model_type="llama",
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab_size=vocab_size,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.rms_norm_eps,
+        rope=Rope(model.rope_theta),
+        tie_word_embeddings=model.tie_word_embeddings,
+    )
+    wanted, total = 4 * num_weights(a), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > total:
+        raise RecipeError("model", f"{wanted / 1e9:.3g} GB of weights", wanted=f"less than {total / 1e9:.0f} GB")
 
 
 def training_arguments(recipe: TrainingRecipe, folder: Path) -> TrainingArguments:

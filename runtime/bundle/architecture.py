@@ -10,8 +10,10 @@ from edgeskip.runtime.structure import Positive, Range
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """The families, as config.json names them."""
 
-MOST_LAYERS, MOST_SIZE, MOST_CONTEXT = 1000, 1 << 24, 1 << 31
-"""Bounds on what a file may claim: decoder layers, any one dimension, positions that a model was made for."""
+MOST_LAYERS, MOST_SIZE, MOST_CONTEXT, MOST_WEIGHTS = 1000, 1 << 24, 1 << 31, 10**13
+"""Bounds on what a file may claim: decoder layers, any one dimension, positions that a model was made for, numbers in
+all its tensors.
+"""
 
 Layers = Annotated[int, Range(1, MOST_LAYERS)]
 Size = Annotated[int, Range(1, MOST_SIZE)]

@@ -9,6 +9,7 @@ everything else                          ->    the same name, once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,11 @@ def bundle_tensors(
         name: TensorRecord(name, shape, formats.get(name, format_), sources)
         for name, shape, sources in _shapes(architecture, capacity)
     }
+
+
+def num_weights(architecture: Architecture) -> int:
+    """Numbers in all tensors of a checkpoint."""
+    return sum(math.prod(record.shape) for record in bundle_tensors(architecture, 0, "").values())
 
 
 def graph_tensors(architecture: Architecture, layers: range) -> list[str]:

@@ -62,7 +62,7 @@ def test_whole_number_is_a_number(tmp_path: Path) -> None:
         ("[optimizer]\nlearning_rate = 1e-3\n", "", "x.toml: table 'optimizer' is missing"),
         ("batch_size = 4", "batch_size = 4.5", "x.toml: run.batch_size: found 4.5; wanted a whole number"),
         ("batch_size = 4", "batch_size = true", "x.toml: run.batch_size: found True; wanted a whole number"),
-        ("batch_size = 4", "batch_size = 0", "x.toml: run.batch_size: found 0; wanted at least 1"),
+        ("batch_size = 4", "batch_size = 0", "x.toml: run.batch_size: found 0; wanted 1 to 65536"),
         ('folder = "text"', "folder = 3", "x.toml: data.folder: found 3; wanted a path"),
         ("p_max = 0.1", "p_max = 1.5", "x.toml: layerskip.p_max: found 1.5; wanted 0 to 1"),
         ("p_max = 0.1", "p_max = nan", "x.toml: layerskip.p_max: found nan; wanted 0 to 1"),
@@ -98,7 +98,7 @@ def test_faults_are_named(tmp_path: Path, old: str, new: str, message: str) -> N
 
 
 def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nowhere\.toml: cannot be read \(No such file"):
+    with pytest.raises(RecipeError, match=r"nowhere\.toml: no such file"):
         load_recipe(tmp_path / "nowhere.toml")
     with pytest.raises(RecipeError, match=r"x\.toml: is not TOML: "):
         load(tmp_path, "[data")
