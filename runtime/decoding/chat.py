@@ -74,7 +74,7 @@ def _folders(*libraries: str) -> list[str]:
 
 def _render(job: bytes) -> dict[str, Any]:
     """Runs template.py, which knows its limits; they cannot be kept within a process that has other things to do."""
-    command = [sys.executable or "python3", "-I", "-S", str(Path(template.__file__).resolve())]
+    command = [sys.executable or "", "-I", "-S", str(Path(template.__file__).resolve())]
     try:
         run = subprocess.run(command, input=job, capture_output=True, timeout=template.WALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:

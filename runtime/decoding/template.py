@@ -9,11 +9,13 @@ jinja2 from, `template` its text, `variables` what it sees. The answer is JSON o
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 SECONDS, WALL_SECONDS, BYTES, CHARACTERS = 3, 20, 1 << 29, 1 << 24
-"""Of processor time, of time in all, of address space, and of the text."""
+"""Of processor time, of time in all, of address space to take, and of the text."""
 
 
 def environment() -> Any:
@@ -80,9 +82,19 @@ def limit() -> None:
         import resource
     except ImportError:  # not a Unix
         return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: BYTES + _held()}
+    for what, most in limits.items():
+        with suppress(ValueError, OSError):  # a lower limit holds already, or the system knows none
+            resource.setrlimit(what, (most, most))
+
+
+def _held() -> int:
+    """Bytes of address space that this process has taken so far, as far as the system tells."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123  (pathlib is slow to import)
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 1 << 28
 
 
 def main() -> None:

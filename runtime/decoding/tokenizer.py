@@ -121,7 +121,7 @@ def _beginning(tokenizer: Tokenizer, text: str, most: int, add_special_tokens: b
 
 
 def _check_length(tokenizer: Tokenizer, text: str, capacity: int) -> None:
-    """Refuses at little cost what cannot be `capacity` tokens; each takes the memory of a thousand characters."""
+    """Refuses at little cost what cannot be `capacity` tokens; encoding takes 200 times the memory of the text."""
 
     def too_long(found: str, wanted: str) -> RequestError:
         return RequestError("prompt", found, wanted=wanted, fix="shorten it or export with a larger --max-length")
