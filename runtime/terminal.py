@@ -139,7 +139,14 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """Where people read: standard output, or standard error."""
-    return _Console(stderr=stderr, highlight=False, soft_wrap=True)
+    made = _Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = _WIDTH
+    return made
+
+
+_WIDTH = 240
+"""Of what is no terminal, so that no table is cut off."""
 
 
 class _Console(Console):

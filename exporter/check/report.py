@@ -61,7 +61,7 @@ def _table(tensors: Iterable[TensorReport]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("graph", "output"):
         table.add_column(name, no_wrap=True)
-    for name in ("rows", "max", "mean", "1-cos", "norm", "worst 1-cos", "worst norm"):
+    for name in ("rows", "max", "mean", "1-cos", "norm", "worst\n1-cos", "worst\nnorm"):
         table.add_column(name, justify="right", no_wrap=True)
     for (graph, name), found in lines.items():
         e = reduce(add, (t.errors for t in found))

@@ -23,7 +23,7 @@ from typing import Any
 
 import edgeskip
 from edgeskip.exporter.engines.process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
-from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.device import no_gpu, open_gpu
 from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem, heads_problem
 from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.bundle.engines import (
@@ -43,6 +43,7 @@ from edgeskip.runtime.bundle.graphs import Graph, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
+from edgeskip.runtime.host import has_nvidia_gpu
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
 """The most that an engine holds besides its weights, per decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
@@ -101,7 +102,13 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
 
 def _library(backend: EngineBackend) -> Any:
     """The Python module of a backend, checked to be new enough."""
-    library = import_tensorrt(backend)
+    try:
+        library = import_tensorrt(backend)
+    except BackendError:
+        if backend == "tensorrt-rtx" or has_nvidia_gpu():
+            raise
+        wanted = "the one that will run the engines, as TensorRT times kernels"
+        raise no_gpu(wanted, "build there, or with --backend tensorrt-rtx") from None
     missing = [kind for kind in LAYER_TYPES if not hasattr(library.LayerType, kind)]
     if missing:
         place = f"{MODULES[backend]} {library.__version__}"
@@ -136,7 +143,7 @@ def _targets(library: Any, settings: BuildSettings) -> list[Target]:
 def _present(fix: str = "") -> Target:
     """The GPU of this machine."""
     try:
-        with CudaDevice() as device:
+        with open_gpu() as device:
             return Target(device.compute_capability, device.name)
     except BackendError as error:
         raise BackendError(error.place, error.found, wanted=error.wanted, fix=fix or error.fix) from None

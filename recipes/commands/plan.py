@@ -22,7 +22,12 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.argument("model", required=False)
 @recipe_option
 @click.option(
-    "--device", "-d", "device_name", shell_complete=names_of("device"), required=True, help="A device, by name or file."
+    "--device",
+    "-d",
+    "device_name",
+    shell_complete=names_of("device"),
+    required=True,
+    help="A device, by name or file; `edgeskip recipes list` shows them.",
 )
 @click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
 @click.option(

@@ -9,7 +9,6 @@ from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgeskip.runtime.backends.device import CudaDevice
     from edgeskip.runtime.bundle.engines import EngineBackend, Engines
     from edgeskip.runtime.bundle.manifest import Bundle, Progress
     from edgeskip.runtime.decoding.session import MeasuredSession
@@ -74,6 +73,7 @@ def _open_engines(
     problems: Sequence[BundleError],
     progress: Progress,
 ) -> MeasuredSession:
+    from edgeskip.runtime.backends.device import open_gpu
     from edgeskip.runtime.backends.trt import import_tensorrt
     from edgeskip.runtime.backends.trt_session import TrtSession, why_not
     from edgeskip.runtime.bundle.engines import build_command
@@ -83,7 +83,7 @@ def _open_engines(
         raise next(
             iter(problems), BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
         )
-    device = _open_gpu()
+    device = open_gpu()
     try:
         library = import_tensorrt(backend)
         sm = device.compute_capability
@@ -100,42 +100,31 @@ def _open_engines(
 
 def why_not_here(engines: Engines) -> str:
     """What keeps engines from running on this machine; empty if nothing does."""
+    from edgeskip.runtime.backends.device import open_gpu
     from edgeskip.runtime.backends.trt import import_tensorrt
     from edgeskip.runtime.backends.trt_session import why_not
 
     try:
-        with _open_gpu() as device:
+        with open_gpu() as device:
             version = import_tensorrt(engines.build.backend).__version__
             return why_not(engines, device.compute_capability, version)
     except BackendError as error:
         return str(error)
 
 
-def _open_gpu(fix: str = "") -> CudaDevice:
-    """The GPU; where there is none, installing a library would not help."""
-    from edgeskip.runtime.backends.device import CudaDevice
-    from edgeskip.runtime.host import has_nvidia_gpu
-
-    try:
-        return CudaDevice()
-    except BackendError:
-        if has_nvidia_gpu():
-            raise
-        raise BackendError("GPU", "there is no NVIDIA GPU in this machine", fix=fix) from None
-
-
 def _open_onnxruntime(
     bundle: Bundle, device: DeviceChoice, threads: int, dialect: str | None, why: list[str]
 ) -> MeasuredSession:
     from edgeskip.runtime.backends.cpu_session import OrtCpuSession
+    from edgeskip.runtime.backends.device import open_gpu
     from edgeskip.runtime.backends.ort import onnxruntime
     from edgeskip.runtime.backends.ort_cuda_session import OrtCudaSession
 
     if device == "cuda":
-        return OrtCudaSession(bundle, _open_gpu("give --device cpu"), dialect=dialect)
+        return OrtCudaSession(bundle, open_gpu("give --device cpu"), dialect=dialect)
     if device == "auto" and "CUDAExecutionProvider" in onnxruntime().get_available_providers():
         try:
-            gpu = _open_gpu()
+            gpu = open_gpu()
         except BackendError as error:
             why.append(f"not the GPU: {error}")
         else:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.errors import BackendError, reason
+from edgeskip.runtime.host import has_nvidia_gpu
 from edgeskip.runtime.packages import install
 
 ALIGNMENT = 256
@@ -37,6 +38,25 @@ class DeviceArray:
     def bytes(self) -> int:
         """Bytes of all rows."""
         return self.row_bytes * self.rows
+
+
+def no_gpu(wanted: str = "", fix: str = "") -> BackendError:
+    """What to say where there is no GPU at all, so that installing a library would not help."""
+    return BackendError("GPU", "there is no NVIDIA GPU in this machine", wanted=wanted, fix=fix)
+
+
+def open_gpu(fix: str = "") -> CudaDevice:
+    """The GPU of this machine; `fix` is what to do where there is none.
+
+    Raises:
+        BackendError: there is none, or it cannot be used.
+    """
+    try:
+        return CudaDevice()
+    except BackendError:
+        if has_nvidia_gpu():
+            raise
+        raise no_gpu(fix=fix) from None
 
 
 class CudaDevice:

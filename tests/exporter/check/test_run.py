@@ -8,6 +8,7 @@ import json
 import shutil
 import types
 from importlib import util
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -265,6 +266,10 @@ def test_the_command_prints_a_table_and_writes_a_report(bundles, tmp_path):
     assert result.exit_code == 0, result.output
     assert "exit_hidden_states" in result.output
     assert "What runs is what was trained." in result.output
+    assert "…" not in result.output  # nothing is cut off
+    head, under = next(pair for pair in pairwise(result.output.splitlines()) if pair[1].startswith("graph"))
+    assert under.split()[-5:] == ["mean", "1-cos", "norm", "1-cos", "norm"]
+    assert head.split() == ["worst", "worst"]  # over the last two, so that no two columns are called the same
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is True
     assert report["thresholds"] == dataclasses.asdict(THRESHOLDS["fp32"])

@@ -30,6 +30,7 @@ from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.exporter.engines.process import Fraction
 from edgeskip.exporter.pack import pack
 from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
+from edgeskip.runtime.backends import device
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     FOLDER,
@@ -329,7 +330,7 @@ def with_fake_engines(bundle):
             "fp16",
             [],
             6,
-            "no GPU here; give --sm, of 75, 80, 86, 89, 120, 121, to build for another machine",
+            "no NVIDIA GPU in this machine; give --sm, of 75, 80, 86, 89, 120, 121, to build for another machine",
         ),
         ("llama-gqa", "fp16", ["--sm", "x"], 2, "'x' is not a valid integer"),
         ("llama-gqa", "fp16", ["--sm", "86", "--workspace-mb", "0"], 2, "0 is not in the range"),
@@ -338,7 +339,7 @@ def with_fake_engines(bundle):
 def test_what_cannot_be_built_is_told_before_anything_is(
     variant, dtype, arguments, code, message, bundles, monkeypatch
 ):
-    monkeypatch.setattr(engine, "CudaDevice", no_gpu)
+    monkeypatch.setattr(device, "CudaDevice", no_gpu)
     bundle = bundles(variant, dtype=dtype)
     result = run("build", bundle.folder, "--backend", "tensorrt-rtx", *arguments)
     assert result.exit_code == code
@@ -391,6 +392,9 @@ def no_gpu():
 
 def test_tensorrt_without_the_library(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match="GPU: there is no NVIDIA GPU in this machine; wanted the one that"):
+        build_engines(bundle, BuildSettings("tensorrt"))
+    monkeypatch.setattr(engine, "has_nvidia_gpu", lambda: True)
     with pytest.raises(BackendError, match=r'tensorrt: not usable .*pip install "edgeskip\[tensorrt\]"'):
         build(bundle, backend="tensorrt")
     monkeypatch.setitem(sys.modules, "polygraphy", None)
@@ -428,7 +432,7 @@ def as_tensorrt(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(engine, "CudaDevice", Gpu)
+    monkeypatch.setattr(device, "CudaDevice", Gpu)
 
 
 @pytest.mark.usefixtures("as_tensorrt")

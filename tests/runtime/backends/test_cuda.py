@@ -13,7 +13,6 @@ import pytest
 from tests.conftest import run_round
 
 import edgeskip
-from edgeskip.runtime import host
 from edgeskip.runtime.backends import cuda_session, ort_cuda_session
 from edgeskip.runtime.backends import ort as ort_backend
 from edgeskip.runtime.backends.choice import open_session
@@ -173,7 +172,7 @@ def test_no_gpu_is_one_line(bundles):
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 def test_a_gpu_that_cannot_be_used_is_one_line(bundles, monkeypatch):
-    monkeypatch.setattr(host, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("edgeskip.runtime.backends.device.has_nvidia_gpu", lambda: True)
     with pytest.raises(BackendError, match=r"CUDA: no usable GPU \(.*\); wanted an NVIDIA GPU and its driver"):
         open_session(bundles("llama-gqa"), device="cuda")
 
@@ -190,7 +189,7 @@ def test_auto_takes_the_cpu_and_says_why_not_the_gpu(bundles, monkeypatch):
 
 def test_cuda_core_that_is_missing_is_named(bundles, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
-    monkeypatch.setattr(host, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr("edgeskip.runtime.backends.device.has_nvidia_gpu", lambda: True)
     with pytest.raises(BackendError, match=r'cuda-core: not usable .*pip install "edgeskip\[cuda\]"'):
         open_session(bundles("llama-gqa"), device="cuda")
 
