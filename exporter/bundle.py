@@ -50,14 +50,14 @@ class ExportSettings:
 
     Args:
         exit_layer: E; layers[:E] draft, the rest verify.
-        dtype: of weights, activations and caches.
+        dtype: that of weights, activations and caches.
         max_length: cache capacity in tokens, prompt included; by default the model's context, at most 2048.
         num_speculations: drafts per round, unless the user asks for another number.
         prefill_chunk: prompt tokens of one call.
-        other_exits: exit layers beside E, from which the bundle can draft too.
-        draft_vocabulary: rows of the vocabulary that a head of its own drafts from, the first so many.
+        other_exits: exit layers besides E from which the bundle can draft.
+        draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from.
         picker: how the heads pick tokens.
-        formats: of tensors that are not stored in the dtype, by name.
+        formats: formats of tensors that are not stored in the dtype, by name.
     """
 
     exit_layer: int
@@ -78,7 +78,7 @@ def export_bundle(
     progress: Progress = lambda *_: None,
     warn: Warn = lambda _: None,
 ) -> Bundle:
-    """Splits a checkpoint and writes the bundle; `warn` is told, in one line, where the dtype may not hold the numbers.
+    """Splits a checkpoint and writes the bundle; `warn` gets a line where the dtype may not hold the numbers.
 
     Raises:
         RequestError: an exit layer, length or speculation length that the model cannot have.
@@ -162,7 +162,7 @@ def _write(path: Path, data: bytes) -> FileRecord:
 
 
 def _text_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Tokenizer, config, chat template and licences, the last under their own names."""
+    """Tokenizer, config, chat template, and the licences under their own names."""
     paths = [checkpoint.folder / "config.json", *checkpoint.licences]
     files = {re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:200]: read_bytes(path, CheckpointError) for path in paths}
     files["tokenizer.json"] = checkpoint.tokenizer.json.encode()

@@ -26,7 +26,7 @@ from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.reading import expanded, kind_of
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
-# Folders have the same weights in other layouts, but for additional_chat_templates.
+# Folders hold the same weights in other layouts, except for additional_chat_templates.
 _HUB_DUPLICATES = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "consolidated*"]
 _CHANGES_GREEDY = {
     "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "bad_words_ids": [],
@@ -34,7 +34,7 @@ _CHANGES_GREEDY = {
     "min_length": 0, "min_new_tokens": 0, "sequence_bias": {}, "exponential_decay_length_penalty": None,
     "num_beams": 1, "penalty_alpha": 0, "guidance_scale": 1, "stop_strings": [],
 }  # fmt: skip
-"""What generation_config.json can ask for that changes a greedy text, each with the value that asks for nothing."""
+"""What generation_config.json can ask for that changes a greedy text, each with the value that changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TensorReader:
         yield from tensor_rows(self._opened(stored), stored, block_bytes)
 
     def sample(self, name: str, runs: int = 16, rows: int = 16) -> npt.NDArray[np.float32]:
-        """Some rows of a matrix, from all over it, or the whole of a vector, in fp32."""
+        """Some rows from all over a matrix, or a whole vector, in fp32."""
         stored = self._checkpoint.tensors[name]
         view, count = self._opened(stored).get_slice(stored.name), stored.shape[0]
         if len(stored.shape) == 1 or count <= runs * rows:
@@ -105,7 +105,7 @@ def open_checkpoint(
         revision: branch, tag or commit on the hub.
         token: access token; without one, what `hf auth login` stored.
         offline: use only what has been downloaded before.
-        warn: told, in one line each, of what is taken although the folder says two things.
+        warn: gets a line for each thing that is used although the folder says two things about it.
 
     Raises:
         CheckpointError: not found, not readable, not supported, or incomplete.
@@ -139,13 +139,13 @@ def open_checkpoint(
 
 
 def _warn_of_generation(folder: Path, warn: Warn) -> None:
-    """Says what generation_config.json asks for that makes transformers' greedy text another one."""
+    """Says what generation_config.json asks for that changes transformers' greedy text."""
     path = folder / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
     asked = [key for key, off in _CHANGES_GREEDY.items() if config.get(key) not in (None, off)]
     if asked:
         settings = ", ".join(f"{key} {config[key]!r:.40}" for key in asked)
-        warn(f"{path}: asks for {settings}, which is not applied: a text is what the model itself finds likeliest")
+        warn(f"{path}: asks for {settings}, which is not applied: a text is what the model itself finds most likely")
 
 
 def _licences(folder: Path, warn: Warn) -> Iterator[Path]:
@@ -161,7 +161,7 @@ def download_config(source: str) -> Path:
     """A hub model's config.json, downloaded by itself or found in the hub's cache.
 
     Raises:
-        CheckpointError: no hub id, not found, gated, or the hub was not reached.
+        CheckpointError: not a hub id, not found, gated, or the hub was not reached.
     """
     return _download(source, None, None, offline=False, patterns=["config.json"]) / "config.json"
 
@@ -226,7 +226,7 @@ def _download(
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json: a number or a list."""
+    """EOS ids from generation_config.json, else from config.json: a number or a list."""
     generation = folder / "generation_config.json"
     value = read_json(generation).get("eos_token_id") if generation.is_file() else None
     value = config.get("eos_token_id") if value is None else value

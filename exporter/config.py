@@ -78,7 +78,7 @@ _REQUIRED_VALUE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True, None),
     "use_rope": (True, None),
 }
-"""Keys that are harmless only at these values; of any other, `false` switches off what the model does not have."""
+"""Keys that are harmless only at these values; for any other key, `false` switches off what the model does not have."""
 
 _DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {"max_position_embeddings": 2048},
@@ -88,14 +88,14 @@ _DEFAULTS: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128,
     },
 }  # fmt: skip
-"""What transformers takes for a key that is absent; null is another thing."""
+"""What transformers takes for a key that is absent; null is a different matter."""
 
 
 def read_json(path: Path, otherwise: str = "download the checkpoint again") -> dict[str, Any]:
-    """Reads a JSON object; `otherwise` says what to do where there is no such file.
+    """Reads a JSON object; `otherwise` says what to do if there is no such file.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no JSON object.
     """
     if not reading.kind_of(path, CheckpointError):
         raise CheckpointError(path, "no such file", fix=otherwise)
@@ -106,7 +106,7 @@ def read_json(path: Path, otherwise: str = "download the checkpoint again") -> d
 
 
 def architecture_from_config(config: Mapping[str, Any], place: object) -> Architecture:
-    """Reads a config.json, of transformers 4 or 5.
+    """Reads a config.json written by transformers 4 or 5.
 
     Args:
         config: the parsed file.
@@ -160,8 +160,8 @@ def architecture_from_config(config: Mapping[str, Any], place: object) -> Archit
 
 @dataclass(frozen=True)
 class _Fields:
-    """A table of config.json, read key by key: `default` stands for a whole number that is absent or null, and for
-    another value that is absent.
+    """A table of config.json, read key by key. `default` stands for a whole number that is absent or null, and for any
+    other value that is absent.
     """
 
     table: Mapping[str, Any]
@@ -191,8 +191,8 @@ class _Fields:
 
 
 def sliding_window(config: Mapping[str, Any], place: object) -> int | None:
-    """Tokens that a layer with a window looks back over, or None where all layers see all: in Llama always, in Qwen
-    where it is switched off or the window begins after the last layer.
+    """Tokens that a layer with a window looks back over; None if all layers see everything: always in Llama, and in
+    Qwen if the window is switched off or begins after the last layer.
     """
     model_type = config["model_type"]
     fields = _Fields(_DEFAULTS[model_type] | dict(config), place)
@@ -207,7 +207,7 @@ def sliding_window(config: Mapping[str, Any], place: object) -> int | None:
             slides = slides and first < fields.whole("num_hidden_layers", high=MOST_LAYERS)
     if layer_types is not None and model_type != "llama":
         if "sliding_attention" in layer_types and not slides:
-            raise CheckpointError(place, "layer_types has 'sliding_attention', and there is no sliding_window")
+            raise CheckpointError(place, "layer_types has 'sliding_attention', but there is no sliding_window")
         slides = "sliding_attention" in layer_types
     return fields.whole("sliding_window", high=MOST_CONTEXT) if slides else None
 
@@ -245,7 +245,7 @@ def _refuse_unknown(config: Mapping[str, Any], place: object) -> None:
 
 
 def _rope(config: Mapping[str, Any], place: object) -> Rope:
-    """Either spelling: rope_theta with rope_scaling, or rope_parameters with both. Of two tables the older counts."""
+    """Either spelling: rope_theta with rope_scaling, or rope_parameters with both. Of two tables, the older counts."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise CheckpointError(place, f"{key} is {config[key]!r:.60}", wanted="a table")

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: what it is where it is none, and which of its files are its own."""
+"""A checkpoint's folder: what it is if it is not a checkpoint, and which of its files are its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONSOLIDATE = "load it with what wrote it, and save the whole model with save_p
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder: files that tell it, what it is, what to do, and whether it is that even with a model beside."""
+    """A kind of folder: files that show it, what it is, what to do, and whether a model beside them changes nothing."""
 
     files: tuple[str, ...]
     found: str
@@ -63,10 +63,10 @@ _KINDS = (
 
 
 def refuse_other_kinds(folder: Path) -> None:
-    """Looks whether a folder can be a checkpoint, and says what else it is.
+    """Refuses a folder that cannot be a checkpoint, and says what else it is.
 
     Raises:
-        CheckpointError: an adapter is in it, or no weights are and something else is.
+        CheckpointError: it holds an adapter, or something else in place of weights.
     """
     _refuse_adapter(folder)
     whole = any(kind_of(folder / name, CheckpointError) for name in (WEIGHTS, INDEX))
@@ -80,7 +80,7 @@ def refuse_other_kinds(folder: Path) -> None:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Beside a model's own files too: where peft is installed, transformers loads the two together."""
+    """Also next to a model's own files: where peft is installed, transformers loads the two together."""
     settings = folder / "adapter_config.json"
     weights = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
     if not any(kind_of(path, CheckpointError) for path in (settings, *weights)):
@@ -94,9 +94,9 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def is_own(folder: Path, path: Path) -> bool:
-    """Whether a file of a checkpoint's folder is the checkpoint's: a link may lead to what is nobody else's business.
+    """Whether a file in a checkpoint's folder is the checkpoint's own: a link may lead to something private.
 
-    In the hub's cache every file is a link, from snapshots/COMMIT into the blobs beside.
+    In the hub's cache, every file is a link from snapshots/COMMIT into the blobs folder next to it.
     """
     home = folder.resolve()
     own = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]

@@ -1,4 +1,4 @@
-"""How formats of stored tensors are written, and how graphs read them; runtime/bundle/formats.py says what they hold.
+"""How formats of stored tensors are written and how graphs read them; runtime/bundle/formats.py says what they hold.
 
 A new format is one entry there and one here.
 """

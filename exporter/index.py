@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: in which file each stands and what the model calls it, as transformers loads them.
+"""The tensors of a checkpoint: which file each is in and what the model calls it, as transformers loads them.
 
 model.safetensors, or else the shards of model.safetensors.index.json; of a tensor that several shards hold, the
 one where the index places it
@@ -43,17 +43,17 @@ class SourceTensor:
 
 
 def weight_files(folder: Path, warn: Warn = lambda _: None) -> tuple[list[Path], dict[str, str]]:
-    """The files with a checkpoint's weights, in the order of their names, and the file's name of each tensor that the
-    index places.
+    """The files with a checkpoint's weights, in the order of their names, and the file's name for each tensor in the
+    index.
 
     Raises:
-        CheckpointError: there are none, or the index is no index.
+        CheckpointError: there are none, or the index is not an index.
     """
     index, single = folder / INDEX, folder / WEIGHTS
     has_index = kind_of(index, CheckpointError)
     if kind_of(single, CheckpointError) or not has_index:
         if has_index:
-            warn(f"{folder}: {WEIGHTS} is taken, as transformers does, and not the shards of {INDEX}")
+            warn(f"{folder}: {WEIGHTS} is used, as in transformers, and not the shards of {INDEX}")
         return [_file(single)], {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -68,13 +68,13 @@ def weight_files(folder: Path, warn: Warn = lambda _: None) -> tuple[list[Path],
 def index_tensors(
     folder: Path, architecture: Architecture, warn: Warn = lambda _: None
 ) -> tuple[dict[str, SourceTensor], Architecture]:
-    """Reads the headers of all files: where each tensor stands, by the model's name for it.
+    """Reads the headers of all files: where each tensor is, by the model's name for it.
 
-    The architecture comes back with a head of its own where the files have one. No data is read but for two heads to be
-    compared.
+    The architecture comes back with a head of its own if the files have one. No data is read, except to compare two
+    heads.
 
     Raises:
-        CheckpointError: a file that is missing or damaged, two tensors of one name, or no head.
+        CheckpointError: a file that is missing or damaged, two tensors with one name, or no head.
     """
     files, weight_map = weight_files(folder, warn)
     stored: dict[str, SourceTensor] = {}
@@ -84,7 +84,10 @@ def index_tensors(
             if placed in (None, path.name):
                 stored[tensor.name] = tensor
             elif tensor.name in stored:
-                warn(f"{path}: has {tensor.name} too, which transformers takes; taken from {placed}, as the index says")
+                warn(
+                    f"{path}: also has {tensor.name}, which transformers would use; "
+                    f"the one in {placed} is used, as the index says"
+                )
     for name, shard in weight_map.items():
         if name not in stored:
             raise CheckpointError(folder / shard, f"lacks {name}, which the index places there")
@@ -106,7 +109,7 @@ def tensor_rows(file: Any, tensor: SourceTensor, block_bytes: int = 1 << 24) -> 
 
 
 def _file(path: Path) -> Path:
-    """The path, found to be a file."""
+    """The path, checked to be a file."""
     found = kind_of(path, CheckpointError) or ("a link to nothing" if path.is_symlink() else "no such file")
     if found != "a file":
         raise CheckpointError(path, found, wanted="a file of weights", fix="download the checkpoint again")
@@ -114,7 +117,7 @@ def _file(path: Path) -> Path:
 
 
 def _model_name(name: str) -> str:
-    """What the model calls a tensor of this name: one `model.` more or less, as transformers tries it."""
+    """What the model calls a tensor with this name: one `model.` more or less, as transformers tries it."""
     if name.startswith("model.model.") or name == f"model.{LM_HEAD}":
         return name.removeprefix("model.")
     return f"model.{name}" if name.startswith(_OF_A_BASE_MODEL) else name
@@ -123,9 +126,9 @@ def _model_name(name: str) -> str:
 def _resolve_head(
     folder: Path, architecture: Architecture, tensors: dict[str, SourceTensor], warn: Warn
 ) -> Architecture:
-    """Leaves one table for a head that is tied, and two for one that is not.
+    """Leaves one table if the head is tied, and two if it is not.
 
-    Transformers 5 ties two tables that are the same, takes one for both, and ties none that differ.
+    Transformers 5 ties two tables that are equal, uses one for both, and does not tie tables that differ.
     """
     if not architecture.tie_word_embeddings:
         if LM_HEAD not in tensors and EMBEDDINGS in tensors:
@@ -138,7 +141,7 @@ def _resolve_head(
     if LM_HEAD not in tensors:
         return architecture
     if EMBEDDINGS in tensors and not _equal(tensors[LM_HEAD], tensors[EMBEDDINGS]):
-        warn(f"{folder}: config.json ties the head to the embeddings, but the weights have one of its own; it is taken")
+        warn(f"{folder}: config.json ties the head to the embeddings, but the weights have a separate one; it is used")
         return replace(architecture, tie_word_embeddings=False)
     tensors.setdefault(EMBEDDINGS, tensors[LM_HEAD])
     del tensors[LM_HEAD]

@@ -1,8 +1,8 @@
-"""How large the numbers get that a model computes, told from its weights: whether fp16 holds them, which ends at 65504.
+"""How large the numbers that a model computes get, estimated from its weights: whether fp16, up to 65504, holds them.
 
-An estimate, for independent weights and inputs: what leaves a norm is as large as the norm's gains, a product with a
-row of weights adds up in squares, and attention hands on what its values have. It finds a layer that is out of scale;
-what only some texts bring about shows while decoding.
+The estimate assumes independent weights and inputs: what leaves a norm is as large as the norm's gains, a product with
+a row of weights adds up in squares, and attention hands on what its values have. It finds a layer that is out of scale;
+what only some texts cause shows while decoding.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM
 
 LARGEST_FP16 = 65504.0
 _TAIL = 4.0
-"""The largest of some thousand numbers, beside their root mean square."""
+"""The largest of some thousand numbers, over their root mean square."""
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The largest numbers, about, that a tensor of weights gives."""
+    """About the largest numbers that a tensor of weights gives."""
 
     tensor: str
     value: float
 
 
 def beyond_fp16(checkpoint: Checkpoint) -> Magnitude | None:
-    """The first tensor of weights that gives numbers which fp16 does not hold, if any."""
+    """The first tensor of weights that gives numbers beyond fp16, if any."""
     with TensorReader(checkpoint) as reader, np.errstate(over="ignore", invalid="ignore"):
         return next((made for made in magnitudes(checkpoint, reader) if not made.value < LARGEST_FP16), None)
 
 
 def magnitudes(checkpoint: Checkpoint, reader: TensorReader) -> Iterator[Magnitude]:
-    """The magnitudes of scores, of what attention and MLP work with and add, of the residual stream, and of logits."""
+    """The magnitudes of scores, of what attention and MLP compute and add, of the residual stream, and of logits."""
     a = checkpoint.architecture
 
     def made(tensor: str, root_mean_square: Any) -> Magnitude:
         return Magnitude(tensor, _TAIL * float(root_mean_square))
 
     def rows(name: str, gains: Array | float, *, bias: bool) -> Array:
-        """What some rows of a tensor give, in root mean squares, of inputs with these."""
+        """The root mean squares of what some rows of a tensor give for inputs with these gains."""
         squares = np.square(reader.sample(f"{name}.weight") * gains).sum(axis=1)
         roots: Array = np.sqrt(squares + (np.square(reader.sample(f"{name}.bias")) if bias else 0))
         return roots

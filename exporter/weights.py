@@ -31,9 +31,9 @@ from edgeskip.runtime.errors import CheckpointError
 
 @dataclass(frozen=True)
 class WeightsLayout:
-    """The whole file before it is written: its tensors, and where each of their parts stands.
+    """The whole file before it is written: its tensors, and where each of their parts will be.
 
-    Offsets are within the file, header included, as ONNX external data wants them.
+    Offsets count from the beginning of the file, header included, as ONNX external data wants them.
     """
 
     dtype: DType
@@ -46,7 +46,7 @@ class WeightsLayout:
 def plan_weights(
     checkpoint: Checkpoint, dtype: DType, capacity: int, formats: Mapping[str, str] | None = None
 ) -> WeightsLayout:
-    """Lays out the weights file, tensors in the format of the dtype but for `formats`, by name.
+    """Lays out the weights file, with tensors in the format of the dtype, except for `formats`, by name.
 
     Raises:
         CheckpointError: a tensor is missing, or its shape or dtype is not what the config calls for.
@@ -101,8 +101,8 @@ def write_weights(
 def rope_tables(rope: Rope, head_dim: int, capacity: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Cosines and sines [C, D/2] in fp32 of RoPE (arXiv 2104.09864) at positions 0..C-1.
 
-    `llama3` scales as Llama 3.1 does: wavelengths beyond the original context over `low_freq_factor` are stretched
-    by `factor`, those under it over `high_freq_factor` are kept, and between the two it blends.
+    `llama3` scales as Llama 3.1 does: wavelengths above the original context over `low_freq_factor` are stretched by
+    `factor`, those below the original context over `high_freq_factor` are kept, and those in between are blended.
     """
     inv_freq = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     inv_freq = inv_freq.astype(np.float32)
@@ -136,7 +136,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
 
 
 def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
-    """A tensor that nothing reads means a model that config.json does not describe."""
+    """Refuses a tensor that nothing reads: config.json does not describe such a model."""
     for name in checkpoint.tensors:
         if name not in used and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(
@@ -149,9 +149,9 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
 def _encoded(
     checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
 ) -> Iterator[tuple[str | None, npt.NDArray[Any]]]:
-    """A tensor's parts in order, by blocks of rows, each part's suffix with its first block.
+    """A tensor's parts in order, in blocks of rows, with each part's suffix on its first block.
 
-    The first part is the large one and is streamed; the others wait for it to end.
+    The first part is the large one and is streamed; the others wait until it ends.
     """
     format_, encode = FORMATS[record.format], WRITERS[record.format].encode
     waiting: list[list[npt.NDArray[Any]]] = [[] for _ in format_.parts[1:]]
@@ -169,7 +169,7 @@ def _encoded(
 def _rows(
     checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
 ) -> Iterator[npt.NDArray[Any]]:
-    """A tensor's rows as the checkpoint has them, or as they are computed, all finite in the bundle's dtype."""
+    """A tensor's rows, as the checkpoint has them or computed, checked to be finite in the bundle's dtype."""
     if not record.sources:
         a = checkpoint.architecture
         yield rope_tables(a.rope, a.head_dim, record.shape[0])[ROPE_TABLES.index(record.name)]
@@ -188,7 +188,7 @@ def _rows(
 
 
 def _is_finite(block: npt.NDArray[Any]) -> bool:
-    """Whether there is no infinity and no NaN; by their bits where numbers have 16, which is faster."""
+    """Whether there is no infinity and no NaN; told from the bits of 16-bit numbers, which is faster."""
     if block.dtype.itemsize != 2:
         return bool(np.isfinite(block).all())
     infinity = 0x7C00 if block.dtype == np.float16 else 0x7F80

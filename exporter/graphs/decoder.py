@@ -1,7 +1,7 @@
-"""The Llama family as ONNX graphs: its mathematics once, in the operators of any dialect.
+"""The Llama family as ONNX graphs: its mathematics, written once, in the operators of any dialect.
 
-Names of tensors are the checkpoint's, but for the packed `qkv_proj` and `gate_up_proj`. Linear layers work on
-[B*T, ...], so that each is one product; attention on [B, T, ...].
+Tensors have the checkpoint's names, except for the packed `qkv_proj` and `gate_up_proj`. Linear layers work on
+[B*T, ...], so that each is one product; attention works on [B, T, ...].
 
     x -> norm -> qkv_proj -> attention -> o_proj -> + x -> norm -> gate_up_proj -> SiLU(gate) * up -> down_proj -> + x
 """
@@ -117,7 +117,7 @@ class Decoder:
 
     @contextmanager
     def _scope(self, name: str) -> Iterator[None]:
-        """Names of nodes say which layer they are of."""
+        """Makes the names of nodes say which layer they belong to."""
         self.builder.push_module(name)
         try:
             yield

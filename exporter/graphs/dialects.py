@@ -1,7 +1,7 @@
-"""The dialects of the graphs: which operators say the same mathematics, for whom.
+"""The dialects of the graphs: which operators express the same mathematics, and for whom.
 
-`standard` has operators of ONNX's own set alone, for TensorRT; `ort` has ONNX Runtime's fused ones where they exist.
-One attention, `standard` (`ort` in brackets: one node for all of a box):
+`standard` has only ONNX's own operators, for TensorRT; `ort` has ONNX Runtime's fused ones where they exist.
+An attention in `standard` (in brackets `ort`, with one node for all of it):
 
     qkv -> split -+-> q -> RoPE ----------------------+
                   +-> k -> RoPE -> TensorScatter -----+-> Attention
@@ -39,22 +39,22 @@ class Heads:
 
 
 class DialectWriter(ABC):
-    """The operators of a dialect; `places` is its own affair, made once per graph and handed to each attention."""
+    """The operators of a dialect; what `places` gives is up to the dialect, made once per graph for each attention."""
 
     name: str
     opsets: Mapping[str, int]
-    """The lowest that have the dialect's operators, by domain."""
+    """The lowest versions that have the dialect's operators, by domain."""
 
     def suited(self, architecture: Architecture) -> DialectWriter:
-        """The writer for a model, where some models need other operators."""
+        """The writer for a model, if some models need other operators."""
         return self
 
     @abstractmethod
     def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> Any:
-        """Derives where this call's rows stand, from `position_ids` [B,T], the one source of truth for place.
+        """Derives the places of this call's rows from `position_ids` [B,T], the only source of truth for them.
 
         Args:
-            op: builds.
+            op: the builder.
             position_ids: [B,T] int64.
             cos: [C, D/2].
             sin: [C, D/2].
@@ -189,7 +189,7 @@ class _Ort(DialectWriter):
 class OrtGrouped(_Ort):
     """With GroupQueryAttention, which attends to the rows in use and not to the whole capacity."""
 
-    opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads 24 from its release 1.24 on
+    opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads opset 24 from release 1.24 on
 
     def suited(self, architecture: Architecture) -> DialectWriter:
         """GroupQueryAttention has kernels for heads of 8, 16, 24, ... numbers."""
@@ -207,7 +207,7 @@ class OrtGrouped(_Ort):
     def attention(
         self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: _OrtPlaces
     ) -> tuple[Value, Value, Value]:
-        """One node, but for norms of queries and keys, and for a rotation that it does not have."""
+        """One node, besides norms of queries and keys and a rotation that the operator does not do."""
         a = heads.a
         query, key, value = op.Reshape(qkv, [1, -1, a.qkv_rows]), None, None
         rotates = a.head_dim % 16 == 0  # the operator's own condition

@@ -1,4 +1,4 @@
-"""How heads pick a token from their logits, in the graph; runtime/bundle/graphs.py names what they are told of each."""
+"""How heads pick tokens from logits, in the graph; runtime/bundle/graphs.py names what they are told about each row."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
                                 |           |                   |
                               head        head                head      of the rows that predict new tokens
 
-It is fed a text whole. Attention is causal, so what a layer gives for a row is what it would have drafted there with
-every draft before it right, and only then is a draft tested: one run tells the match rate of every exit layer.
+It is fed a whole text. Attention is causal, so what a layer gives for a row is what it would have drafted there if
+every draft before it was right, and only then is a draft tested: one run tells the match rate of every exit layer.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Exits:
 class Probe:
     """The probe of a bundle in ONNX Runtime; a context manager.
 
-    On a CPU it maps weights in fp32, and holds those in fp16 widened. A text of T tokens takes memory for T x T numbers
-    in each attention head of one layer, or for the logits of one layer's new tokens.
+    On a CPU, it maps weights in fp32, and holds weights in fp16 widened to fp32. A text of T tokens takes memory for
+    T x T numbers in each attention head of one layer, or for the logits of one layer's new tokens.
 
     Args:
-        bundle: whose weights.
-        device: `cuda` where ONNX Runtime should use its CUDA provider; where it has none, the CPU does it.
-        dialect: `ort`, or `standard` for fp32 on CUDA, by default: the fused attention has no fp32 there.
+        bundle: the bundle with the weights.
+        device: `cuda` if ONNX Runtime should use its CUDA provider; if it has none, the CPU is used.
+        dialect: by default `ort`, or `standard` for fp32 on CUDA, where the fused attention has no fp32.
 
     Raises:
-        BundleError: the bundle is packed: it has no weights.
+        BundleError: the bundle is packed, so it does not have the weights.
         BackendError: ONNX Runtime is missing or refuses the graph, or has to compute bf16 on a CPU.
     """
 
@@ -77,7 +77,7 @@ class Probe:
         del self._session
 
     def exits(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Exits:
-        """Runs a prompt and the tokens [n] that followed it; both are at least one."""
+        """Runs a prompt and the tokens [n] that followed it, at least one of each."""
         rows = self._embeddings[[*prompt_ids, *token_ids[:-1]]]
         feeds = {
             "inputs_embeds": rows.view(self._dtype).astype(np.float32)[None],
@@ -105,10 +105,10 @@ def _on_gpu(device: Literal["cpu", "cuda"]) -> bool:
 
 
 def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
-    """Authors the probe: `inputs_embeds` [1,T,H] fp32 and `first` [1], the first row that predicts, -> `Exits`.
+    """Writes the probe: `inputs_embeds` [1,T,H] fp32 and `first` [1], the first row that predicts, -> `Exits`.
 
     Args:
-        bundle: whose layers, and whose weights file the graph points into.
+        bundle: the bundle with the layers, and with the weights file that the graph points into.
         dialect: `standard` or `ort`.
     """
     manifest = bundle.manifest

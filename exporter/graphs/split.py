@@ -1,4 +1,4 @@
-"""The graphs of a bundle, authored from the architecture and pointed at the weights file."""
+"""The graphs of a bundle, written from the architecture and pointed at the weights file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from edgeskip.runtime.bundle.weights import StoredArray
 @dataclass(frozen=True)
 class Model:
     """What graphs are written from: the architecture, the dtype that is computed in, the cache capacity C in rows, and
-    the tensors with the places of their parts in the weights file.
+    the tensors, with the places of their parts in the weights file.
     """
 
     architecture: Architecture
@@ -38,7 +38,7 @@ class Model:
 
 
 def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir.Model:
-    """Authors one graph of the contract in a dialect."""
+    """Writes a graph of the contract in a dialect."""
     writing = begin(name, model, dialect)
     decoder, builder = writing.decoder, writing.decoder.builder
     sizes = graph.dimensions(dimensions(model.architecture, model.capacity))
@@ -66,7 +66,7 @@ def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir
 
 @dataclass(frozen=True)
 class Writing:
-    """A graph under way."""
+    """A graph that is being written."""
 
     decoder: Decoder
     places: Callable[..., Any]

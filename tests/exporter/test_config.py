@@ -129,7 +129,7 @@ def test_rope_tables_equal_transformers(rope, parameters):
         ({"model_type": "qwen2", "max_window_layers": None, "use_sliding_window": True}, "max_window_layers is None"),
         (
             {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4, "sliding_window": 8},
-            "layer_types has 'sliding_attention', and there is no sliding_window",
+            "layer_types has 'sliding_attention', but there is no sliding_window",
         ),
         ({"is_causal": False}, "is_causal is False; wanted True"),
         ({"use_mrope": True}, "use_mrope is True, which may change the mathematics"),

@@ -179,17 +179,17 @@ def test_the_index_counts_whatever_the_order_of_the_shards(folder):
     warnings = []
     assert_same(read(folder, warnings.append), {name: tensor.numpy() for name, tensor in tensors.items()})
     assert [warning.partition(": ")[2] for warning in warnings] == [
-        f"has {DOWN} too, which transformers takes; taken from model-1.safetensors, as the index says"
+        f"also has {DOWN}, which transformers would use; the one in model-1.safetensors is used, as the index says"
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("an index beside the file", "model.safetensors is taken, as transformers does, and not the shards of"),
+        ("an index beside the file", "model.safetensors is used, as in transformers, and not the shards of"),
         (
             "tied, and a head of its own",
-            "ties the head to the embeddings, but the weights have one of its own; it is taken",
+            "ties the head to the embeddings, but the weights have a separate one; it is used",
         ),
     ],
 )
@@ -271,7 +271,7 @@ def test_settings_that_would_change_a_greedy_text_are_told(folder):
     warnings = []
     open_checkpoint(str(folder), warn=warnings.append)
     assert [warning.partition(": ")[2] for warning in warnings] == [
-        "asks for repetition_penalty 1.1, which is not applied: a text is what the model itself finds likeliest"
+        "asks for repetition_penalty 1.1, which is not applied: a text is what the model itself finds most likely"
     ]
 
 
