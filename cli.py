@@ -38,29 +38,29 @@ VERBS = {
     "inspect": "edgeskip.runtime.commands.inspect",
     "doctor": "edgeskip.runtime.commands.doctor",
 }
-"""In the order of a first use; each module has a click command of the verb's name."""
+"""In the order of a first use; each module has a click command with the verb's name."""
 
 REPORTS = ("--json", "--html")
-"""Options that take a file, and without one mean standard output."""
+"""Options that take a file, and that mean standard output without one."""
 
 _LEAST_ADDRESSES = 1 << 28
-"""Bytes that Python and the libraries of every verb take before there is a model."""
+"""Bytes that Python and the libraries of any verb take before there is a model."""
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 tokens differ, or a check fails, 2 wrong command line, 3 checkpoint, "
+    "Exit codes: 0 done, 1 tokens differ or a check fails, 2 wrong command line, 3 checkpoint, "
     "4 bundle, 5 request, 6 backend, 7 recipe, 130 interrupted, 143 ended by the system."
 )
 
 
 class _Group(click.Group):
-    """Imports a verb when it is asked for; prints what the user can mend as one line, with its exit code."""
+    """Imports a verb when it is asked for; prints what the user can mend as one line, and exits with its code."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         _prepare_streams()
         return super().main(*args, **settings)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """A folder is no report: after a bare --json it is the argument that follows."""
+        """A folder is not a report: after a bare --json, it is the next argument."""
         pairs = zip(args, [*args[1:], ""], strict=False)
         given = [f"{one}=-" if one in REPORTS and os.path.isdir(after) else one for one, after in pairs]  # noqa: PTH112
         return super().parse_args(ctx, given)
@@ -105,8 +105,8 @@ class _Group(click.Group):
 
 
 def _prepare_streams() -> None:
-    """Streams that were closed are there but of no use, else the next file to be opened takes their place; what an
-    encoding lacks is spelled out.
+    """Opens streams that were closed, to no effect, or the next file to be opened would take their place; spells out
+    characters that an encoding lacks.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -119,7 +119,7 @@ def _prepare_streams() -> None:
 
 
 def _check_surroundings() -> None:
-    """Refuses what libraries answer with crashes and messages of their own."""
+    """Refuses surroundings in which libraries crash or print messages of their own."""
     try:
         os.getcwd()  # noqa: PTH109
     except OSError as error:
@@ -132,7 +132,7 @@ def _check_surroundings() -> None:
 
 
 def _drop_unread() -> None:
-    """What is left for a reader that is gone, as behind `| head`, goes nowhere."""
+    """Discards what is left for a reader that is gone, as with `| head`."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -141,7 +141,7 @@ def _drop_unread() -> None:
 
 
 def _of_the_system(error: OSError) -> EdgeskipError:
-    """What the system refused and nobody expected: a file, or a stream, which has no name here."""
+    """What the system refused unexpectedly: a file, or a stream, which has no name here."""
     if error.filename is not None:
         return RequestError(error.filename, reason(error))
     with suppress(OSError):
@@ -154,7 +154,7 @@ _ended_at = -_CLEANING_S
 
 
 def _end(number: int, _: Any) -> None:
-    """Ends the run by an exception, so that `finally` cleans up; what comes while it does is passed over."""
+    """Ends the run by an exception, so that `finally` cleans up; signals that come meanwhile are ignored."""
     global _ended_at
     if time.monotonic() < _ended_at + _CLEANING_S:
         return

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 @prompts_option
 @num_prompts_option
 @prompt_tokens_option
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of which medians are taken.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Repeats of each run; medians are shown."
+)
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
 @json_option
 @html_option
@@ -69,7 +71,7 @@ def bench(
     device: Any,
     threads: int,
 ) -> None:
-    """Measure plain and self-speculative decoding on held-out prompts, interleaved; medians."""
+    """Measure plain and self-speculative decoding of a BUNDLE, interleaved, on held-out prompts."""
     from edgeskip.runtime.bench.measure import BenchSettings, run_bench
     from edgeskip.runtime.bench.page import bench_page
     from edgeskip.runtime.bench.prompts import load_prompts

@@ -17,7 +17,7 @@ from edgeskip.runtime.commands.options import bundle_argument, require, say
     "--backend",
     type=click.Choice(ENGINE_BACKENDS),
     required=True,
-    help="tensorrt builds on the device that runs it, Jetsons among them; tensorrt-rtx also for another machine.",
+    help="tensorrt builds on the device that runs the engines, such as a Jetson; tensorrt-rtx also for other machines.",
 )
 @click.option(
     "--sm",
@@ -27,10 +27,12 @@ from edgeskip.runtime.commands.options import bundle_argument, require, say
     help="Build for GPUs of this compute capability, 86 for 8.6; can be given more than once.  [default: the GPU here]",
 )
 @click.option(
-    "--workspace-mb", type=click.IntRange(1, 1 << 20), help="Device memory for a kernel's own use.  [default: all]"
+    "--workspace-mb",
+    type=click.IntRange(1, 1 << 20),
+    help="The most device memory for a kernel's own use.  [default: all]",
 )
 def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
-    """Build a BUNDLE's TensorRT engines, into the bundle."""
+    """Build TensorRT engines from a BUNDLE, into the bundle."""
     require("build")
     from edgeskip.exporter.engines.build import BuildSettings, build_engines
     from edgeskip.runtime.bundle.manifest import read_bundle

@@ -27,11 +27,17 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     "--reference", help="The CHECKPOINT to compare with, a folder or hub id.  [default: the bundle's weights]"
 )
 @prompts_option
-@click.option("--num-prompts", type=click.IntRange(1), default=8, show_default=True, help="Use only the first so many.")
-@click.option("--layers", is_flag=True, help="Narrow a failure down to the first layer that departs.")
+@click.option(
+    "--num-prompts", type=click.IntRange(1), default=8, show_default=True, help="Use only this many, the first ones."
+)
+@click.option(
+    "--layers", is_flag=True, help="Narrow a failure down to the first layer that departs from the reference."
+)
 @json_option
 @click.option(
-    "--dialect", type=click.Choice(tuple(DIALECTS)), help="Of ONNX Runtime's graphs.  [default: the device's]"
+    "--dialect",
+    type=click.Choice(tuple(DIALECTS)),
+    help="The dialect of ONNX Runtime's graphs.  [default: the device's]",
 )
 @backend_option
 @device_option

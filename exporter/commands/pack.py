@@ -14,7 +14,7 @@ from edgeskip.runtime.errors import BundleError
 @bundle_argument
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--sm", "wanted", type=int, multiple=True, help="Only engines for this SM, 87 for 8.7; more than once for more."
+    "--sm", "wanted", type=int, multiple=True, help="Only engines for this SM, 87 for 8.7; can be given more than once."
 )
 def pack(bundle: Path, folder: Path, wanted: tuple[int, ...]) -> None:
     """Write to FOLDER what a device needs of a BUNDLE with engines, and no more."""

@@ -38,11 +38,11 @@ from edgeskip.runtime.commands.options import first, require, say
     "--num-speculations",
     "-k",
     type=int,
-    help=f"Default drafts a round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
+    help=f"The bundle's default of drafts per round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
-@click.option("--offline", is_flag=True, help="Use only what the hub's cache holds.")
+@click.option("--offline", is_flag=True, help="Use only what is in the hub's cache.")
 def export(
     paths: tuple[str, ...],
     recipe: str | None,
@@ -57,8 +57,8 @@ def export(
 ) -> None:
     """Split CHECKPOINT (a folder or a hub id) into a BUNDLE folder of ONNX graphs.
 
-    A --recipe names the checkpoint and how to split it. BUNDLE is then called after recipe and device unless it is
-    given; a CHECKPOINT before it takes the place of the recipe's.
+    A --recipe names the checkpoint and how to split it. BUNDLE is then named after the recipe and the device unless it
+    is given; a CHECKPOINT before it takes the place of the recipe's.
     """
     if len(paths) > 2 or (recipe is None and len(paths) < 2):
         raise click.UsageError("give CHECKPOINT and BUNDLE, or --recipe")

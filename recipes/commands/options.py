@@ -1,4 +1,4 @@
-"""Options that name a recipe, and what a shell completes them with."""
+"""Options that name a recipe, and their completion in a shell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem
 
 
 def names_of(*kinds: Kind) -> Completion:
-    """Completes with the names of the recipes of these kinds that ship with edgeskip, or with files."""
+    """Completion with the names of recipes of these kinds that ship with edgeskip, or with files."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         names = sorted(path.stem for kind in kinds for path in FOLDERS[kind].glob("*.toml"))

@@ -34,14 +34,14 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     "--num-speculations",
     "-k",
     type=click.IntRange(1, MAX_SPECULATIONS),
-    help="K.  [default: the best at a match rate that is known, else the recipe's]",
+    help="K.  [default: the best if the match rate is known, else the recipe's]",
 )
 @click.option(
     "--match-rate",
     "match_rates",
     multiple=True,
     metavar="[E=]A",
-    help="Share of greedy tokens that the exit predicts; with E=, that of exit layer E; more than once for more.",
+    help="Share of greedy tokens that the exit predicts, or that exit layer E does; can be given more than once.",
 )
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
@@ -53,7 +53,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     "reports",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="What `edgeskip bench --json` wrote on this device, of any model; more than once for more.",
+    help="What `edgeskip bench --json` wrote on this device, for any model; can be given more than once.",
 )
 @json_option
 def plan(
@@ -71,10 +71,10 @@ def plan(
     reports: tuple[Path, ...],
     json_path: Path | None,
 ) -> None:
-    """Foretell whether a model fits a device and how fast it is there, without its weights.
+    """Predict whether a model fits a device and how fast it will be there, without its weights.
 
     MODEL is a checkpoint folder, a hub id, a config.json, a published shape, or a bundle, which is planned as it was
-    exported; or give --recipe. The exit code is 1 where it will not work.
+    exported; or give --recipe. The exit code is 1 if it will not work.
     """
     if (model is None) == (recipe is None):
         raise click.UsageError("give a MODEL or --recipe")

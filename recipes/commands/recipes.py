@@ -17,7 +17,7 @@ from edgeskip.runtime.reading import kind_of, read_text
 
 @click.group()
 def recipes() -> None:
-    """Models, devices and trainings that edgeskip knows: list, show, copy, validate."""
+    """List, show, copy or validate recipes: models, devices and trainings that edgeskip knows."""
 
 
 @recipes.command(name="list")
@@ -52,7 +52,7 @@ def show(recipe: str) -> None:
 @click.argument("recipe", shell_complete=names_of(*FOLDERS))
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def copy(recipe: str, file: Path | None) -> None:
-    """Copy a RECIPE to a FILE of yours to change.  [default: its own name, here]"""
+    """Copy a RECIPE to a FILE of your own, to change it.  [default: its own name, here]"""
     from edgeskip.recipes.library import recipe_file
     from edgeskip.recipes.library import validate as check_recipe
     from edgeskip.recipes.reader import MOST_BYTES

@@ -17,11 +17,11 @@ from edgeskip.runtime.errors import CheckpointError
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
 @click.option("--match-rate", type=float, required=True, help="Share of greedy tokens that the exit predicts, 0 to 1.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and prompts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The seed of weights and prompts.")
 @click.option("--dtype", type=click.Choice(get_args(DType)), default="fp16", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
-    """Make a CHECKPOINT with random weights, of a published SHAPE or a config.json, to measure speed with."""
+    """Make a CHECKPOINT with random weights to measure speed with; SHAPE is a published one or a config.json."""
     require("synth")
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
     from edgeskip.runtime.files import check_destination
@@ -38,7 +38,7 @@ def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed
         f"{made.distinct_tokens:.1%} of the tokens of a text are distinct."
     )
     if abs(made.match_rate - match_rate) > TOLERANCE:
-        say(f"The nearest to {match_rate:g} that was reached.")
+        say(f"That is the nearest to {match_rate:g} that was reached.")
     if made.distinct_tokens < DISTINCT_TOKENS:
         say("Its texts repeat tokens: the shape is too small for others.")
     say(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}")

@@ -11,12 +11,17 @@ from edgeskip.runtime.commands.options import require, say
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the model goes.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="The model's folder.  [default: runs/NAME, after the recipe]",
+)
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
-@click.option("--stop-after-minutes", type=float, help="Save and stop; continue with --resume.")
+@click.option("--stop-after-minutes", type=float, help="Save and stop after this time; continue with --resume.")
 @click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
 def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
-    """Train a LayerSkip model by a RECIPE.toml: from scratch, or continuing a checkpoint."""
+    """Train a LayerSkip model with a RECIPE, from scratch or continuing a checkpoint."""
     require("train")
     from edgeskip.recipes.train.training import train as run
 

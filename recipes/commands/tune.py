@@ -40,11 +40,11 @@ from edgeskip.runtime.errors import RecipeError, RequestError
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="A text file a prompt, or a folder of them: texts like those you will run.  [default: built in]",
+    help="A text file with one prompt, or a folder of such files: texts like those you will run.  [default: built in]",
 )
 @num_prompts_option
 @prompt_tokens_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice here, a new export recipe.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice to this file, as an export recipe.")
 @json_option
 @html_option
 @backend_option

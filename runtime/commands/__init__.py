@@ -1,1 +1,1 @@
-"""The verbs of the command line that need no more than a device installs."""
+"""The verbs of the command line that need nothing but what a device installs."""

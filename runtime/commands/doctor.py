@@ -13,7 +13,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.command()
 @json_option
 def doctor(json_path: Path | None) -> None:
-    """Show what this machine has, what will work here, and the command that mends what will not."""
+    """Show what this machine has, what works here, and the command that mends what does not."""
     from edgeskip.runtime.doctor.examine import examine
 
     check_writable(json_path)

@@ -26,12 +26,12 @@ from edgeskip.runtime.reading import decode_text, read_stream
 @click.command()
 @bundle_argument
 @click.option("--prompt", "-p", help="The text to continue.")
-@click.option("--prompt-file", "-f", type=click.File("rb"), help="A file with the text; - is stdin.")
+@click.option("--prompt-file", "-f", type=click.File("rb"), help="A file with the text to continue; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
-@click.option("--num-speculations", "-k", type=int, help="Drafts a round.  [default: the bundle's]")
+@click.option("--num-speculations", "-k", type=int, help="Drafts per round.  [default: the bundle's]")
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="Tokens at most.")
+@click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @report_option("json", "Write text, tokens and statistics to FILE as a JSON object; without FILE, to stdout.")
 @backend_option

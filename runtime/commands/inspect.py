@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @bundle_argument
 @report_option("json", "Write the manifest to FILE; without FILE, to stdout.")
 def inspect(bundle: Path, json_path: Path | None) -> None:
-    """Show what a bundle holds: model, split, graphs, files, engines."""
+    """Show what a BUNDLE holds: model, split, graphs, files, engines."""
     from edgeskip.runtime.bundle.manifest import read_bundle
     from edgeskip.runtime.terminal import console, print_bundle
 
@@ -34,7 +34,7 @@ def inspect(bundle: Path, json_path: Path | None) -> None:
 
 
 def _print_engines(bundle: Bundle, console: Console) -> None:
-    """Each set of engines, whether it runs on this machine, and what is wrong with the others."""
+    """Each set of engines, whether it runs on this machine, and what is wrong with the rest."""
     from edgeskip.runtime.backends.choice import why_not_here
     from edgeskip.runtime.bundle.engines import find_engines
     from edgeskip.runtime.terminal import shown

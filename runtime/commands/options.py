@@ -1,4 +1,4 @@
-"""The options that verbs share, and what is looked at before a verb begins."""
+"""The options that verbs share, and what is checked before a verb begins."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 
 
 class Folder(click.Path):
-    """A path that a shell completes with folders."""
+    """A path that a shell completes with the names of folders."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """One item, which leaves it to the shell."""
+        """One item, which leaves completion to the shell."""
         return [CompletionItem(incomplete, type="dir")]
 
 
@@ -40,25 +40,29 @@ backend_option = click.option(
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="auto: TensorRT engines that fit this machine, else ONNX Runtime.",
+    help="auto takes TensorRT engines that fit this machine, else ONNX Runtime.",
 )
 device_option = click.option(
     "--device",
     type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
-    help="ONNX Runtime's; auto: the GPU where there is one.",
+    help="ONNX Runtime's device; auto takes the GPU if there is one.",
 )
-threads_option = click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: one a core.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0 means one per core."
+)
 max_new_tokens_option = click.option(
-    "--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens a prompt, from 2."
+    "--max-new-tokens", "-n", type=int, default=128, show_default=True, help="Tokens per prompt, at least 2."
 )
-num_prompts_option = click.option("--num-prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
-prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to so many tokens.")
+num_prompts_option = click.option(
+    "--num-prompts", type=click.IntRange(1), help="Use only this many prompts, the first ones."
+)
+prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to this many tokens.")
 
 
 def report_option(name: str, text: str) -> Callable[[CommandT], CommandT]:
-    """An option that takes a file, and without one means standard output."""
+    """An option that takes a file, and that means standard output without one."""
     settings: Any = {"type": click.Path(path_type=Path), "is_flag": False, "flag_value": "-", "metavar": "[FILE]"}
     return click.option(f"--{name}", f"{name}_path", help=text, **settings)
 
@@ -68,12 +72,12 @@ html_option = report_option("html", "Write a page with plots to FILE; without FI
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="A text file a prompt, or a folder of them.  [default: built in]",
+    help="A text file with one prompt, or a folder of such files.  [default: built in]",
 )
 
 
 def first(given: Any, otherwise: Any) -> Any:
-    """What was given, else something other."""
+    """What was given, or else something other."""
     return otherwise if given is None else given
 
 
@@ -88,7 +92,7 @@ def command_line() -> str:
 
 
 def require(verb: str) -> None:
-    """Refuses a verb, or an option of one, whose extra is not installed; tells torch where our cache is."""
+    """Refuses a verb, or one of its options, if its extra is not installed; tells torch where our cache is."""
     need = NEEDS[verb]
     if missing := missing_modules(need.modules):
         place = f"edgeskip {click.get_current_context().info_name}"

@@ -1,4 +1,4 @@
-"""Reports as files: written whole, and looked at before the work whose result they are."""
+"""Reports as files: written whole, and checked before the work that they report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from edgeskip.runtime.reading import kind_of
 
 
 def write_json(path: Path | None, report: Any) -> None:
-    """Writes a report as JSON, where it is asked for.
+    """Writes a report as JSON, if it was asked for.
 
     Args:
-        path: where; `-` is standard output.
+        path: where to; `-` is standard output.
         report: a dataclass.
 
     Raises:
@@ -47,12 +47,12 @@ def write_report(path: Path, text: str) -> None:
 
 
 def on_stdout(*paths: Path | None) -> bool:
-    """Whether one of these reports takes standard output, so that all else must keep off it."""
+    """Whether one of these reports goes to standard output, so that nothing else may."""
     return "-" in map(str, paths)
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuses what `write_report` could not write, before the work whose result it is."""
+    """Refuses what `write_report` could not write, before the work that it reports."""
     for path in paths:
         if path is None or str(path) == "-":
             continue
@@ -64,7 +64,7 @@ def check_writable(*paths: Path | None) -> None:
             raise _refusal(path, "no such folder")
         if found in ("", "a file"):
             try:
-                tempfile.TemporaryFile(dir=folder).close()  # only trying tells
+                tempfile.TemporaryFile(dir=folder).close()  # there is no other way to tell
             except OSError as error:
                 raise _refusal(path, reason(error)) from None
     files = [path for path in paths if path is not None]

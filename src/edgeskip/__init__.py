@@ -24,10 +24,10 @@ _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decod
 }
 __all__ = ["Generation", "Model", "Piece", "__version__", "load"]
 
-for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unasked, unless the user says so
+for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unless the user says so
     os.environ.setdefault(f"{_library}_DISABLE_TELEMETRY", "1")
 
-if not Path(__file__).with_name("runtime").is_dir():  # a checkout without symlinks, as on Windows
+if not Path(__file__).with_name("runtime").is_dir():  # a clone without symbolic links, as on Windows
     __path__.insert(0, str(Path(__file__).resolve().parents[2]))
 
 

@@ -1,4 +1,4 @@
-"""The command `edgeskip`, and `python -m edgeskip`: what has to be settled before anything else is imported."""
+"""The command `edgeskip`, and `python -m edgeskip`: what must be settled before anything else is imported."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ from contextlib import suppress
 
 
 def _leave_out_the_current_folder() -> None:
-    """It may be a bundle, so neither modules nor commands are taken from it, here and in processes that are started.
+    """It may be a bundle, so neither modules nor commands are taken from it, here or in processes that are started.
 
-    `export PATH=$PATH:`, for one, leaves an empty entry, which stands for it; `python -m` puts it in front.
+    `export PATH=$PATH:`, for one, leaves an empty entry, which means this folder; `python -m` puts it in front.
     """
     here = os.getcwd()  # noqa: PTH109  (pathlib takes its time)
     if __name__ == "__main__" and sys.path[0] == here:
