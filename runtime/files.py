@@ -183,6 +183,8 @@ def whole_folder(
             sync_tree(folder)
             if replace and destination.is_dir():
                 _replace(destination, folder)
+                with _undisturbed():
+                    _remove(folder)  # the old one, by now
             else:
                 _rename_new(folder, destination)
             sync(parent)
@@ -418,7 +420,7 @@ def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: in
             if part is not None:
                 if _is_at(descriptor, part):
                     _remove(part)
-                _clear(part)  # what it has replaced; or an interrupt came before the descriptor
+                _clear(part)  # an interrupt came before the descriptor, or before what was replaced was removed
             if descriptor >= 0:
                 os.close(descriptor)
 

@@ -174,6 +174,28 @@ def test_a_folder_is_replaced_at_the_end_or_left(tmp_path, monkeypatch):
     assert names(tmp_path) == ["place", "place/new"]
 
 
+@pytest.mark.usefixtures("renames")
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Everything is written, and what another process may be writing is left alone."""
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, "no locks on NFS")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    for text in ("a", "b"):
+        write_file(tmp_path / "x", text)
+        with whole_folder(tmp_path / "place", 0, replace=True) as folder:
+            (folder / text).touch()
+        with locked(tmp_path):
+            pass
+    assert names(tmp_path) == ["place", "place/b", "x"]
+    (tmp_path / folder.name).mkdir()
+    message = rf"another process is writing it, as {folder.name}"
+    with pytest.raises(BundleError, match=message), whole_folder(tmp_path / "place", 0, replace=True):
+        pass
+    assert names(tmp_path) == [folder.name, "place", "place/b", "x"]
+
+
 def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_rename_with", lambda *_: False)
     place, rename = tmp_path / "place", Path.rename
