@@ -67,7 +67,12 @@ def targets(bundles, checkpoints, tmp_path_factory):
     checkpoint, sharded = root / "checkpoint", root / "sharded"
     for folder in (checkpoint, sharded):
         shutil.copytree(checkpoints("llama-gqa"), folder)
-        names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+        names = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": {"__type": "AddedToken", "content": "</s>"},
+            "chat_template": template,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "bos_token_id": 0}))
     _shard(sharded)
@@ -210,7 +215,7 @@ def test_no_file_brings_a_command_down(targets, monkeypatch, tmp_path):
     for target in targets:
         for command in target.commands:
             fault, result = _fault(command, target)
-            assert (fault, result.exit_code) == ("", 0), command
+            assert (fault, result.exit_code) == ("", 0), (command, result.stderr)
             texts[command] = result.stdout
             for folder in target.outputs:
                 clear(folder)
