@@ -13,18 +13,24 @@ import shutil
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from edgeskip.cli import main
 from edgeskip.recipes.reader import FOLDERS
+from edgeskip.recipes.train.schema import load_recipe
+from edgeskip.recipes.train.tokens import load_tokenizer, token_array
+from edgeskip.recipes.train.training import read_clock, starting_model
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
 from edgeskip.runtime.bundle.engines import engines_folder
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
+from edgeskip.runtime.errors import EdgeskipError
 from tests.conftest import edit_json
 from tests.mutations import Mutation, clear, mutated_header, mutated_json, mutated_text, mutated_toml, put_in_place_of
 from tests.recipes.conftest import RECIPE, write_corpus
@@ -88,6 +94,7 @@ def targets(bundles, checkpoints, tmp_path_factory):
     report = root / "report.json"
     short = ("--prompts", root / "prompts", "-k", 2, "-n", 3, "--repeats", 1, "--json", report)
     assert runner.invoke(main, [str(a) for a in ("bench", bundle, "--backend", "onnxruntime", *short)]).exit_code == 0
+    edit_json(report, lambda r: r.update(backend="as if of a GPU"))  # a CPU's calibrates no plan
     generate = ("generate", bundle, "-n", 3, "--backend", "onnxruntime")
     engines = engines_folder(read_bundle(bundle), "tensorrt", 87, VERSION)
     say, chat, inspect = (*generate, "-p", "caf\u00e9 \u4e2d"), (*generate, "--chat", "-p", "hi"), ("inspect", bundle)
@@ -98,6 +105,12 @@ def targets(bundles, checkpoints, tmp_path_factory):
     model, device, training = root / "model.toml", root / "device.toml", root / "training.toml"
     prompt = root / "prompts" / "a.txt"
     plan = ("plan", "--recipe", model, "--device", device)
+    corpus = root / "corpus" / "tokenizer"
+    tokens, array, clock = load_tokenizer(corpus), root / "corpus" / "train.npy", root / "clock.json"
+    np.save(array, np.asarray(token_array(root / "corpus" / "train", "**/*.py", tokens, root)))
+    clock.write_text(json.dumps({"step": 3, "elapsed_s": 1.5}))
+    continued = Path(shutil.copytree(checkpoints("llama-gqa"), root / "continued"))
+    recipe = replace(load_recipe(training), model=None, checkpoint=continued, layerskip=None)
     both, toml = (mutated_json, mutated_text), (mutated_toml, mutated_text)
     return [
         Target(bundle / MANIFEST, both, (inspect, say, pack), (4, 5), outputs=(out,)),
@@ -115,6 +128,11 @@ def targets(bundles, checkpoints, tmp_path_factory):
         Target(device, toml, (plan, ("recipes", "validate", device)), (1, 5, 7)),
         Target(training, toml, (("recipes", "validate", training), ("recipes", "show", training)), (7,)),
         Target(report, both, ((*plan, "--calibrate", report),), (1, 5)),
+        Target(clock, both, ((read_clock, clock.parent),), (7,)),
+        Target(array, (mutated_text,), ((token_array, root / "corpus" / "train", "**/*.py", tokens, root),), (7,)),
+        Target(corpus / "tokenizer.json", both, ((load_tokenizer, corpus),), (7,)),
+        Target(corpus / "tokenizer_config.json", both, ((load_tokenizer, corpus),), (7,)),
+        Target(continued / "config.json", both, ((starting_model, recipe, tokens),), (7,)),
         Target(prompt, (mutated_text,), ((*generate, "-f", prompt), (*bench, "--repeats", 1)), (2, 5)),
     ]
 
@@ -163,12 +181,27 @@ def _peak_bytes():
     return 1024 * int(sizes["VmHWM"]), 1024 * int(sizes["VmRSS"])
 
 
+def _result(command):
+    """Of a command line, or of a function and its arguments, as if it were one."""
+    if not callable(command[0]):
+        return CliRunner().invoke(main, [str(part) for part in command], input=b"")
+    error = None
+    try:
+        command[0](*command[1:])
+    except EdgeskipError as caught:
+        error = caught
+    stderr = f"edgeskip: {error}\n" if error else ""
+    return SimpleNamespace(
+        exit_code=error.exit_code if error else 0, exception=None, stdout="", stderr=stderr, output=stderr
+    )
+
+
 def _fault(command, target):
     """What is wrong with how a command ended; nothing is, as a rule."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, start = _peak_bytes()[1], time.monotonic()
     try:
-        result = CliRunner().invoke(main, [str(part) for part in command], input=b"")
+        result = _result(command)
     except BaseException as error:  # a panic in a library, or our own alarm
         return f"{type(error).__name__}: {error}", None
     taken, seconds = _peak_bytes()[0] - before, time.monotonic() - start

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -48,18 +48,10 @@ from edgeskip.recipes.train.layerskip import (
     dropout_ramp,
     loss_weights,
 )
-from edgeskip.recipes.train.schema import (
-    DataRecipe,
-    ModelRecipe,
-    OptimizerRecipe,
-    TrainingRecipe,
-    check_focus,
-    load_recipe,
-)
+from edgeskip.recipes.train.schema import DataRecipe, OptimizerRecipe, TrainingRecipe, check_focus, load_recipe
 from edgeskip.recipes.train.tokens import Array, TextTokenizer, check_tokens, file_starts, load_tokenizer, token_array
-from edgeskip.runtime.bundle.architecture import MODEL_TYPES, Architecture, Rope, Size
+from edgeskip.runtime.bundle.architecture import MODEL_TYPES, MOST_LAYERS, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
-from edgeskip.runtime.bundle.tensors import num_weights
 from edgeskip.runtime.errors import RecipeError, reason
 from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
 from edgeskip.runtime.reading import read_json
@@ -535,7 +527,7 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
             eos_token_id=tokenizer.eos_id,
         )
         config._attn_implementation = "sdpa"
-        _check_memory(recipe.model, tokenizer.vocab_size)
+        _check_size(asdict(recipe.model) | {"vocab_size": tokenizer.vocab_size}, "model")
         return LlamaForCausalLM(config)
     assert recipe.checkpoint is not None  # the recipe has one of the two
     path = recipe.checkpoint / "config.json"
@@ -543,10 +535,11 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
     if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
         found = f"model_type {config.get('model_type')!r}" if isinstance(config, dict) else f"{path.name} is no table"
         raise RecipeError(recipe.checkpoint, found, wanted=" or ".join(MODEL_TYPES))
+    _check_size(config, path)
     try:
         model = load_model(recipe.checkpoint)
-    except (OSError, SafetensorError) as error:  # both say what is missing or damaged
-        raise RecipeError(recipe.checkpoint, str(error)) from error
+    except Exception as error:  # transformers takes a config's word, and fails wherever that leads
+        raise RecipeError(recipe.checkpoint, f"transformers cannot load it ({error})") from error
     longest = min(model.config.max_position_embeddings, getattr(model.config, "sliding_window", None) or _NO_LIMIT)
     if recipe.data.context > longest:
         raise RecipeError("data.context", f"found {recipe.data.context}", wanted=f"at most the model's {longest}")
@@ -555,25 +548,22 @@ def starting_model(recipe: TrainingRecipe, tokenizer: TextTokenizer) -> CausalLM
     return model
 
 
-def _check_memory(model: ModelRecipe, vocab_size: int) -> None:
-    """Refuses a model whose weights alone, in fp32, are more than the machine's memory."""
-    a = Architecture(
-        model_type="llama",
-        num_layers=model.num_hidden_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_heads=model.num_attention_heads,
-        num_kv_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        vocab_size=vocab_size,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope=Rope(model.rope_theta),
-        tie_word_embeddings=model.tie_word_embeddings,
-    )
-    wanted, total = 4 * num_weights(a), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted > total:
-        raise RecipeError("model", f"{wanted / 1e9:.3g} GB of weights", wanted=f"less than {total / 1e9:.0f} GB")
+def _check_size(config: Mapping[str, Any], place: object) -> None:
+    """Refuses a model whose matrices alone, in fp32, are more than the machine's memory, by the numbers of its config.
+
+    Raises:
+        RecipeError: it is too large.
+    """
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    sizes: list[Any] = [config.get(name) for name in names]
+    if not all(type(size) is int for size in sizes):
+        return  # transformers has its own defaults, and says what it cannot take
+    layers, hidden, ffn, vocab = sizes
+    wanted = 4 * (layers * hidden * (2 * hidden + 3 * ffn) + vocab * hidden)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > total or layers > MOST_LAYERS:
+        found = f"a model of {layers} layers and {wanted / 1e9:.3g} GB"
+        raise RecipeError(place, found, wanted=f"at most {MOST_LAYERS} layers and {total / 1e9:.0f} GB")
 
 
 def training_arguments(recipe: TrainingRecipe, folder: Path) -> TrainingArguments:
