@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import random
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes.demo import CHECKPOINT
 from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bench.validity import Watch
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 from edgeskip.runtime.provenance import hardware_names
@@ -124,24 +124,14 @@ def run_all(models: dict[int, Model], ids: list[int], pairs: list[Pair], thresho
 def undisturbed(work: Callable[[], T]) -> T:
     """What the work gives, done again where other processes took more than DISTURBED of the machine's time."""
     for _ in range(TRIES):
-        start, others = time.perf_counter(), _others_seconds()
+        watch = Watch("cpu")
         result = work()
-        share = (_others_seconds() - others) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        share = watch.others_share()
         if share < DISTURBED:
             return result
         print(f"[{time.strftime('%H:%M:%S')}] others took {share:.0%} of the machine: once more", flush=True)
         time.sleep(1)
     sys.exit("the machine is not idle")
-
-
-def _others_seconds() -> float:
-    """Processor time of other processes so far, as far as the system tells."""
-    try:
-        user, nice, system, _, _, irq, softirq, steal, *_ = Path("/proc/stat").read_text().split()[1:]
-    except OSError:
-        return 0.0
-    ticks = sum(map(int, (user, nice, system, irq, softirq, steal)))
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def complete(model: Model, ids: list[int], pair: Pair, threshold: float) -> tuple[float, tuple[int, ...]]:
