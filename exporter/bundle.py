@@ -21,6 +21,7 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_SPECULATIONS,
+    PICKERS,
     GraphName,
     HeadRecord,
     check_exit_layer,
@@ -36,7 +37,9 @@ from edgeskip.runtime.bundle.manifest import (
     Manifest,
     Progress,
     chains_of,
+    formats_problem,
 )
+from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.errors import CheckpointError, RequestError
 from edgeskip.runtime.files import whole_folder, write_hashed
 from edgeskip.runtime.reading import read_bytes
@@ -141,6 +144,11 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
         reason = f"its attention window is {window}" if window == context else "the model's context"
         raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
     check_num_speculations(settings.num_speculations)
+    tensors = bundle_tensors(checkpoint.architecture, capacity, settings.dtype)
+    if problem := formats_problem(settings.formats, tensors, settings.dtype):
+        raise RequestError("formats", problem)
+    if settings.picker not in PICKERS:
+        raise RequestError("picker", settings.picker, wanted=" or ".join(PICKERS))
     vocab_size = checkpoint.architecture.vocab_size
     if settings.draft_vocabulary is not None and not 1 <= settings.draft_vocabulary < vocab_size:
         raise RequestError("draft vocabulary", f"{settings.draft_vocabulary}", wanted=f"1 to {vocab_size - 1} rows")

@@ -11,7 +11,7 @@ import numpy as np
 from edgeskip.runtime.bench.measure import Contestant, Run
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import StoredTensor
+from edgeskip.runtime.bundle.weights import StoredTensor, stored_arrays
 from edgeskip.runtime.errors import BackendError
 
 
@@ -24,9 +24,10 @@ def reference_model(bundle: Bundle, dtype: DType = "fp32", device: str = "cpu") 
     stored = getattr(torch, NUMBER_TYPES[bundle.manifest.dtype].torch)
     config = AutoConfig.from_pretrained(bundle.path("config.json"))
     state: dict[str, Any] = {}
+    arrays = stored_arrays(bundle)
     for record in bundle.manifest.tensors.values():
         if record.sources:
-            rows = torch.from_numpy(np.array(StoredTensor(bundle, record.name)[:]))
+            rows = torch.from_numpy(np.array(StoredTensor(bundle, record, arrays)[:]))
             whole = rows.view(stored).to(device, torch_dtype)
             parts: Any = torch.split(whole, [count for _, count in record.sources])
             state.update(zip((source for source, _ in record.sources), parts, strict=True))

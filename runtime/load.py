@@ -39,7 +39,16 @@ def load(
     opened = read_bundle(bundle)
     verify_hashes(opened, progress)
     stored_arrays(opened)  # a header that does not fit is found before any memory is taken by it
-    session = open_session(opened, backend=backend, device=device, threads=threads, dialect=dialect, progress=progress)
+    opened.manifest.split(exit_layer)  # an exit that it lacks, likewise
+    session = open_session(
+        opened,
+        backend=backend,
+        device=device,
+        threads=threads,
+        dialect=dialect,
+        exit_layer=exit_layer,
+        progress=progress,
+    )
     try:
         return Model(opened, session, exit_layer)
     except BaseException:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.segment import Segment
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from edgeskip.runtime.decoding.session import Memory
     from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.printable import one_line, printable
+
+_MOST_COLUMNS = 1000
 
 DRAFTED = "green"
 
@@ -82,7 +85,7 @@ def histogram(s: Statistics) -> str:
 def table(first: str, *others: str) -> Table:
     """A table of names, each followed by figures."""
     made = Table(box=None, pad_edge=False, padding=(0, 1))
-    made.add_column(first)
+    made.add_column(first, no_wrap=True)
     for name in others:
         made.add_column(name, justify="right", no_wrap=True)
     return made
@@ -112,10 +115,12 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
             after = f" after layer {exit_layer}" if len(m.chains) > 1 else ""
             console.print(f"{chain} subgraph{after}: {' -> '.join(graphs)}")
     graphs_table = Table(box=None, pad_edge=False)
-    for name in ("graph", "layers", "inputs", "outputs"):
+    for name in ("graph", "of", "inputs", "outputs"):
         graphs_table.add_column(name)
     for name, graph in m.graphs.items():
-        layers = f"{graph.first_layer}-{graph.last_layer - 1}" if graph.layers else "none"
+        layers = f"layers {graph.first_layer}-{graph.last_layer - 1}"
+        if graph.head:
+            layers = f"{graph.head.vocabulary} tokens, {graph.head.picker}"
         cells = []
         for tensors in (graph.inputs, graph.outputs):
             plain = [f"{t.name} \\[{','.join(t.shape)}]" for t in tensors if not t.is_cache]
@@ -123,6 +128,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
             cells.append(", ".join(plain + ([f"{caches} caches \\[B,N,C,D]"] if caches else [])))
         graphs_table.add_row(name, layers, *cells)
     console.print(graphs_table)
+    if m.formats:
+        console.print(shown("formats: " + ", ".join(f"{name} {format_}" for name, format_ in m.formats.items())))
     files = Table(box=None, pad_edge=False)
     files.add_column("file")
     files.add_column("MB", justify="right")
@@ -157,6 +164,11 @@ class _Console(Console):
         raise
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, Table):  # figures are not cut where lines are short
+            options = options or self.options
+            needs = Measurement.get(self, options.update(max_width=_MOST_COLUMNS), renderable)
+            least = needs.maximum if all(column.no_wrap for column in renderable.columns) else needs.minimum
+            options = options.update(width=max(options.max_width, least))
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 

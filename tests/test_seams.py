@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,17 +18,19 @@ from edgeskip.exporter.graphs import dialects as exporter_dialects
 from edgeskip.exporter.graphs import pickers as exporter_pickers
 from edgeskip.exporter.graphs.dialects import Standard
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
+from edgeskip.runtime.backends.trt_session import TrtSession
 from edgeskip.runtime.bundle import dialects, formats, graphs
 from edgeskip.runtime.bundle.dialects import Dialect
+from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.formats import Format, Part
-from edgeskip.runtime.bundle.graphs import Tensor
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, decode, prefill
-from edgeskip.runtime.decoding.rounds import draft_round, prefill_round, speculative_round
+from edgeskip.runtime.decoding.rounds import View, draft_round, prefill_round, speculative_round
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.load import load
 from tests.conftest import run_round, save_checkpoint
+from tests.standin import HostDevice, StandInTensorRT, with_engines
 
 PROMPTS = [list(map(int, np.random.default_rng(seed).integers(2, 300, 11))) for seed in range(6)]
 NEW_TOKENS = 40
@@ -36,6 +39,21 @@ NEW_TOKENS = 40
 def exported(checkpoint, folder, **settings):
     settings = {"exit_layer": 2, "prefill_chunk": 8} | settings
     return export_bundle(open_checkpoint(str(checkpoint)), folder, ExportSettings(**settings))
+
+
+@contextmanager
+def session_on(kind, bundle, dialect="ort"):
+    """The CPU's session, or TensorRT's on stand-ins for engines, which share what every session on CUDA does."""
+    if kind == "cpu":
+        with OrtCpuSession(bundle, dialect=dialect) as session:
+            yield session
+        return
+    device = HostDevice()
+    copied = with_engines(
+        bundle, bundle.folder.with_name(f"{bundle.folder.name}-engines"), sm=device.compute_capability
+    )
+    with TrtSession(copied, read_engines(copied)[0], device, StandInTensorRT()) as session:
+        yield session
 
 
 def greedy(model, prompt, new_tokens=NEW_TOKENS):
@@ -81,13 +99,23 @@ def test_a_bundle_with_two_exits_decodes_from_either_with_the_same_text(checkpoi
     assert accepted[1] != accepted[3]
 
 
+def test_engines_of_a_bundle_with_two_exits_decode_from_either(checkpoints, reference, tmp_path):
+    bundle = exported(checkpoints("llama-gqa"), tmp_path / "b", exit_layer=1, other_exits=(3,), draft_vocabulary=250)
+    with session_on("engines", bundle) as session:
+        for exit_layer in (1, 3):
+            split = bundle.manifest.split(exit_layer)
+            for prompt in PROMPTS[:3]:
+                ids, _ = loop(session, bundle, Decoding(split, 3), prompt)
+                assert until_eos(ids) == greedy(reference("llama-gqa"), prompt)
+
+
 def test_an_exit_that_a_bundle_lacks_is_refused_by_name(bundles):
     with pytest.raises(RequestError, match="exit layer: 3; wanted 2: the bundle is cut there"):
         load(bundles("llama-gqa").folder, device="cpu", exit_layer=3)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied"])
-def test_a_second_head_over_fewer_rows_drafts(variant, checkpoints, reference, tmp_path):
+@pytest.mark.parametrize(("variant", "kind"), [("llama-gqa", "cpu"), ("llama-tied", "cpu"), ("llama-tied", "engines")])
+def test_a_second_head_over_fewer_rows_drafts(variant, kind, checkpoints, reference, tmp_path):
     rows, model = 220, reference(variant)
     bundle = exported(checkpoints(variant), tmp_path / "b", exit_layer=3, draft_vocabulary=rows)
     split = bundle.manifest.split()
@@ -95,7 +123,7 @@ def test_a_second_head_over_fewer_rows_drafts(variant, checkpoints, reference, t
     whole = exported(checkpoints(variant), tmp_path / "whole", exit_layer=3)
     assert bundle.manifest.files[WEIGHTS] == whole.manifest.files[WEIGHTS]  # a prefix of the same bytes
     accepted = 0
-    with OrtCpuSession(bundle) as session:
+    with session_on(kind, bundle) as session:
         for prompt in PROMPTS:
             ids, count = loop(session, bundle, Decoding(split, 3), prompt)
             assert ids == loop(session, bundle, Decoding(split), prompt)[0]
@@ -109,8 +137,8 @@ def test_a_second_head_over_fewer_rows_drafts(variant, checkpoints, reference, t
         with torch.no_grad():
             states = model(torch.tensor([prompt[:9]]), output_hidden_states=True).hidden_states[3][0, -1]
             logits = model.lm_head(model.model.norm(states))[:rows]
-        np.testing.assert_allclose(session._buffers["draft_logits"][0, :rows], logits.numpy(), atol=1e-4)
-        assert session._buffers["draft_token_ids"][0] == int(logits.argmax())
+        np.testing.assert_allclose(session.read(View("draft_logits", 0, 1))[0, :rows], logits.numpy(), atol=1e-4)
+        assert session.read(View("draft_token_ids", 0, 1))[0] == int(logits.argmax())
         assert session.draft_confidence(0, rows) == pytest.approx(float(logits.softmax(0).max()), rel=1e-4)
 
 
@@ -122,7 +150,7 @@ def rows_in_8_bits(monkeypatch):
         scales = np.abs(rows.astype(np.float32)).max(axis=1) / 127
         return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
-    def read(op, parts):
+    def read(op, parts, _):
         return op.Mul(op.CastLike(parts[0], parts[1]), op.Unsqueeze(parts[1], [1]))
 
     parts = (Part("", "int8", lambda shape: shape), Part(".scale", "fp32", lambda shape: shape[:1]))
@@ -163,6 +191,48 @@ def test_a_tensor_of_a_new_format_goes_from_checkpoint_to_both_dialects(
     assert whole.manifest.weights_bytes - bundle.manifest.weights_bytes == pytest.approx(saved, abs=1024)
 
 
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_a_format_has_a_product_of_its_own_where_a_dialect_has_one(
+    dialect, rows_in_8_bits, checkpoints, monkeypatch, tmp_path
+):
+    """As a dialect with a kernel for it would have: it reads the parts, and another dialect the whole tensor."""
+
+    def product(op, x, weight):
+        numbers, scales = weight.parts
+        return op.Mul(op.MatMul(x, op.Transpose(op.CastLike(numbers, x), perm=[1, 0])), scales)
+
+    names = ["lm_head.weight", "model.layers.0.mlp.down_proj.weight"]
+    plain = exported(checkpoints("llama-gqa"), tmp_path / "plain", formats=dict.fromkeys(names, "test8"))
+    writer = replace(exporter_formats.WRITERS["test8"], products={"ort": product})
+    monkeypatch.setitem(exporter_formats.WRITERS, "test8", writer)
+    bundle = exported(checkpoints("llama-gqa"), tmp_path / "b", formats=dict.fromkeys(names, "test8"))
+    for graph in ("draft", "head"):
+        nodes = onnx.load(str(bundle.graph_path(graph, dialect)), load_external_data=False).graph.node
+        assert [node.op_type for node in nodes].count("MatMul") == (1 if dialect == "ort" else 0)
+    logits = []
+    for one in (plain, bundle):
+        with OrtCpuSession(one, dialect=dialect) as session:
+            prefill(session, Decoding(one.manifest.split()), embedding_table(one)[PROMPTS[0]], 8)
+            logits.append(session.read_logits(1)[0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"formats": {"lm_head": "fp32"}}, "formats: 'lm_head' is no tensor of the model"),
+        ({"formats": {"lm_head.weight": "fp16"}}, "formats: 'lm_head.weight' in 'fp16', where fp32 has fp32"),
+        ({"picker": "best"}, "picker: best; wanted greedy"),
+        ({"draft_vocabulary": 300}, "draft vocabulary: 300; wanted 1 to 299 rows"),
+        ({"other_exits": (4,)}, "exit layer: 4; wanted 1 to 3"),
+    ],
+)
+def test_what_no_bundle_can_be_is_refused_at_export(settings, message, checkpoints, tmp_path):
+    with pytest.raises(RequestError, match=message):
+        exported(checkpoints("llama-gqa"), tmp_path / "b", **settings)
+    assert not (tmp_path / "b").exists()
+
+
 class NewRows(Standard):
     """As `standard`, but what comes out are the rows of this call, not the caches with these rows in them."""
 
@@ -195,7 +265,7 @@ def more_dialects(monkeypatch):
 def test_a_dialect_with_other_conventions_decodes_the_same_text(
     variant, dialect, more_dialects, checkpoints, reference, tmp_path
 ):
-    bundle = exported(checkpoints(variant), tmp_path / "b")
+    bundle = exported(checkpoints(variant), tmp_path / "b", draft_vocabulary=200)
     split = bundle.manifest.split()
     with OrtCpuSession(bundle, dialect=dialect) as session:
         for prompt in PROMPTS[:3]:
@@ -228,19 +298,23 @@ class EveryThirdWorst:
         return {"signs": np.where(np.arange(first, first + rows) % 3 == 0, -1, 1)}
 
 
-@pytest.mark.parametrize("backend_dialect", ["ort", "standard"])
-def test_a_picker_that_is_not_greedy(backend_dialect, checkpoints, reference, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("kind", "dialect"), [("cpu", "ort"), ("cpu", "standard"), ("engines", "standard")])
+def test_a_picker_that_is_not_greedy(kind, dialect, checkpoints, reference, monkeypatch, tmp_path):
     def signed(op, logits, row_inputs):
         return op.ArgMax(
             op.Mul(logits, op.CastLike(op.Unsqueeze(row_inputs["signs"], [2]), logits)), axis=-1, keepdims=0
         )
 
-    monkeypatch.setitem(graphs.PICKERS, "signed", (Tensor("signs", "int64", ("B", "T")),))
+    monkeypatch.setitem(graphs.PICKERS, "signed", ("signs",))
     monkeypatch.setitem(exporter_pickers.PICKERS, "signed", signed)
     bundle = exported(checkpoints("llama-gqa"), tmp_path / "b", exit_layer=3, picker="signed")
     split, model = bundle.manifest.split(picker="signed"), reference("llama-gqa")
     accepted = 0
-    with OrtCpuSession(bundle, dialect=backend_dialect) as session:
+    with pytest.raises(RequestError, match="picker: greedy; wanted signed"):
+        load(bundle.folder, device="cpu")
+    with pytest.raises(RequestError, match="picker: greedy, with heads that are signed"):
+        Decoding(split)
+    with session_on(kind, bundle, dialect) as session:
         for prompt in PROMPTS[:3]:
             ids = list(prompt)
             for _ in range(NEW_TOKENS):
@@ -286,8 +360,7 @@ def test_draft_and_target_logits_are_kept_apart(bundles, reference):
         assert session._buffers["target_token_logits"][0] == pytest.approx(float(out.logits[0, -1].max()), abs=1e-4)
 
 
-def test_no_saved_model_is_needed_for_any_of_this(tmp_path, reference):
-    """A seam is open to every model: one saved here, cut after each of its layers."""
+def test_a_model_can_be_cut_after_each_of_its_layers(tmp_path, reference):
     folder = save_checkpoint(reference("qwen2"), tmp_path / "c")
     bundle = exported(folder, tmp_path / "b", exit_layer=1, other_exits=(2, 3), draft_vocabulary=250)
     for exit_layer in (1, 2, 3):

@@ -133,7 +133,7 @@ def run_check(
     whole = [model.encode(prompt, most=longest + 1) for prompt in prompts]
     prompt_ids = [ids[:longest] for ids in whole]
     threshold, tie_gap = THRESHOLDS[manifest.dtype], TIE_GAP[manifest.dtype]
-    runner, comparison = SessionRunner(model.bundle, model.session), Comparison()
+    runner, comparison = SessionRunner(model), Comparison()
     disagreements: list[Disagreement] = []
     agreed: dict[str, int] = dict.fromkeys(_MODES, 0)
     texts: list[_Text] = []
@@ -164,7 +164,7 @@ def run_check(
     return CheckReport(
         **vars(provenance(model, command)),
         reference=golden.source,
-        exit_layer=manifest.exit_layer,
+        exit_layer=model.split.exit_layer,
         rows_used=max(text.segments[-1].text.stop for text in texts),
         prompts=len(prompts),
         prompts_cut=sum(len(ids) > len(cut) for ids, cut in zip(whole, prompt_ids, strict=True)),
@@ -199,10 +199,10 @@ def _run_text(
     text: _Text, golden: Golden, runner: SessionRunner, comparison: Comparison, tie_gap: float
 ) -> Iterable[Disagreement]:
     """Compares a text's calls and the caches that it leaves; yields the tokens that the head picked differently."""
-    trace, head = golden.trace(text.token_ids), runner.manifest.split().head.graph
+    trace, head = golden.trace(text.token_ids), runner.split.head.graph
     for segment in text.segments:
         outputs, picked = runner.run(segment, trace)
-        wanted = golden_outputs(golden, trace, segment, picked, runner.manifest)
+        wanted = golden_outputs(golden, trace, segment, picked, runner)
         first = segment.text.stop - len(picked)
         for graph, tensors in outputs.items():
             for name, rows in tensors.items():

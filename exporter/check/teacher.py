@@ -20,9 +20,8 @@ import numpy.typing as npt
 from edgeskip.exporter.check.golden import Golden, Trace
 from edgeskip.exporter.formats import NUMPY_DTYPES
 from edgeskip.runtime.bundle.graphs import GraphName
-from edgeskip.runtime.bundle.manifest import Bundle, Manifest
+from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round, speculative_round
-from edgeskip.runtime.decoding.session import MeasuredSession
 
 Array = npt.NDArray[Any]
 Kind = Literal["prefill", "step", "verification", "cache"]
@@ -76,38 +75,44 @@ def tail(num_speculations: int) -> int:
 class SessionRunner:
     """Runs segments on a session of any backend."""
 
-    def __init__(self, bundle: Bundle, session: MeasuredSession) -> None:
-        self.manifest = bundle.manifest
-        self._session, self._dtype = session, bundle.manifest.dtype
-        self._graphs, self._split = bundle.manifest.graphs, bundle.manifest.split()
+    def __init__(self, model: Model) -> None:
+        manifest = model.bundle.manifest
+        self.graphs, self.split = manifest.graphs, model.split
+        self._session, self._dtype = model.session, manifest.dtype
         self._caches = {
-            name: [t.name for t in graph.inputs if t.is_cache] for name, graph in self._graphs.items() if graph.layers
+            name: [t.name for t in graph.inputs if t.is_cache] for name, graph in self.graphs.items() if graph.layers
         }
 
     def run(self, segment: Segment, trace: Trace) -> tuple[dict[GraphName, dict[str, Array]], Array]:
         """Each graph's outputs [kept, values] (a prompt's head has its last row alone), and the ids it picked."""
         if segment.kind == "prefill":
-            round_ = prefill_round(self._split, segment.rows, last=True, early_exit=False)
+            round_ = prefill_round(self.split, segment.rows, last=True, early_exit=False)
         else:
-            round_ = speculative_round(self._split, segment.rows - 1)
+            round_ = speculative_round(self.split, segment.rows - 1)
         outputs: dict[GraphName, dict[str, Array]] = {}
         for name in self._caches:
-            graph = self._graphs[name]
+            graph = self.graphs[name]
             calls = [call for call in round_.calls if call.graph == name]
             self._call(calls, segment, graph.reads, trace.states[graph.first_layer])
             outputs[name] = {graph.writes: self._session.read(View(graph.writes, 0, segment.kept))}
-        head, draft_head = round_.calls[-1], self._split.draft_head
+        head, draft_head = round_.calls[-1], self.split.draft_head
         drafts = [call for call in round_.calls[:-1] if call.graph == draft_head.graph]
-        if drafts and draft_head.graph != head.graph:
-            self._call(drafts, segment, self._split.exit_states, trace.states[self._split.exit_layer])
-            found = self._session.read(View("draft_logits", 0, min(len(drafts), segment.kept)))
+        if self.drafted(segment):
+            self._call(drafts, segment, self.split.exit_states, trace.states[self.split.exit_layer])
+            found = self._session.read(View("draft_logits", 0, self.drafted(segment)))
             outputs[draft_head.graph] = {"logits": found[:, : draft_head.vocabulary]}
-        self._call([head], segment, "hidden_states", trace.states[self._graphs[head.graph].first_layer])
+        self._call([head], segment, "hidden_states", trace.states[self.graphs[head.graph].first_layer])
         kept = 1 if segment.kind == "prefill" else segment.kept
         names = ("target_logits", "target_embeds", "target_token_ids")
         logits, embeds, picked = (self._session.read(View(name, 0, kept)) for name in names)
         outputs[head.graph] = {"logits": logits, "inputs_embeds": embeds}
         return outputs, picked
+
+    def drafted(self, segment: Segment) -> int:
+        """Rows of a segment's text that a head of its own drafts from; none where drafts have no such head."""
+        if segment.kind == "prefill" or self.split.draft_head == self.split.head:
+            return 0
+        return min(segment.rows - 1, segment.kept)
 
     def caches(self, rows: int) -> Iterator[tuple[GraphName, dict[str, Array]]]:
         """The first rows of every cache, [rows, N*D], by graph."""
@@ -128,17 +133,17 @@ class SessionRunner:
 
 
 def golden_outputs(
-    golden: Golden, trace: Trace, segment: Segment, picked: Array, manifest: Manifest
+    golden: Golden, trace: Trace, segment: Segment, picked: Array, runner: SessionRunner
 ) -> Mapping[GraphName, Mapping[str, Array]]:
     """What `SessionRunner.run` should have given, with the embeddings of the ids that it picked."""
-    split, layers = manifest.split(), manifest.architecture.num_layers
-    last = slice(segment.text.stop - len(picked), segment.text.stop)
+    split, last = runner.split, slice(segment.text.stop - len(picked), segment.text.stop)
     wanted: dict[GraphName, dict[str, Array]] = {
         name: {graph.writes: trace.states[graph.last_layer][segment.text]}
-        for name, graph in manifest.graphs.items()
+        for name, graph in runner.graphs.items()
         if not graph.head
     }
-    drafted = golden.logits(trace.states[split.exit_layer][segment.text][: max(segment.rows - 1, 0)])
-    wanted[split.draft_head.graph] = {"logits": drafted[:, : split.draft_head.vocabulary]}
-    logits = golden.logits(trace.states[layers][last])
+    if drafted := runner.drafted(segment):
+        logits = golden.logits(trace.states[split.exit_layer][segment.start : segment.start + drafted])
+        wanted[split.draft_head.graph] = {"logits": logits[:, : split.draft_head.vocabulary]}
+    logits = golden.logits(trace.states[max(trace.states)][last])
     return wanted | {split.head.graph: {"logits": logits, "inputs_embeds": golden.embeddings(picked)}}

@@ -41,6 +41,7 @@ from edgeskip.runtime.bundle.engines import (
 )
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
+from edgeskip.runtime.bundle.weights import held_bytes
 from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
 from edgeskip.runtime.host import has_nvidia_gpu
@@ -169,7 +170,7 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
     manifest, sm = bundle.manifest, target.compute_capability
     weights_sha256, onnx_sha256 = manifest.engine_sources
     destination = engines_folder(bundle, settings.backend, sm, version)
-    size = manifest.weights_bytes + KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
+    size = held_bytes(bundle) + KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
     profiles = engine_profiles(manifest)
     records: dict[str, EngineRecord] = {}
     try:

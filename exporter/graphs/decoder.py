@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 
+from edgeskip.exporter.formats import StoredValue
 from edgeskip.exporter.graphs.dialects import DialectWriter, Heads
 from edgeskip.exporter.graphs.pickers import PICKERS
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -27,9 +28,9 @@ Value = ir.Value
 
 
 class Weights(Protocol):
-    """The bundle's tensors as values of a graph, in the dtype that it computes in."""
+    """The bundle's tensors in a graph."""
 
-    def __call__(self, name: str, rows: int | None = None) -> Value:
+    def __call__(self, name: str, rows: int | None = None) -> StoredValue:
         """A whole tensor, or its first rows."""
         ...
 
@@ -72,14 +73,13 @@ class Decoder:
         logits = self.logits(hidden, rows)
         token_ids = PICKERS[head.picker](op, logits, row_inputs)
         token_logits = op.GatherND(logits, op.Unsqueeze(token_ids, [2]), batch_dims=2)
-        return logits, token_ids, token_logits, op.Gather(self.weights(EMBEDDINGS, rows), token_ids)
+        return logits, token_ids, token_logits, self.dialect.gather(op, self.weights(EMBEDDINGS, rows), token_ids)
 
     def logits(self, hidden: Value, rows: int | None = None) -> Value:
         """Final norm and LM head: hidden [B,T,H] -> logits [B,T,V], or those of the first rows of the vocabulary."""
         table = self.weights(EMBEDDINGS if self.architecture.tie_word_embeddings else LM_HEAD, rows)
-        normed = self.dialect.norm(self.op, hidden, self.weights(NORM), self.architecture.rms_norm_eps)
+        normed = self.dialect.norm(self.op, hidden, self._whole(NORM), self.architecture.rms_norm_eps)
         logits = self.dialect.logits(self.op, normed, table)
-        assert table.dtype is not None
         logits.type = ir.TensorType(table.dtype)
         return logits
 
@@ -88,12 +88,12 @@ class Decoder:
     ) -> tuple[Value, Value, Value, Value]:
         """One pre-norm layer: (residual stream, its last summand, which the next norm adds) -> the same, and caches."""
         a, op, eps = self.architecture, self.op, self.architecture.rms_norm_eps
-        normed, x = self.dialect.skip_norm(op, x, delta, self.weights(f"{name}.input_layernorm.weight"), eps)
+        normed, x = self.dialect.skip_norm(op, x, delta, self._whole(f"{name}.input_layernorm.weight"), eps)
         qkv = self._linear(f"{name}.self_attn.qkv_proj", normed, bias=a.qkv_bias)
         attended, key, value = self.dialect.attention(op, self._heads(name), qkv, pasts, places)
         flat = op.Reshape(attended, [-1, a.num_heads * a.head_dim])
         attended = self._linear(f"{name}.self_attn.o_proj", flat, bias=a.output_bias)
-        norm = self.weights(f"{name}.post_attention_layernorm.weight")
+        norm = self._whole(f"{name}.post_attention_layernorm.weight")
         normed, x = self.dialect.skip_norm(op, x, attended, norm, eps)
         return x, self._mlp(f"{name}.mlp", normed), key, value
 
@@ -101,7 +101,7 @@ class Decoder:
         a = self.architecture
         if not a.qk_norm:
             return Heads(a, None, None)
-        norms = (self.weights(f"{name}.self_attn.{part}_norm.weight") for part in "qk")
+        norms = (self._whole(f"{name}.self_attn.{part}_norm.weight") for part in "qk")
         q_norm, k_norm = (partial(self.dialect.norm, self.op, weight=norm, eps=a.rms_norm_eps) for norm in norms)
         return Heads(a, q_norm, k_norm)
 
@@ -113,7 +113,10 @@ class Decoder:
 
     def _linear(self, name: str, x: Value, *, bias: bool) -> Value:
         weight = self.weights(f"{name}.weight")
-        return self.dialect.linear(self.op, x, weight, self.weights(f"{name}.bias") if bias else None)
+        return self.dialect.linear(self.op, x, weight, self._whole(f"{name}.bias") if bias else None)
+
+    def _whole(self, name: str) -> Value:
+        return self.weights(name).whole(self.op)
 
     @contextmanager
     def _scope(self, name: str) -> Iterator[None]:

@@ -23,6 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from edgeskip.exporter.formats import WRITERS as WRITERS_OF_FORMATS
+from edgeskip.exporter.formats import StoredValue
 from edgeskip.runtime.bundle.architecture import Architecture
 
 Value = ir.Value
@@ -67,10 +69,20 @@ class DialectWriter(ABC):
     ) -> tuple[Value, Value, Value]:
         """Attends: projections [B*T, (Nq+2N)D] and caches [B,N,C,D] -> Nq*D per row, and the caches to hand back."""
 
-    def linear(self, op: OpBuilder, x: Value, weight: Value, bias: Value | None) -> Value:
-        """Y = x W^T + b over [rows, in] -> [rows, out]."""
-        inputs = (x, weight) if bias is None else (x, weight, bias)
-        out: Value = op.Gemm(*inputs, transB=1)
+    def linear(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
+        """Y = x W^T + b over [rows, in] -> [rows, out], by the format's own product where this dialect has one."""
+        if product := WRITERS_OF_FORMATS[weight.format].products.get(self.name):
+            out: Value = product(op, x, weight)
+            return out if bias is None else op.Add(out, bias)
+        inputs = (x, weight.whole(op)) if bias is None else (x, weight.whole(op), bias)
+        out = op.Gemm(*inputs, transB=1)
+        return out
+
+    def gather(self, op: OpBuilder, table: StoredValue, rows: Value) -> Value:
+        """Rows of a table [V,H] by number, [B,T] -> [B,T,H]."""
+        if gather := WRITERS_OF_FORMATS[table.format].gathers.get(self.name):
+            return gather(op, table, rows)
+        out: Value = op.Gather(table.whole(op), rows)
         return out
 
     def norm(self, op: OpBuilder, x: Value, weight: Value, eps: float) -> Value:
@@ -88,10 +100,9 @@ class DialectWriter(ABC):
         out: Value = op.Mul(x, op.Sigmoid(x))
         return out
 
-    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
+    def logits(self, op: OpBuilder, hidden: Value, table: StoredValue) -> Value:
         """Normed states [B,T,H] and a table [V,H] -> [B,T,V]."""
-        assert table.shape is not None
-        rows, size = table.shape.numpy()
+        rows, size = table.shape
         out: Value = op.Reshape(self.linear(op, op.Reshape(hidden, [-1, size]), table, None), [1, -1, rows])
         return out
 
@@ -180,9 +191,11 @@ class _Ort(DialectWriter):
         out: Value = op.QuickGelu(x, alpha=1.0, _domain="com.microsoft")
         return out
 
-    def logits(self, op: OpBuilder, hidden: Value, table: Value) -> Value:
-        """Without reshapes, each of which would copy the logits."""
-        out: Value = op.FusedMatMul(hidden, table, transB=1, _domain="com.microsoft")
+    def logits(self, op: OpBuilder, hidden: Value, table: StoredValue) -> Value:
+        """Without reshapes, each of which would copy the logits, where the format has no product of its own."""
+        if WRITERS_OF_FORMATS[table.format].products.get(self.name):
+            return super().logits(op, hidden, table)
+        out: Value = op.FusedMatMul(hidden, table.whole(op), transB=1, _domain="com.microsoft")
         return out
 
 

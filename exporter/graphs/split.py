@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from edgeskip.exporter.formats import ONNX_DTYPES
+from edgeskip.exporter.formats import ONNX_DTYPES, StoredValue
 from edgeskip.exporter.formats import WRITERS as FORMAT_WRITERS
 from edgeskip.exporter.graphs.decoder import Decoder
 from edgeskip.exporter.graphs.dialects import WRITERS as DIALECT_WRITERS
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
-from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import FORMATS, Part
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord
@@ -85,31 +84,35 @@ def begin(name: str, model: Model, dialect: str) -> Writing:
     decoder = Decoder(builder, model.architecture, writer, _weights(builder, model, dialect))
 
     def places(position_ids: ir.Value, capacity: int | ir.Value) -> Any:
-        cos, sin = map(decoder.weights, ROPE_TABLES)
+        cos, sin = (decoder.weights(name).whole(builder.op) for name in ROPE_TABLES)
         return writer.places(builder.op, position_ids, cos, sin, capacity)
 
     return Writing(decoder, places)
 
 
-def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[..., ir.Value]:
+def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[..., StoredValue]:
     """The bundle's tensors in a graph: each part once, as an initializer or as an input by the dialect's convention."""
-    values: dict[tuple[str, int | None], ir.Value] = {}
+    values: dict[tuple[str, int | None], StoredValue] = {}
     as_inputs = DIALECTS[dialect].weights == "inputs"
 
-    def part(name: str, number: str, rows: int | None) -> ir.Value:
-        array = model.arrays[name]
-        shape = array.shape if rows is None else (rows, *array.shape[1:])
+    def part(record: TensorRecord, one: Part, rows: int | None) -> ir.Value:
+        name, number = record.name + one.suffix, one.number_type(model.dtype)
+        array, count = model.arrays[name], record.shape[0] if rows is None else rows
+        shape = (array.shape[0] * count // record.shape[0], *array.shape[1:])
+        declared = FORMAT_WRITERS[record.format].declare(dialect, one.suffix, shape)
+        element, spelled = declared or (ONNX_DTYPES[number], shape)
         if as_inputs:
-            return builder.input(name, ONNX_DTYPES[number], list(shape))
-        size = math.prod(shape) * ITEMSIZE[number]
-        tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, ONNX_DTYPES[number], shape=ir.Shape(shape), name=name)
+            return builder.input(name, element, list(spelled))
+        size = array.bytes * count // record.shape[0]
+        tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(spelled), name=name)
         return builder.initializer(tensor, name, qualify=False)
 
-    def weights(name: str, rows: int | None = None) -> ir.Value:
+    def weights(name: str, rows: int | None = None) -> StoredValue:
         if (name, rows) not in values:
-            format_ = FORMATS[model.tensors[name].format]
-            parts = [part(name + one.suffix, one.number_type(model.dtype), rows) for one in format_.parts]
-            values[name, rows] = FORMAT_WRITERS[format_.name].read(builder.op, parts)
+            record = model.tensors[name]
+            parts = tuple(part(record, one, rows) for one in FORMATS[record.format].parts)
+            shape = (record.shape[0] if rows is None else rows, *record.shape[1:])
+            values[name, rows] = StoredValue(record.format, parts, shape, ONNX_DTYPES[model.dtype])
         return values[name, rows]
 
     return weights

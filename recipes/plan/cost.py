@@ -159,6 +159,8 @@ def samples_of_report(report: BenchReport) -> Iterator[Sample]:
     if early >= all_layers:
         raise ValueError(f"exit layer {early} of {all_layers} layers")
     layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, "head": 0}
+    if other := {stage.graph for stage in report.stages} - layers.keys():
+        raise ValueError(f"it has a graph {min(other)}, so several exits or heads")
     for stage in report.stages:
         if stage.graph not in layers:
             raise ValueError(f"times of a graph {stage.graph!r:.60}, none of {', '.join(layers)}")

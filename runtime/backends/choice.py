@@ -27,6 +27,7 @@ def open_session(
     device: DeviceChoice = "auto",
     threads: int = 0,
     dialect: str | None = None,
+    exit_layer: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> MeasuredSession:
     """Loads a bundle on a device.
@@ -38,6 +39,7 @@ def open_session(
             description then says why.
         threads: CPU threads; 0 means one per core.
         dialect: that of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
+        exit_layer: the exit that drafts, for what a device compiles beforehand; by default the bundle's own.
         progress: called while engines are checked.
 
     Raises:
@@ -47,21 +49,21 @@ def open_session(
     from edgeskip.runtime.bundle.engines import find_engines
 
     if backend in ("tensorrt", "tensorrt-rtx"):
-        return _open_engines(bundle, backend, *find_engines(bundle), progress)
+        return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
         found, problems = find_engines(bundle)
         refusals: list[EdgeskipError] = []
         for name in dict.fromkeys(engines.build.backend for engines in found):
             try:
-                return _open_engines(bundle, name, found, problems, progress)
+                return _open_engines(bundle, name, found, problems, exit_layer, progress)
             except EdgeskipError as error:
                 refusals.append(error)
                 why.append(f"not {name}: {error}")
         why += map(str, problems)
         if bundle.manifest.packed:  # it has nothing else
             raise next(iter([*refusals, *problems]), BundleError(bundle.folder, "packed, without engines"))
-    session = _open_onnxruntime(bundle, device, threads, dialect, why)
+    session = _open_onnxruntime(bundle, device, threads, dialect, exit_layer, why)
     session.description = "; ".join([session.description, *why])
     return session
 
@@ -71,6 +73,7 @@ def _open_engines(
     backend: EngineBackend,
     found: Sequence[Engines],
     problems: Sequence[BundleError],
+    exit_layer: int | None,
     progress: Progress,
 ) -> MeasuredSession:
     from edgeskip.runtime.backends.device import open_gpu
@@ -92,7 +95,7 @@ def _open_engines(
         if fitting is None:
             folder, reason = next(iter(reasons.items()))
             raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
-        return TrtSession(bundle, fitting, device, library, progress)
+        return TrtSession(bundle, fitting, device, library, exit_layer, progress)
     except BaseException:
         device.close()
         raise
@@ -113,7 +116,12 @@ def why_not_here(engines: Engines) -> str:
 
 
 def _open_onnxruntime(
-    bundle: Bundle, device: DeviceChoice, threads: int, dialect: str | None, why: list[str]
+    bundle: Bundle,
+    device: DeviceChoice,
+    threads: int,
+    dialect: str | None,
+    exit_layer: int | None,
+    why: list[str],
 ) -> MeasuredSession:
     from edgeskip.runtime.backends.cpu_session import OrtCpuSession
     from edgeskip.runtime.backends.device import open_gpu
@@ -121,12 +129,12 @@ def _open_onnxruntime(
     from edgeskip.runtime.backends.ort_cuda_session import OrtCudaSession
 
     if device == "cuda":
-        return OrtCudaSession(bundle, open_gpu("give --device cpu"), dialect=dialect)
+        return OrtCudaSession(bundle, open_gpu("give --device cpu"), dialect=dialect, exit_layer=exit_layer)
     if device == "auto" and "CUDAExecutionProvider" in onnxruntime().get_available_providers():
         try:
             gpu = open_gpu()
         except BackendError as error:
             why.append(f"not the GPU: {error}")
         else:
-            return OrtCudaSession(bundle, gpu, dialect=dialect)
+            return OrtCudaSession(bundle, gpu, dialect=dialect, exit_layer=exit_layer)
     return OrtCpuSession(bundle, threads=threads, dialect=dialect or "ort")

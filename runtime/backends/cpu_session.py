@@ -16,6 +16,7 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import mapped_weights
 from edgeskip.runtime.decoding.rounds import Call, Round, View, workspace
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
@@ -58,6 +59,7 @@ class OrtCpuSession(MeasuredSession):
         }
         self._caches, self._new_rows = self._make_caches(manifest.graphs.values(), numbers["float"], dialect)
         self._weights_bytes = manifest.weights_bytes
+        self._weights = mapped_weights(bundle) if DIALECTS[dialect].weights == "inputs" else {}
         self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
         self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
@@ -91,7 +93,7 @@ class OrtCpuSession(MeasuredSession):
         def address(place: str | View) -> int:
             if isinstance(place, View):
                 return int(self._buffers[place.buffer][place.start :].ctypes.data)
-            return int((self._caches | self._new_rows)[place].ctypes.data)
+            return int((self._caches | self._new_rows | self._weights)[place].ctypes.data)
 
         run = self._graphs.bound(call, "cpu", address)
         pasts = [call.cache(tensor.name) for tensor in self._graph_table[call.graph].inputs if tensor.is_cache]
@@ -133,9 +135,10 @@ class OrtCpuSession(MeasuredSession):
     def draft_confidence(self, row: int, vocabulary: int) -> float:
         """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
         logits, scratch = self._buffers["draft_logits"][row, :vocabulary], self._scratch[:vocabulary]
-        np.subtract(logits, self._buffers["draft_token_logits"][row], out=scratch)
+        picked, top = float(self._buffers["draft_token_logits"][row]), float(logits.max())
+        np.subtract(logits, top, out=scratch)
         np.exp(scratch, out=scratch)
-        return 1.0 / float(scratch.dot(self._ones[:vocabulary]))  # a sum, by one kernel
+        return math.exp(picked - top) / float(scratch.dot(self._ones[:vocabulary]))  # a sum, by one kernel
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
@@ -161,7 +164,7 @@ class OrtCpuSession(MeasuredSession):
 
     def memory(self) -> Memory:
         """Host memory by kind; what the backend takes beyond the weights cannot be told from the process's own."""
-        caches = sum(cache.nbytes for cache in self._caches.values())
+        caches = sum(cache.nbytes for cache in (*self._caches.values(), *self._new_rows.values()))
         return Memory(self._weights_bytes, caches, sum(buffer.nbytes for buffer in self._buffers.values()), None)
 
     def close(self) -> None:
@@ -170,6 +173,7 @@ class OrtCpuSession(MeasuredSession):
         self._graphs.close()
         self._buffers.clear()
         self._caches.clear()
+        self._new_rows.clear()
 
 
 class _CpuRound:

@@ -24,7 +24,15 @@ from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round
-from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
+from edgeskip.runtime.decoding.session import (
+    NOTHING,
+    BoundRound,
+    MeasuredSession,
+    Memory,
+    RoundResult,
+    RowInputs,
+    softmax_of,
+)
 
 _IDS = ("draft_token_ids", "target_token_ids")
 _READ_BACK = (*_IDS, "target_token_logits")
@@ -37,6 +45,7 @@ class CudaSession(MeasuredSession):
         bundle: what is loaded.
         device: where it is loaded to; the session closes it.
         weights_bytes: what the backend will take for weights.
+        exit_layer: the exit that drafts; by default the bundle's own.
 
     Raises:
         BackendError: not enough device memory for weights, caches and workspace.
@@ -44,7 +53,7 @@ class CudaSession(MeasuredSession):
 
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, device: CudaDevice, weights_bytes: int) -> None:
+    def __init__(self, bundle: Bundle, device: CudaDevice, weights_bytes: int, exit_layer: int | None = None) -> None:
         manifest = bundle.manifest
         self._device, self._dtype = device, manifest.dtype
         self._bound: dict[Round, BoundRound] = {}
@@ -52,7 +61,7 @@ class CudaSession(MeasuredSession):
         self._device_ns = self._captured_rounds = 0
         self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
-        self._graph_table, self._split = manifest.graphs, manifest.split()
+        self._graph_table, self._split = manifest.graphs, manifest.split(exit_layer)
         self._weights_bytes = weights_bytes
         buffers = buffer_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.prefill_chunk)
         caches = cache_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.max_length)
@@ -91,9 +100,13 @@ class CudaSession(MeasuredSession):
 
     def _warm_up(self, chunk: int) -> None:
         """Runs the largest calls once, so that a lack of memory shows now."""
-        round_ = self.bind(prefill_round(self._split, chunk, last=True, early_exit=False))
-        round_.start(0)
-        round_.wait()
+        self._try(prefill_round(self._split, chunk, last=True, early_exit=False))
+
+    def _try(self, round_: Round) -> None:
+        """Runs a round on whatever the buffers hold."""
+        bound = self.bind(round_)
+        bound.start(0, dict.fromkeys(round_.row_inputs, np.zeros(round_.rows, np.int64)))
+        bound.wait()
 
     def _bind(self, round_: Round) -> BoundRound:
         calls = [self._enqueued(call) for call in round_.calls]
@@ -144,7 +157,7 @@ class CudaSession(MeasuredSession):
         """Rows of a workspace buffer: ids as they are, all else in fp32."""
         size = self._buffers[view.buffer].row_bytes * view.rows
         raw = self._fetched(self._address(view), size)
-        return raw.view(np.int64).copy() if view.buffer in _IDS else self._widened(raw).reshape(view.rows, -1)
+        return raw.view(np.int64).copy() if self._is_integer(view.buffer) else self._widened(raw).reshape(view.rows, -1)
 
     def read_cache(self, name: str) -> npt.NDArray[Any]:
         """A whole cache, [N,C,D] in fp32."""
@@ -162,7 +175,7 @@ class CudaSession(MeasuredSession):
     def draft_confidence(self, row: int, vocabulary: int) -> float:
         """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
         logits = self.read(View("draft_logits", row, 1))[0, :vocabulary]
-        return float(1.0 / np.exp(logits - logits.max()).sum())
+        return softmax_of(logits, float(self.read(View("draft_token_logits", row, 1))[0, 0]))
 
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median device time of one call by itself, as a graph of its own, its first row at `position`."""
@@ -210,6 +223,9 @@ class CudaSession(MeasuredSession):
             address += arrays[name].bytes
         return arrays
 
+    def _is_integer(self, buffer: str) -> bool:
+        return buffer in _IDS or buffer in self._row_inputs
+
     def _fetched(self, address: int, size: int) -> npt.NDArray[Any]:
         """Bytes of device memory, once all that was started is done; valid until the next copy."""
         part = self._staging[:size]
@@ -252,13 +268,13 @@ class _CudaRound:
         self._launch: Callable[[], None] | None = None
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
-        """Enqueues the round or, from its third run on, launches it as one graph."""
+        """Enqueues the round or, from its second run on, launches it as one graph."""
         session = self._session
         if self._runs and self._replayed and self._launch is None and session._is_capturable(self._round):
             self._launch = session._device.captured(self._enqueue)
         np.add(self._rows, position, out=self._written["position_ids"])
-        for name, rows in row_inputs.items():
-            self._written[name][:] = rows
+        for name in self._round.row_inputs:
+            self._written[name][:] = row_inputs[name]
         self._watch.start()
         (self._launch or self._enqueue)()
         self._watch.stop()

@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from edgeskip.runtime.backends.device import INSTALL
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import mapped, stored_arrays
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
+from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.host import usable_cores
 from edgeskip.runtime.packages import install
+
+TABLES = (EMBEDDINGS, LM_HEAD)
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
 """With fp32 as it is: by default, products round it to the 10 bits of TF32."""
@@ -35,7 +36,7 @@ class OrtGraphs:
         bundle.require_graphs(fix="use the bundle that it was packed from, or --backend with its engines")
         self._table, self._dtype, self._dialect = manifest.graphs, manifest.dtype, DIALECTS[dialect]
         self._dims = dimensions(manifest.architecture, manifest.max_length)
-        self._weights = _mapped_weights(bundle) if self._dialect.weights == "inputs" else {}
+        self._weights = stored_arrays(bundle) if self._dialect.weights == "inputs" else {}
         self._sessions: dict[GraphName, Any] = {}
         for graph in self._table:
             path = bundle.graph_path(graph, dialect)
@@ -60,8 +61,9 @@ class OrtGraphs:
             for nodes in (session.get_inputs(), session.get_outputs())
         ]
         for name in found[0].keys() & self._weights.keys():
-            array, number = self._weights[name]
-            wanted[0][name] = (NUMBER_TYPES[number].ort, list(array.shape))
+            array, number = self._weights[name], NUMBER_TYPES[BY_SAFETENSORS[self._weights[name].dtype]]
+            rows = record.head.vocabulary if record.head and name.startswith(TABLES) else array.shape[0]
+            wanted[0][name] = (number.ort, [rows, *array.shape[1:]])  # of a table, the rows that its head knows
         if found != wanted:
             raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
 
@@ -79,7 +81,8 @@ class OrtGraphs:
         Args:
             call: the graph and its rows.
             device: where the memory is.
-            address: that of a cache, by its input's name; of its new rows, by its output's; of rows of the workspace.
+            address: of a cache, by its input's name; of the new rows of one, by its output's; of weights that are
+                inputs, by their name in the weights file; of rows of the workspace.
             run_options: ONNX Runtime's.
         """
         session, graph = self._sessions[call.graph], self._table[call.graph]
@@ -99,10 +102,10 @@ class OrtGraphs:
             if tensor.is_cache and in_place:
                 place = past_name(str(place))
             bind(binding.bind_output, tensor, self._output_shape(tensor), place)
-        for name in {node.name for node in session.get_inputs()} & self._weights.keys():
-            array, number = self._weights[name]
-            element = NUMBER_TYPES[number].onnx
-            binding.bind_input(name, device, 0, element, list(array.shape), array.ctypes.data)
+        for node in session.get_inputs():
+            if node.name in self._weights:
+                element = NUMBER_TYPES[BY_SAFETENSORS[self._weights[node.name].dtype]].onnx
+                binding.bind_input(node.name, device, 0, element, node.shape, address(node.name))
 
         def run() -> None:
             with ort_errors(call.graph):
@@ -114,14 +117,6 @@ class OrtGraphs:
         """Frees the graphs and their weights."""
         self._sessions.clear()
         self._weights.clear()
-
-
-def _mapped_weights(bundle: Bundle) -> dict[str, tuple[npt.NDArray[Any], str]]:
-    """The arrays of the weights file, mapped, and their number types."""
-    return {
-        name: (mapped(bundle, array, BY_SAFETENSORS[array.dtype]), BY_SAFETENSORS[array.dtype])
-        for name, array in stored_arrays(bundle).items()
-    }
 
 
 def has_cuda_provider(ort: Any) -> bool:

@@ -9,7 +9,9 @@ from typing import Any
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
+from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import held_bytes
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -24,13 +26,16 @@ class OrtCudaSession(CudaSession):
         bundle: what to load.
         device: where it is loaded to; the session closes it.
         dialect: by default `ort` for fp16 and bf16, and `standard` for fp32, which the fused attention does not have.
+        exit_layer: the exit that drafts; by default the bundle's own.
 
     Raises:
         BackendError: ONNX Runtime lacks its CUDA provider, CUDA libraries are missing, the driver is too old, an
             operator has no kernel for CUDA, or there is not enough device memory.
     """
 
-    def __init__(self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: CudaDevice, *, dialect: str | None = None, exit_layer: int | None = None
+    ) -> None:
         manifest = bundle.manifest
         dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
         self._graphs: OrtGraphs | None = None
@@ -39,8 +44,11 @@ class OrtCudaSession(CudaSession):
             if dialect == "ort" and manifest.dtype == "fp32":
                 found = "in fp32, which the ort dialect's attention lacks on CUDA"
                 raise BackendError(bundle.folder, found, wanted="the standard dialect")
+            if (DIALECTS[dialect].caches, DIALECTS[dialect].weights) != ("in-place", "initializers"):
+                found = f"the {dialect} dialect, whose caches or weights ONNX Runtime's session on CUDA does not manage"
+                raise BackendError(bundle.folder, found, wanted="ort or standard")
             check_cuda_provider(ort, device.driver_cuda_version)
-            super().__init__(bundle, device, manifest.weights_bytes)
+            super().__init__(bundle, device, held_bytes(bundle), exit_layer)
         except BaseException:
             device.close()
             raise
@@ -73,7 +81,7 @@ class OrtCudaSession(CudaSession):
         # A synchronized run gives back what unsynchronized runs borrowed from the host. Left to its destructor, ONNX
         # Runtime frees it in a callback of the stream, where CUDA permits no such call, and aborts the process.
         with suppress(Exception):
-            for call in speculative_round(self._split, 0).calls:
+            for call in speculative_round(self._split, 1).calls:  # every graph once at least
                 self._graphs.bound(call, "cuda", self._place)()
             self._device.stream.sync()
         self._graphs.close()

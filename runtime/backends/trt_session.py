@@ -45,6 +45,7 @@ class TrtSession(CudaSession):
         engines: built for this GPU by the installed version.
         device: where they are loaded to; the session closes it.
         library: the TensorRT module.
+        exit_layer: the exit that drafts; by default the bundle's own.
         progress: called while the engines are checked.
 
     Raises:
@@ -58,6 +59,7 @@ class TrtSession(CudaSession):
         engines: Engines,
         device: CudaDevice,
         library: Any,
+        exit_layer: int | None = None,
         progress: Progress = lambda *_: None,
     ) -> None:
         self._library, self._build = library, engines.build
@@ -66,7 +68,7 @@ class TrtSession(CudaSession):
         self._aligned: dict[View, DeviceArray] = {}
         self._runtime_caches: dict[str, Any] = {}
         try:
-            super().__init__(bundle, device, sum(record.bytes for record in engines.build.engines.values()))
+            super().__init__(bundle, device, sum(record.bytes for record in engines.build.engines.values()), exit_layer)
             again = build_command(bundle, engines.build.backend, device.compute_capability)
             if reason := why_not(engines, device.compute_capability, library.__version__):
                 raise BundleError(engines.folder, reason, fix=again)
@@ -80,9 +82,7 @@ class TrtSession(CudaSession):
             self._warm_up(bundle.manifest.prefill_chunk)
             k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
             for _ in range(2):  # enqueued, then captured
-                round_ = self.bind(speculative_round(self._split, k))
-                round_.start(0)
-                round_.wait()
+                self._try(speculative_round(self._split, k))
         except BaseException:
             self.close()
             raise

@@ -25,7 +25,7 @@ from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import Mode, distinct_calls
+from edgeskip.runtime.decoding.rounds import Mode, distinct_calls, speculative_round
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError
@@ -136,7 +136,7 @@ class BenchReport(Provenance):
     whether the machine was idle enough, and `doubts` why it seems not to have been.
 
     `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` is what one call of each graph reads, and
-    `ideal_ms_per_token` the time for their sum at that rate. `prompt_tokens` is a median.
+    `ideal_ms_per_token` the time for those of a plain step at that rate. `prompt_tokens` is a median.
     """
 
     exit_layer: Size
@@ -183,7 +183,7 @@ def run_bench(
     """
     for k in settings.grid:
         check_num_speculations(k)
-    manifest, session = model.bundle.manifest, model.session
+    session = model.session
     prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
     if settings.confidence_threshold is None:
@@ -192,6 +192,7 @@ def run_bench(
     contestants = [_ours(model, k, settings) for k in (0, *settings.grid)]
     measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
     weights, memory = read_bytes(model.bundle), session.memory()
+    plain_bytes = sum(weights[call.graph] for call in speculative_round(model.split, 0).calls)
     copy_rates.append(session.copy_bytes_per_second())
     copy_rate = max(copy_rates)  # what else runs only ever slows a copy down
     stages = tuple(_time_stages(model, settings.grid, longest, weights, copy_rate))
@@ -213,13 +214,13 @@ def run_bench(
     foreign_modes = {other.mode for other in foreign}
     return BenchReport(
         **vars(provenance(model, command)),
-        exit_layer=manifest.exit_layer,
+        exit_layer=model.split.exit_layer,
         prompts=len(prompts),
         prompt_tokens=int(statistics.median(map(len, prompt_ids))),
         settings=settings,
         copy_gb_per_s=copy_rate / 1e9,
         weight_bytes=weights,
-        ideal_ms_per_token=1e3 * sum(weights.values()) / copy_rate,
+        ideal_ms_per_token=1e3 * plain_bytes / copy_rate,
         memory_bytes=memory,
         stages=stages,
         rows=rows,

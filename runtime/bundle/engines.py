@@ -108,16 +108,19 @@ class Engines:
 def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
     """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
 
-    A round runs draft one row at a time, verify on all its rows at once, and the head in both ways; see rounds.py.
+    A round runs what drafts one row at a time, what verifies on all its rows, and a head that serves both in both ways;
+    which graphs draft is said by the bundle's own exit layer. See decoding/rounds.py.
     """
     most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
     rows = min(manifest.num_speculations + 1, most)
     prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
-    drafting = {link.graph for link in manifest.split().draft}
+    split = manifest.split()
+    one_row = {link.graph for link in split.draft} | {split.draft_head.graph} - {split.head.graph}
     return {
-        name: (EngineProfile(1, rows, most),)
-        if graph.head
-        else (EngineProfile(1, 1 if name in drafting else rows, most), *prefill)
+        name: (
+            EngineProfile(1, 1 if name in one_row else rows, most),
+            *(() if graph.head else prefill),
+        )
         for name, graph in manifest.graphs.items()
     }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES, DType
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -64,5 +64,3 @@ FORMATS: dict[str, Format] = {
     name: Format(name, (Part("", name, _same),), _as_stored) for name in ("fp32", "fp16", "bf16")
 }
 """By name. A plain format stores each number as it is and is read without conversion, so it must be the dtype."""
-
-assert FORMATS.keys() <= NUMBER_TYPES.keys()

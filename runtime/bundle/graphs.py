@@ -50,8 +50,8 @@ class Tensor:
 NEW_ROWS = ("B", "N", "T", "D")
 """Shape of a cache output that holds only the rows of this call."""
 
-PICKERS: dict[str, tuple[Tensor, ...]] = {"greedy": ()}
-"""Ways in which a head picks a token from its logits, and what it is told about each row: tensors [B,T]."""
+PICKERS: dict[str, tuple[str, ...]] = {"greedy": ()}
+"""Ways in which a head picks a token from its logits, and what it is told about each row: int64 inputs [B,T]."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Split:
     """The model cut after one exit layer: the graphs that draft and those that verify, in order, and their heads."""
 
     exit_layer: int
+    picker: str
     draft: tuple[Link, ...]
     verify: tuple[Link, ...]
     draft_head: Head
@@ -140,13 +141,14 @@ def graph_table(
         inputs = (states[first], positions, *_caches("past_key_values", layers))
         graphs[name] = Graph(first, last, inputs, (states[last], *_caches("present", layers)))
     for name, head in heads.items():
+        told = tuple(Tensor(told, "int64", ("B", "T")) for told in PICKERS[head.picker])
         picked = (
             Tensor("logits", "float", ("B", "T", "V")),
             Tensor("token_ids", "int64", ("B", "T")),
             Tensor("token_logits", "float", ("B", "T")),
             states[0],
         )
-        graphs[name] = Graph(num_layers, num_layers, (states[num_layers], *PICKERS[head.picker]), picked, head)
+        graphs[name] = Graph(num_layers, num_layers, (states[num_layers], *told), picked, head)
     return graphs
 
 
@@ -178,6 +180,7 @@ def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | N
         raise RequestError("picker", f"{picker}", wanted=" or ".join(sorted({*pickers})))
     return Split(
         exit_layer,
+        picker or pickers[0],
         draft=tuple(link for graph, link in links if graph.last_layer <= exit_layer),
         verify=tuple(link for graph, link in links if graph.first_layer >= exit_layer),
         draft_head=min(heads, key=lambda head: head.vocabulary),

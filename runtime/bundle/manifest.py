@@ -16,14 +16,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from edgeskip.runtime.bundle.architecture import Architecture, Size
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.graphs import (
     MAX_SPECULATIONS,
@@ -45,6 +46,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 FORMAT_VERSION = 2
 _MOST_HEADS = 16
+_GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 SEAL = "sha256"  # the key of a record's own hash
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}")
@@ -264,6 +266,17 @@ def chains_of(
     }
 
 
+def formats_problem(formats: Mapping[str, str], tensors: Iterable[str], dtype: DType) -> str:
+    """What is wrong with the formats of some tensors, by name; empty where nothing is."""
+    known, names = [name for name in FORMATS if name == dtype or name not in NUMBER_TYPES], set(tensors)
+    for name, format_ in formats.items():
+        if name not in names:
+            return f"{name!r} is no tensor of the model"
+        if format_ not in known:  # another plain format would have to be converted at each call
+            return f"{name!r} in {format_!r}, where {dtype} has {', '.join(known)}"
+    return ""
+
+
 def counted(what: str, total: int, progress: Progress) -> Callable[[int], None]:
     """Adds up bytes as they come, and tells `progress`."""
     done = 0
@@ -281,8 +294,18 @@ def _check_version(path: Path, data: Any) -> None:
     if not isinstance(version, int):
         raise BundleError(path, "no format_version, so not a bundle's manifest", fix="export the bundle again")
     if version != FORMAT_VERSION:
-        fix = "upgrade edgeskip" if version > FORMAT_VERSION else "export the bundle again"
+        fix = "upgrade edgeskip" if version > FORMAT_VERSION else f"export it again: {_export_command(data)}"
         raise BundleError(path, f"format version {version}", wanted=f"{FORMAT_VERSION}", fix=fix)
+
+
+def _export_command(data: Mapping[str, Any]) -> str:
+    """The command that makes a bundle anew, as far as its manifest of another version tells."""
+    given = {"source": "CHECKPOINT"} | {k: v for k, v in data.items() if isinstance(v, (str, int)) and v is not True}
+    words = ["edgeskip", "export", str(given["source"])[:200], "NEW_BUNDLE"]
+    for key in ("exit_layer", "dtype", "max_length"):
+        if key in given:
+            words += [f"--{key.replace('_', '-')}", str(given[key])[:20]]
+    return shlex.join(words)
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:
@@ -302,10 +325,11 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
     if len(manifest.heads) > _MOST_HEADS:
         raise BundleError(path, f"{len(manifest.heads)} heads", wanted=f"at most {_MOST_HEADS}")
     for name, head in manifest.heads.items():
-        if head.picker not in PICKERS or not 1 <= head.vocabulary <= vocab_size or not FILE_NAME.fullmatch(name):
+        if head.picker not in PICKERS or not 1 <= head.vocabulary <= vocab_size or not _GRAPH_NAME.fullmatch(name):
             raise BundleError(path, f"head {name!r} {head}", wanted=f"1 to {vocab_size} rows, by {', '.join(PICKERS)}")
-    if max((head.vocabulary for head in manifest.heads.values()), default=0) != vocab_size:
-        raise BundleError(path, "no head knows the whole vocabulary", fix="export the bundle again")
+    for picker in {head.picker for head in manifest.heads.values()} or {"greedy"}:
+        if vocab_size not in [head.vocabulary for head in manifest.heads.values() if head.picker == picker]:
+            raise BundleError(path, f"no {picker} head knows the whole vocabulary", fix="export the bundle again")
     table = graph_table(layers, exits, manifest.heads)
     if manifest.graphs != table or manifest.chains != chains_of(table, exits):
         raise BundleError(
@@ -313,10 +337,8 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         )
     if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(table):
         raise BundleError(path, "packed: not of every graph", wanted=", ".join(table), fix="pack the bundle again")
-    tensors = manifest.tensors if manifest.formats else {}
-    for name, format_ in manifest.formats.items():
-        if format_ not in FORMATS or name not in tensors:
-            raise BundleError(path, f"formats: {name!r} in {format_!r}", wanted=f"tensors in {', '.join(FORMATS)}")
+    if manifest.formats and (problem := formats_problem(manifest.formats, manifest.tensors, manifest.dtype)):
+        raise BundleError(path, f"formats: {problem}", fix="export the bundle again")
     wanted = [WEIGHTS, "tokenizer.json"]
     if not manifest.packed:
         wanted += [dialect.file.format(graph) for dialect in DIALECTS.values() for graph in table]

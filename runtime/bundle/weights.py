@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
+from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.formats import FORMATS, Format
 from edgeskip.runtime.bundle.graphs import Graph, GraphName
 from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
@@ -84,8 +84,8 @@ def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise BundleError(path, f"__metadata__ is {metadata!r:.60}", wanted="a table of texts", fix=_FIX)
-    tensors = [manifest.tensors[EMBEDDINGS]] if manifest.packed else manifest.tensors.values()
-    arrays = lay_out(tensors, manifest.dtype)
+    tensors = manifest.tensors
+    arrays = lay_out([tensors[EMBEDDINGS]] if manifest.packed else tensors.values(), manifest.dtype)
     last = start + max(array.offset + array.bytes for array in arrays.values())
     if last != end:
         raise BundleError(path, f"{end} bytes", wanted=f"{last}, by its manifest", fix=_FIX)
@@ -127,12 +127,12 @@ def _text(entry: Any) -> str:
 class StoredTensor:
     """A tensor of the bundle in any format, mapped from the weights file."""
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
-        arrays, record = stored_arrays(bundle), bundle.manifest.tensors[name]
+    def __init__(self, bundle: Bundle, record: TensorRecord, arrays: Mapping[str, StoredArray]) -> None:
         self._format: Format = FORMATS[record.format]
         self._dtype: DType = bundle.manifest.dtype
         self._parts = [
-            mapped(bundle, arrays[name + part.suffix], part.number_type(self._dtype)) for part in self._format.parts
+            mapped(bundle, arrays[record.name + part.suffix], part.number_type(self._dtype))
+            for part in self._format.parts
         ]
 
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
@@ -142,13 +142,28 @@ class StoredTensor:
 
 def embedding_table(bundle: Bundle) -> StoredTensor:
     """The token embeddings [V,H]."""
-    return StoredTensor(bundle, EMBEDDINGS)
+    return StoredTensor(bundle, bundle.manifest.tensors[EMBEDDINGS], stored_arrays(bundle))
 
 
 def mapped(bundle: Bundle, array: StoredArray, number: str) -> npt.NDArray[Any]:
     """An array of the weights file, mapped; bf16 as raw 16-bit words."""
     kind = np.dtype(NUMBER_TYPES[number].numpy)
     return np.memmap(bundle.path(WEIGHTS), kind, "r", offset=array.offset, shape=array.shape)
+
+
+def mapped_weights(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
+    """Every array of the weights file, mapped; bf16 as raw 16-bit words."""
+    return {name: mapped(bundle, one, BY_SAFETENSORS[one.dtype]) for name, one in stored_arrays(bundle).items()}
+
+
+def held_bytes(bundle: Bundle) -> int:
+    """Bytes of weights where each graph holds its own: the file, and the table of every head but the first again."""
+    manifest = bundle.manifest
+    again = [name for name, graph in manifest.graphs.items() if graph.head][1:]
+    if not again:
+        return manifest.weights_bytes
+    read = read_bytes(bundle)
+    return manifest.weights_bytes + sum(read[name] for name in again)
 
 
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:

@@ -8,7 +8,7 @@ and overwritten by the next round.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from edgeskip.runtime.decoding.rounds import (
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
-from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.errors import BackendError, RequestError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Decoding:
         num_speculations: K, the most drafts per round; 0 is plain decoding.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
-        picker: how tokens are picked.
+        picker: how tokens are picked; the split's heads must pick so.
+
+    Raises:
+        RequestError: they do not.
     """
 
     split: Split
@@ -45,6 +48,11 @@ class Decoding:
     confidence_threshold: float = 0.0
     early_exit: bool = False
     picker: Picker = GREEDY
+
+    def __post_init__(self) -> None:
+        if self.picker.name != self.split.picker:
+            found = f"{self.picker.name}, with heads that are {self.split.picker}"
+            raise RequestError("picker", found, wanted="the heads' own")
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,9 @@ def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
     if not (how.num_speculations and how.confidence_threshold):
         whole = [_Whole(session, how, speculative_round(how.split, k)) for k in range(how.num_speculations + 1)]
         return lambda k: whole[k]
-    confident = [_WhileConfident(session, how, k) for k in range(how.num_speculations + 1)]
+    drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(how.num_speculations)]
+    checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(how.num_speculations + 1)]
+    confident = [_WhileConfident(session, how, drafts[:k], checks) for k in range(how.num_speculations + 1)]
     return lambda k: confident[k]
 
 
@@ -151,11 +161,10 @@ class _Whole:
 
 
 class _WhileConfident:
-    """A round of at most K drafts that stops drafting after the first one whose probability is below the threshold."""
+    """A round that stops drafting after the first draft less probable than the threshold, or the last of these."""
 
-    def __init__(self, session: Session, how: Decoding, num_speculations: int) -> None:
-        self._drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(num_speculations)]
-        self._checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(num_speculations + 1)]
+    def __init__(self, session: Session, how: Decoding, drafts: Sequence[_Whole], checks: Sequence[_Whole]) -> None:
+        self._drafts, self._checks = drafts, checks
         self._session, self._threshold = session, how.confidence_threshold
         self._vocabulary = how.split.draft_head.vocabulary
         self._position = 0

@@ -14,6 +14,7 @@ from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
 from edgeskip.runtime.decoding.rounds import MODES, Mode
+from edgeskip.runtime.decoding.sampling import GREEDY
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
@@ -53,7 +54,7 @@ class Model:
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
         self.bundle, self.session = bundle, session
-        self.split = bundle.manifest.split(exit_layer)
+        self.split = bundle.manifest.split(exit_layer, GREEDY.name)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self._busy = self._closed = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.decoding.rounds import Call, Round, View
@@ -24,6 +26,12 @@ class RoundResult:
     draft_ids: list[int]
     target_ids: list[int]
     target_logits: list[float]
+
+
+def softmax_of(logits: npt.NDArray[Any], picked: float) -> float:
+    """The probability of the token with the logit `picked` among logits [V] in fp32."""
+    top = float(logits.max())
+    return math.exp(picked - top) / float(np.exp(logits - top).sum())
 
 
 class BoundRound(Protocol):
