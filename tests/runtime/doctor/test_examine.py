@@ -259,6 +259,7 @@ def test_a_folder_that_is_gone_and_a_home_that_is_not_there_are_unknown(monkeypa
     assert "No such file" in report.unknown["disk"]
     assert report.unknown["cache_disk"] == "RuntimeError: Could not determine home directory."
     assert judged(report, "onnxruntime", "cpu").works
+    monkeypatch.chdir(tmp_path)  # without a current folder no command begins
     printed = CliRunner().invoke(main, ["doctor"]).stdout
     assert "cache                unknown (RuntimeError: Could not determine home directory.)\n" in printed
 
