@@ -199,12 +199,12 @@ def _result(command):
 def _fault(command, target):
     """What is wrong with how a command ended; nothing is, as a rule."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = _peak_bytes()[1], time.monotonic()
+    before, start = _peak_bytes()[1], time.process_time()
     try:
         result = _result(command)
     except BaseException as error:  # a panic in a library, or our own alarm
         return f"{type(error).__name__}: {error}", None
-    taken, seconds = _peak_bytes()[0] - before, time.monotonic() - start
+    taken, seconds = _peak_bytes()[0] - before, time.process_time() - start
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return f"{type(result.exception).__name__}: {result.exception}", result
     lines = result.stderr.splitlines()

@@ -26,10 +26,8 @@ def waiting(bundle, ignored=()):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen(command, text=True, preexec_fn=ignore, **pipes)
     wanted = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGHUP) if number not in ignored)
-    deadline = time.monotonic() + 60
     while wanted & ~caught(process.pid):
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
 
@@ -44,7 +42,7 @@ def caught(pid):
 def test_a_signal_ends_the_run_without_a_traceback(number, bundles):
     with waiting(bundles("llama-gqa")) as process:
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate()
     assert process.returncode == ENDS[number]
     assert (stdout, stderr) == ("", "edgeskip: interrupted\n" if number == signal.SIGINT else "")
 
@@ -54,6 +52,6 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number, bundles):
     """SIGHUP by nohup, SIGINT by a shell for its jobs in the background."""
     with waiting(bundles("llama-gqa"), ignored=[number]) as process:
         process.send_signal(number)
-        stdout, stderr = process.communicate("def f(x):", timeout=60)
+        stdout, stderr = process.communicate("def f(x):")
     assert process.returncode == 0, stderr
     assert stdout

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,13 +69,12 @@ def test_processor_time_of_others_is_that_of_this_processs_cores(tmp_path, monke
 
 
 def test_a_watch_gives_the_share_of_the_time_since(monkeypatch):
-    times, others = iter([100.0, 110.0]), iter([7.0, 13.0])
-    monkeypatch.setattr(validity.time, "monotonic", lambda: next(times))
+    times, others = iter([100.0, 110.0, 200.0, 210.0, 300.0, 310.0]), iter([7.0, 13.0])
+    monkeypatch.setattr(validity, "time", SimpleNamespace(monotonic=lambda: next(times)))
     monkeypatch.setattr(validity, "others_seconds", lambda: next(others))
     monkeypatch.setattr(validity, "usable_cores", lambda: 2)
     assert Watch("cpu").others_share() == 0.3
     monkeypatch.setattr(validity, "others_seconds", lambda: None)
-    monkeypatch.setattr(validity.time, "monotonic", lambda: 1.0)
     assert Watch("cpu").others_share() == 0.0
     seconds = iter([0.0, 10.0])
     monkeypatch.setattr(validity, "others_seconds", lambda: next(seconds))
