@@ -18,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from edgeskip.exporter.config import read_json
 from edgeskip.exporter.tokenizer_classes import Settings, TokenizerClass, tokenizer_class
+from edgeskip.runtime.bundle.architecture import MOST_SIZE
 from edgeskip.runtime.decoding.tokenizer import MOST_BYTES, tokenizer_from_json, tokenizers_errors
 from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.reading import kind_of, parse_json, read_text
@@ -60,6 +61,8 @@ def read_checkpoint_tokenizer(folder: Path, config: Mapping[str, Any]) -> Checkp
         raise CheckpointError(folder, found, fix=_SAVE_AGAIN)
     text = read_text(path, CheckpointError, most=MOST_BYTES)
     made = tokenizer_from_json(text, path, CheckpointError)
+    if (last := max(made.get_vocab(with_added_tokens=True).values(), default=0)) >= MOST_SIZE:
+        raise CheckpointError(path, f"token id {last}", wanted=f"less than {MOST_SIZE}")  # the library counts up to it
     stored = parse_json(text.encode(), path, CheckpointError)
     place = folder / "tokenizer_config.json"
     settings = read_json(place) if kind_of(place, CheckpointError) else {}
@@ -147,9 +150,9 @@ def _chat_template(folder: Path, settings: Settings) -> str | None:
     if not templates:
         templates = settings.get("chat_template")
         if isinstance(templates, list):
-            if not all(isinstance(one, dict) and {"name", "template"} <= set(one) for one in templates):
-                raise CheckpointError(place, "chat_template is a list", wanted="each with a name and a template")
-            templates = {one["name"]: one["template"] for one in templates}
+            if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in templates):
+                raise CheckpointError(place, "chat_template is a list", wanted="templates with names")
+            templates = {one["name"]: one.get("template") for one in templates}
     template = templates.get("default") if isinstance(templates, dict) else templates
     if not isinstance(template, str | None):
         raise CheckpointError(place, f"chat_template is {template!r:.60}", wanted="a text")
@@ -193,20 +196,20 @@ def _gather(folder: Path, settings: Settings, stored: Settings) -> dict[int, Add
 def _merge_special_tokens_map(settings: Settings, names: Settings) -> None:
     for name, value in names.items():
         if name == "extra_special_tokens" and isinstance(value, list):
-            tokens = [AddedToken(**token, special=True) if isinstance(token, dict) else token for token in value]
+            tokens = [_added(token, special=True) if isinstance(token, dict) else token for token in value]
             known = list(settings.get(name) or [])
             settings[name] = known + [token for token in tokens if token not in known]
         elif isinstance(value, dict) and name != "extra_special_tokens":
-            settings[name] = _added(value | {"special": True})
+            settings[name] = _added({key: flag for key, flag in value.items() if key != "special"}, special=True)
         else:
             settings[name] = value
 
 
-def _added(token: Settings) -> AddedToken:
+def _added(token: Settings, **flags: Any) -> AddedToken:
     """A token that is written out as a table; other keys are none of the library's, and it would print them."""
     if "content" not in token:
         raise ValueError("a token without content")
-    return AddedToken(**{key: value for key, value in token.items() if key in _FLAGS})
+    return AddedToken(**{key: value for key, value in token.items() if key in _FLAGS}, **flags)
 
 
 def _written_out(value: Any) -> Any:

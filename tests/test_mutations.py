@@ -80,6 +80,9 @@ def targets(bundles, checkpoints, tmp_path_factory):
             "chat_template": template,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        user = {"content": "<|user|>", "lstrip": True}
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": user, "unk_token": "<s>"}))
+        (folder / "added_tokens.json").write_text(json.dumps({"<|user|>": 258}))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "bos_token_id": 0}))
     _shard(sharded)
     (bundle / "chat_template.jinja").write_text(template)
@@ -122,6 +125,8 @@ def targets(bundles, checkpoints, tmp_path_factory):
         Target(checkpoint / "generation_config.json", both, (export,), (3,), outputs=(out,)),
         Target(checkpoint / "tokenizer_config.json", both, (export,), (3,), outputs=(out,)),
         Target(checkpoint / "tokenizer.json", both, (export,), (3,), outputs=(out,)),
+        Target(checkpoint / "special_tokens_map.json", both, (export,), (3,), outputs=(out,)),
+        Target(checkpoint / "added_tokens.json", both, (export,), (3,), outputs=(out,)),
         Target(checkpoint / "model.safetensors", (mutated_header,), (export,), (3,), outputs=(out,)),
         Target(sharded / "model.safetensors.index.json", both, (export_shards,), (3,), outputs=(out,)),
         Target(model, toml, (plan, ("recipes", "validate", model)), (1, 3, 5, 7)),

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.decoding.tokenizer import decoder_steps
+from edgeskip.runtime.decoding.tokenizer import decoder_steps, tokenizers_errors
+from edgeskip.runtime.errors import BundleError
 
 _CONTEXT = 8  # tokens before those in question, which decide about leading spaces
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -107,7 +108,8 @@ class _Runs:
         return self._is_byte[token_id]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        with tokenizers_errors(lambda why: BundleError("tokenizer.json", f"its decoder fails on {token_ids} ({why})")):
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
 def _common(one: str, other: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import os
 import threading
 import unicodedata
@@ -23,6 +25,7 @@ MOST_BYTES = 1 << 26
 """Of a tokenizer.json; those of the largest vocabularies have half of it."""
 
 _DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece")
+_MOST_GROWTH, _MOST_AROUND = 64, 64  # of a text by what is done to it, in characters; of tokens that are put around it
 _SHORT = 1 << 16  # characters that are encoded at no cost worth a look
 _CHANGED = 256  # tokens that the end of a text may change, and more
 _SECONDS, _CHARACTERS_PER_SECOND = 10, 10_000  # a fiftieth of what a workstation encodes
@@ -42,13 +45,21 @@ def tokenizer_from_json(text: str, place: object, error: type[EdgeskipError], *,
     """As `read_tokenizer`, from the file's text; `place` is where it is from.
 
     Raises:
-        error: not a tokenizer, or not one whose tokens can be decoded one after another and in little time.
+        error: not a tokenizer, or not one that encodes and decodes in little memory and time, tokens one after another.
     """
     with tokenizers_errors(lambda reason: error(place, f"not a tokenizer ({reason})", fix=fix)):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         steps = decoder_steps(tokenizer)
+        before = [*_steps(tokenizer.normalizer), *_steps(tokenizer.pre_tokenizer), *_steps(tokenizer.post_processor)]
+        around = tokenizer.num_special_tokens_to_add(is_pair=False)
+    for name, growing in (("normalizer, pre-tokenizer and post-processor", before), ("decoder", steps)):
+        if (growth := math.prod(map(_growth, growing), start=1.0)) > _MOST_GROWTH:
+            found = f"its {name} may make a text {growth:.3g} times as long"
+            raise error(place, found, wanted=f"at most {_MOST_GROWTH} times", fix=fix)
+    if around > _MOST_AROUND:
+        raise error(place, f"it puts {around} tokens around a text", wanted=f"at most {_MOST_AROUND}", fix=fix)
     for step in steps:
         if step["type"] not in _DECODERS:
             raise error(place, f"its decoder is {step['type']}", wanted=", ".join(_DECODERS), fix=fix)
@@ -59,12 +70,34 @@ def tokenizer_from_json(text: str, place: object, error: type[EdgeskipError], *,
 
 def decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """What the decoder does to tokens, one step after another, each as in tokenizer.json."""
-    if tokenizer.decoder is None:
-        return []
-    steps = [json.loads(tokenizer.decoder.__getstate__())]
+    return _steps(tokenizer.decoder)
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """What a part of a tokenizer does, one step after another."""
+    steps = [] if part is None else [json.loads(part.__getstate__())]
+    names = ("normalizers", "pretokenizers", "processors", "decoders")
     while any(step["type"] == "Sequence" for step in steps):
-        steps = [inner for step in steps for inner in step.get("decoders", [step])]
+        steps = [inner for step in steps for inner in next((step[name] for name in names if name in step), [step])]
     return steps
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many times as long a step may make a text; Unicode's own forms, which end after one time, are not counted."""
+    if step["type"] == "Replace":
+        content, pattern = len(step["content"]), len(step["pattern"].get("String", ""))
+        return max(1.0, content / pattern) if pattern else 1.0 + content
+    if step["type"] == "Prepend":
+        return 1.0 + len(step["prepend"])
+    if step["type"] == "ByteLevel":
+        return 4.0
+    if step["type"] == "Precompiled":  # a trie, after its size, and what it leads to
+        table = base64.b64decode(step["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :]
+        return float(max(1, *map(len, texts.split(b"\0"))))
+    if step["type"] == "TemplateProcessing":
+        return float(max(1, sum("Sequence" in piece for piece in step["single"])))
+    return 1.0
 
 
 def encode(

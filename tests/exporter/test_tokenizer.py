@@ -11,6 +11,7 @@ import transformers
 from tests.conftest import make_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from edgeskip.exporter import tokenizer as exporter_tokenizer
 from edgeskip.exporter.tokenizer import check_vocabulary, read_checkpoint_tokenizer
 from edgeskip.runtime.errors import CheckpointError
 
@@ -311,7 +312,8 @@ def ctc():
         ({"added_tokens_decoder": ["<x>"]}, "cannot load its tokenizer"),
         ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "cannot load its tokenizer"),
         ({"chat_template": 5}, "chat_template is 5; wanted a text"),
-        ({"chat_template": [{"name": "default"}]}, "chat_template is a list; wanted each with a name and a template"),
+        ({"chat_template": [{"name": ["default"], "template": "x"}]}, "chat_template is a list; wanted templates with"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template is 5; wanted a text"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_supported_are_refused_by_name(settings, message, tmp_path):
@@ -335,6 +337,16 @@ def test_settings_that_are_not_supported_are_refused_by_name(settings, message, 
 def test_a_tokenizer_json_that_is_not_supported(tokenizer, message, tmp_path):
     write(tmp_path / "checkpoint", tokenizer(), {})
     with pytest.raises(CheckpointError, match=rf"tokenizer.json: {message}"):
+        read_checkpoint_tokenizer(tmp_path / "checkpoint", {"model_type": "llama"})
+
+
+@pytest.mark.parametrize("index", [1 << 24, 50_000_000, 4_000_000_000])
+def test_a_token_s_id_is_bounded_before_the_library_counts_up_to_it(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter_tokenizer, "_written", lambda *_: pytest.fail("it counted"))
+    data = json.loads(byte_level())
+    data["model"]["vocab"]["far"] = index
+    write(tmp_path / "checkpoint", json.dumps(data), {})
+    with pytest.raises(CheckpointError, match=f"tokenizer.json: token id {index}; wanted less than 16777216"):
         read_checkpoint_tokenizer(tmp_path / "checkpoint", {"model_type": "llama"})
 
 

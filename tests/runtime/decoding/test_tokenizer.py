@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 
 import pytest
 from tests.conftest import make_tokenizer
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from edgeskip.runtime.decoding import tokenizer as tokenizer_module
-from edgeskip.runtime.decoding.tokenizer import encode, read_tokenizer
+from edgeskip.runtime.decoding.streaming import text_decoder
+from edgeskip.runtime.decoding.tokenizer import encode, read_tokenizer, tokenizer_from_json
 from edgeskip.runtime.errors import BundleError, RequestError
 
 
@@ -117,3 +120,60 @@ def test_the_first_tokens_of_a_text_of_any_length(most):
         encode(make_tokenizer(), "ab", 10, add_special_tokens=True, most=most)
         == make_tokenizer().encode("ab").ids[:most]
     )
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TEXT, TOKEN = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}}
+BOTH = [TEXT, {"Sequence": {"id": "B", "type_id": 0}}]
+LONG = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"x" * 65 + b"\0").decode()}
+
+
+def template(single, ids=(0,)):
+    tokens = {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": single, "pair": BOTH, "special_tokens": tokens}
+
+
+BEFORE = "its normalizer, pre-tokenizer and post-processor may make a text"
+GROWING = {
+    "a text that doubles": ({"normalizer": [DOUBLE] * 40}, f"{BEFORE} 4.4e\\+12 times as long; wanted at most 64"),
+    "beyond any number": ({"normalizer": [DOUBLE] * 2000}, f"{BEFORE} inf times"),
+    "a pattern": ({"normalizer": [DOUBLE | {"pattern": {"Regex": "|a"}, "content": "a" * 64}]}, f"{BEFORE} 260 times"),
+    "a beginning": ({"normalizer": [{"type": "Prepend", "prepend": "a" * 64}]}, f"{BEFORE} 260 times"),
+    "a table": ({"normalizer": [LONG]}, f"{BEFORE} 260 times"),
+    "bytes of bytes": ({"pre_tokenizer": [BYTES] * 4}, f"{BEFORE} 256 times"),
+    "one text many times": ({"post_processor": [template([TEXT] * 33)]}, f"{BEFORE} 132 times"),
+    "tokens": ({"post_processor": [template([TOKEN] * 13, [0] * 5)]}, "it puts 65 tokens around a text; wanted at"),
+    "a decoder": ({"decoder": [DOUBLE] * 40}, "its decoder may make a text 1.1e\\+12 times as long; wanted at most 64"),
+}
+SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"} | {"post_processor": "processors"}
+
+
+def with_parts(parts):
+    """The tests' tokenizer.json with other parts, each several steps."""
+    data = json.loads(make_tokenizer().to_str())
+    for name, steps in parts.items():
+        data[name] = {"type": "Sequence", SEQUENCES.get(name, "decoders"): steps}
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_tokenizer_that_makes_texts_grow_without_bounds_is_refused_before_it_does(name):
+    parts, message = GROWING[name]
+    with pytest.raises(BundleError, match=message):
+        tokenizer_from_json(with_parts(parts), "tokenizer.json", BundleError)
+
+
+def test_a_tokenizer_may_make_texts_somewhat_longer():
+    parts = {"normalizer": [{"type": "NFKC"}, DOUBLE, DOUBLE], "pre_tokenizer": [BYTES]}
+    read = tokenizer_from_json(with_parts(parts), "tokenizer.json", BundleError)
+    assert encode(read, "ba", 100, add_special_tokens=False) == make_tokenizer().encode("baaaa").ids[1:]
+
+
+def test_a_panic_while_decoding_is_one_line(capfd):
+    made = make_tokenizer()
+    made.decoder = decoders.Strip("a", 1, 1)  # of one character, both
+    with pytest.raises(BundleError, match=r"tokenizer.json: its decoder fails on \[\d+\] \(") as caught:
+        text_decoder(made, []).push(made.token_to_id("a"))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
