@@ -13,7 +13,17 @@ import pytest
 import edgeskip
 
 SOURCE = str(Path(edgeskip.__file__).parents[1])
-MODULES = ("json", "difflib", "platform", "click", "numpy", "onnxruntime", "tokenizers", "sitecustomize")
+PACKAGES = ("click", "numpy", "onnxruntime", "tokenizers", "rich", "jinja2")
+
+
+def startup_modules():
+    """What Python imports by itself, for `-m` too, before anything of ours."""
+    command = [sys.executable, "-X", "importtime", "-m", "antigravity_of_nobody"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines} | set(sys.builtin_module_names)
+
+
+MODULES = (*sorted({*sys.stdlib_module_names} - startup_modules() - {"sitecustomize", "usercustomize"}), *PACKAGES)
 
 
 @pytest.fixture
@@ -53,14 +63,14 @@ def test_a_path_of_the_current_folder_alone_is_none(trap):
 
 @pytest.mark.parametrize("path", ["{source}:", ":{source}", ".:{source}", "{source}:../folder"])
 def test_modules_are_not_taken_from_the_current_folder(path, trap):
-    (trap / "sitecustomize.py").unlink()  # Python itself imports that, before anything of ours
-    code = f"import {', '.join(MODULES[:-1])}, subprocess; print(subprocess.getoutput('echo $PYTHONPATH'))"
+    code = f"import json, {', '.join(PACKAGES)}, subprocess; print(subprocess.getoutput('echo $PYTHONPATH'))"
     out = entered(trap, code, PYTHONPATH=path.format(source=SOURCE))
     assert (out.returncode, out.stdout) == (0, f"{SOURCE}\n"), out.stderr
 
 
-def test_python_m_leaves_it_out_too(bundles, trap):
-    command = [sys.executable, "-m", "edgeskip", "generate", str(bundles("llama-gqa").folder), "-p", "a", "-n", "2"]
+@pytest.mark.parametrize("module", ["edgeskip", "edgeskip.cli"])
+def test_python_m_leaves_it_out_too(module, bundles, trap):
+    command = [sys.executable, "-m", module, "generate", str(bundles("llama-gqa").folder), "-p", "a", "-n", "2"]
     out = subprocess.run(command, cwd=trap, env=os.environ | {"PYTHONPATH": SOURCE}, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert not (trap.parent / "sprung").exists()

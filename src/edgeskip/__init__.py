@@ -5,13 +5,15 @@ with edgeskip.load("bundle") as model:
         print(piece, end="", flush=True)
 """
 
-from __future__ import annotations
-
 import os
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import sys
 
+# Nothing but these two, which Python has by now, is imported here: the current folder, which may be a bundle, may be on
+# the path. While `python -m` looks for what it was given, that folder is in front; it goes before anything else comes.
+if getattr(sys, "argv", [])[:1] == ["-m"] and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from edgeskip.runtime.decoding.model import Generation as Generation
     from edgeskip.runtime.decoding.model import Model as Model
@@ -25,14 +27,17 @@ _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decod
 __all__ = ["Generation", "Model", "Piece", "__version__", "load"]
 
 for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unless the user says so
-    os.environ.setdefault(f"{_library}_DISABLE_TELEMETRY", "1")
+    os.environ[f"{_library}_DISABLE_TELEMETRY"] = os.environ.get(f"{_library}_DISABLE_TELEMETRY") or "1"
 
-if not Path(__file__).with_name("runtime").is_dir():  # a clone without symbolic links, as on Windows
-    __path__.insert(0, str(Path(__file__).resolve().parents[2]))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "runtime")):  # noqa: PTH112, PTH118, PTH120
+    top = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # noqa: PTH120
+    __path__.insert(0, top)  # a clone without symbolic links, as on Windows
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
+        from importlib import import_module
+
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'edgeskip' has no attribute {name!r}")
 

@@ -56,7 +56,6 @@ def test_what_is_no_file(name, message, tmp_path):
 
 
 @posix
-@pytest.mark.timeout(20)
 def test_nothing_but_a_regular_file_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert refusal(read_bytes, tmp_path / "pipe").endswith("is a pipe; wanted a file")
@@ -67,7 +66,6 @@ def test_nothing_but_a_regular_file_is_opened(tmp_path):
 
 
 @posix
-@pytest.mark.timeout(20)
 def test_a_pipe_that_takes_the_place_of_a_file_holds_nobody_up(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
@@ -77,7 +75,6 @@ def test_a_pipe_that_takes_the_place_of_a_file_holds_nobody_up(tmp_path, monkeyp
 
 
 @posix
-@pytest.mark.timeout(20)
 def test_what_a_user_names_may_be_a_stream_and_is_bounded_too(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("through a pipe"))

@@ -120,7 +120,7 @@ def assert_engines_are_whole(bundle, sm):
     assert sum(record.bytes for record in records) <= 1.01 * bundle.manifest.weights_bytes + 1e6 * layers + 6e6
     for graph, record in engines.build.engines.items():
         assert record.profiles == engine_profiles(bundle.manifest)[graph]
-        assert 0 < record.seconds < 100
+        assert record.seconds > 0
         assert 50e6 < record.peak_memory_bytes < 4e9
     assert (engines.build.backend, engines.build.backend_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
     assert (engines.build.gpu, engines.build.dtype) == (None, bundle.manifest.dtype)

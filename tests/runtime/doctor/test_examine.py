@@ -52,7 +52,7 @@ def process(*arguments, path=(), **settings):
     environment = settings.pop("env", dict(os.environ))
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), environment.get("PYTHONPATH", "")]).strip(os.pathsep)
     command = [sys.executable, *settings.pop("flags", ()), "-m", "edgeskip.cli", "doctor", *arguments]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=120, env=environment, **settings)
+    done = subprocess.run(command, capture_output=True, check=False, env=environment, **settings)
     assert done.returncode == 0, done.stderr.decode()
     assert b"Traceback" not in done.stderr
     return done.stdout.decode()
