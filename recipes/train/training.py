@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,9 +53,20 @@ from edgeskip.recipes.train.tokens import Array, TextTokenizer, check_tokens, fi
 from edgeskip.runtime.bundle.architecture import MODEL_TYPES, MOST_LAYERS, Size
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.errors import RecipeError, reason
-from edgeskip.runtime.files import InUseError, cache_folder, locked, scratch_folder, sync, sync_tree, write_file
+from edgeskip.runtime.files import (
+    InUseError,
+    cache_folder,
+    locked,
+    open_plain,
+    scratch_folder,
+    sha256_of,
+    sync,
+    sync_tree,
+    write_file,
+)
 from edgeskip.runtime.reading import read_json
 from edgeskip.runtime.structure import Range, structure
+from edgeskip.runtime.terminal import console, shown
 
 # Files of a checkpoint that travel with its weights.
 COMPANIONS = (
@@ -69,10 +80,11 @@ _NO_LIMIT = 10**9  # steps, where only time is limited
 
 @dataclass(frozen=True)
 class _Clock:
-    """What clock.json says."""
+    """What clock.json says; `files` are the hashes of the checkpoint's other files by name."""
 
     step: Size
     elapsed_s: Annotated[float, Range(0)]
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,6 +271,14 @@ class LayerSkipTrainer(Trainer):
         with _saving(Path(str(self.args.output_dir))):
             super()._save_checkpoint(*args, **settings)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _continuing(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _continuing(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
         return 0
@@ -320,7 +340,9 @@ class Limits(TrainerCallback):
         checkpoint = folder / f"checkpoint-{state.global_step}"
         with _saving(folder):
             sync_tree(checkpoint)
-            write_file(checkpoint / CLOCK, json.dumps({"step": state.global_step, "elapsed_s": self.saved_at_s}))
+            files = {path.name: sha256 for path in sorted(checkpoint.iterdir()) if (sha256 := _hash(path))}
+            clock = _Clock(state.global_step, self.saved_at_s, files)
+            write_file(checkpoint / CLOCK, json.dumps(asdict(clock)))
         for old in whole_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             remove_checkpoint(old)
         if not control.should_training_stop:
@@ -425,6 +447,20 @@ def _saving(output: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _continuing(checkpoint: str | None) -> Iterator[None]:
+    """Whatever transformers raises where a checkpoint's files are those of another model becomes one line.
+
+    Raises:
+        RecipeError: they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        fix = "give the recipe that it was begun with, or choose another output folder"
+        raise RecipeError(checkpoint, f"does not fit the recipe ({error})", fix=fix) from error
+
+
+@contextmanager
 def _own_kernels() -> Iterator[None]:
     """Has torch keep what it compiles, and runs, where nobody else can write, unless the user has said where.
 
@@ -447,6 +483,7 @@ def _train(
         raise RecipeError(output, "holds an earlier training", fix="resume it, or choose another output folder")
     if not checkpoint and (output / "config.json").exists():
         raise RecipeError(output, "holds a finished model", fix="choose another output folder")
+    checkpoint = checkpoint and sound_checkpoint(folder)
     tokenizer = load_tokenizer(recipe.checkpoint or recipe.data.folder / recipe.data.tokenizer)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -633,6 +670,37 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(whole_checkpoints(folder)), None)
 
 
+def sound_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint in `folder` whose files are as they were written; newer ones are removed.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    spoiled: dict[Path, str] = {}
+    for checkpoint in reversed(whole_checkpoints(folder)):
+        wanted = _read_clock(checkpoint).files
+        changed = [name for name in wanted if wanted[name] != _hash(checkpoint / name)]
+        if not changed:
+            for one, name in spoiled.items():
+                console(stderr=True).print(
+                    shown(f"{one / name}: not what was written; going back to {checkpoint.name}")
+                )
+                remove_checkpoint(one)
+            return checkpoint
+        spoiled[checkpoint] = changed[0]
+    checkpoint, name = next(iter(spoiled.items()))
+    raise RecipeError(checkpoint / name, "is not what was written", fix=f"remove {folder} to begin anew")
+
+
+def _hash(path: Path) -> str | None:
+    """The hash of a checkpoint's file; None if it cannot be read."""
+    try:
+        with open_plain(path) as file:
+            return sha256_of(file)
+    except (OSError, ValueError):
+        return None
+
+
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, which a kill on the way leaves as an incomplete one."""
     (checkpoint / CLOCK).unlink(missing_ok=True)
@@ -645,9 +713,13 @@ def read_clock(checkpoint: Path) -> tuple[int, float]:
     Raises:
         RecipeError: it has no clock, or a damaged one, so it is not complete.
     """
-    path = checkpoint / CLOCK
-    clock = structure(_Clock, read_json(path, RecipeError), path, RecipeError)
+    clock = _read_clock(checkpoint)
     return clock.step, clock.elapsed_s
+
+
+def _read_clock(checkpoint: Path) -> _Clock:
+    path = checkpoint / CLOCK
+    return structure(_Clock, read_json(path, RecipeError), path, RecipeError)
 
 
 def is_over(recipe: TrainingRecipe, step: int, elapsed_s: float) -> bool:

@@ -270,6 +270,50 @@ def test_a_damaged_clock_ends_no_resume_and_nothing_is_left_of_it(folder: Path) 
     assert {path.name for path in (folder / "out/training").iterdir()} == {"checkpoint-4", "checkpoint-6"}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("how", ["cut", "changed", "gone"])
+def test_a_spoiled_checkpoint_is_passed_over_and_the_training_ends_the_same(
+    name: str, how: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers begins with a new optimizer, without a word, where a checkpoint has lost its own."""
+    recipe = write_recipe(folder, ("max_steps = 6", "max_steps = 6\ncheckpoint_steps = 2"))
+    train(recipe, folder / "out")
+    wanted = (folder / "out/model.safetensors").read_bytes()
+    for path in (folder / "out").iterdir():
+        if path.is_file():
+            path.unlink()  # as if it had ended before it was done
+    path = folder / "out/training/checkpoint-6" / name
+    data = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(data[:-1] if how == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    capsys.readouterr()
+    assert train(recipe, folder / "out", resume=True).steps == 6
+    assert capsys.readouterr().err == f"{path}: not what was written; going back to checkpoint-4\n"
+    assert (folder / "out/model.safetensors").read_bytes() == wanted
+
+
+def test_a_training_of_spoiled_checkpoints_alone_does_not_go_on(folder: Path) -> None:
+    recipe = write_recipe(folder)
+    train(recipe, folder / "out", stop_after_minutes=0)
+    path = folder / "out/training/checkpoint-1/optimizer.pt"
+    path.write_bytes(b"")
+    message = f"{path}: is not what was written; remove {path.parents[1]} to begin anew"
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        train(recipe, folder / "out", resume=True)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [("hidden_size = 32", "hidden_size = 64"), ("num_hidden_layers = 4", "num_hidden_layers = 6")]
+)
+def test_a_checkpoint_of_another_model_is_not_continued(changes: tuple[str, str], folder: Path) -> None:
+    train(write_recipe(folder), folder / "out", stop_after_minutes=0)
+    with pytest.raises(RecipeError, match=r"checkpoint-1: does not fit the recipe .*; give the recipe that") as caught:
+        train(write_recipe(folder, changes), folder / "out", resume=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_second_training_of_a_folder_is_told(folder: Path) -> None:
     recipe = write_recipe(folder)
     (folder / "out").mkdir()
