@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -63,7 +64,8 @@ class _Group(click.Group):
         """A folder is not a report: after a bare --json, it is the next argument."""
         pairs = zip(args, [*args[1:], ""], strict=False)
         given = [f"{one}=-" if one in REPORTS and os.path.isdir(after) else one for one, after in pairs]  # noqa: PTH112
-        return super().parse_args(ctx, given)
+        with _until_unread(ctx):
+            return super().parse_args(ctx, given)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -81,9 +83,10 @@ class _Group(click.Group):
                 signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
         try:
             _check_surroundings()
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            with _until_unread(ctx):
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except EdgeskipError as error:
             said = error
         except (MemoryError, ImportError) as error:
@@ -93,9 +96,6 @@ class _Group(click.Group):
         except OSError as error:
             if error.errno is None:
                 raise  # a library's own, of which nothing is known
-            if error.errno == errno.EPIPE and error.filename is None:
-                _drop_unread()
-                ctx.exit(128 + signal.SIGPIPE)  # as for programs that this signal ends
             said = _of_the_system(error)
         except KeyboardInterrupt:
             click.echo("edgeskip: interrupted", err=True)
@@ -131,13 +131,20 @@ def _check_surroundings() -> None:
             raise BackendError("memory", f"limited to {limit / 1e6:.0f} MB", wanted=wanted, fix="ulimit -v unlimited")
 
 
-def _drop_unread() -> None:
-    """Discards what is left for a reader that is gone, as with `| head`."""
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+@contextmanager
+def _until_unread(ctx: click.Context) -> Iterator[None]:
+    """Ends the run without a word where the reader is gone, as with `| head`, and discards what is left for it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EPIPE or error.filename is not None:
+            raise
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        ctx.exit(128 + signal.SIGPIPE)  # as for programs that this signal ends
 
 
 def _of_the_system(error: OSError) -> EdgeskipError:

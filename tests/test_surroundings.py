@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,25 @@ def test_the_json_is_the_same_whatever_stdout_can_spell(encoding, bundle, monkey
     assert not texts[0].isascii()
     done = shell(f"PYTHONIOENCODING={encoding} {EDGESKIP} generate {bundle} -p a -n 40")
     assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("inspect {bundle}", "generate {bundle} -p a -n 3", "generate {bundle} -p a -n 3 --json", "doctor"),
+        *("recipes list", "recipes show h100", "plan llama3.2-1b -d h100", "plan llama3.2-1b -d h100 --json"),
+        *("bench {bundle} --prompts {tmp}/a.txt -k 1 -n 2 --repeats 1", "train {tmp}/x.toml -o {tmp}/out"),
+        *("tune {bundle} --prompts {tmp}/a.txt -k 1 -n 2", "--help", "bench --help"),
+    ],
+)
+def test_a_reader_that_is_gone_ends_a_command_as_it_ends_others(command, bundle, recipe, tmp_path):
+    (tmp_path / "a.txt").write_text("def f(x):")
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [*EDGESKIP.split(), *command.format(bundle=bundle, tmp=tmp_path).split()]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, "Traceback" in done.stderr) == (128 + signal.SIGPIPE, False), done.stderr
 
 
 # Folders, names and disks

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -353,7 +352,7 @@ class Lines(TrainerCallback):
     """A line on the console for each entry of the log."""
 
     def __init__(self, recipe: TrainingRecipe, watch: Stopwatch) -> None:
-        self.recipe, self.watch, self.console = recipe, watch, Console(highlight=False)
+        self.recipe, self.watch, self.console = recipe, watch, console()
         self.step, self.elapsed_s = 0, watch.elapsed_s
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -370,8 +369,7 @@ class Lines(TrainerCallback):
         minutes = f"{elapsed_s / 60:.2f}" + (f"/{run.max_minutes:g}" if run.max_minutes else "")
         self.console.print(
             f"step {steps}  {minutes} min  loss {logs['loss']:.4f}  last layer {logs['last_layer_loss']:.4f}  "
-            f"lr {logs['learning_rate']:.2e}  {rate:,.0f} tokens/s",
-            soft_wrap=True,
+            f"lr {logs['learning_rate']:.2e}  {rate:,.0f} tokens/s"
         )
         self.step, self.elapsed_s = step, elapsed_s
 
