@@ -22,7 +22,8 @@ from edgeskip.runtime.reading import kind_of
 from edgeskip.runtime.terminal import progress_bar
 
 Array = npt.NDArray[Any]
-_FILES_PER_BATCH = 512
+_PART, _BATCH, _TEXTS = 1 << 19, 1 << 20, 512
+"""Characters of a text, and of several texts, that are encoded at a time, which takes 300 times the memory; texts."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,50 @@ def write_tokens(paths: list[Path], tokenizer: TextTokenizer, output: Path) -> N
         np.save(stream, np.concatenate(pieces))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A file's text, or a part of a long one; whether it is the first and the last of its file."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _parts(path: Path) -> Iterator[_Part]:
+    """A file in parts that end with a line, unless that is longer still; each cut may change a token or two."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        text, first = file.read(_PART), True
+        while True:
+            text += file.readline(_PART)
+            following = file.read(_PART)
+            yield _Part(text, first, last=not following)
+            if not following:
+                return
+            text, first = following, False
+
+
+def _batches(paths: list[Path]) -> Iterator[list[_Part]]:
+    batch: list[_Part] = []
+    for path in paths:
+        for part in _parts(path):
+            batch.append(part)
+            if len(batch) == _TEXTS or sum(len(one.text) for one in batch) >= _BATCH:
+                yield batch
+                batch = []
+    yield batch
+
+
 def _tokenized(paths: list[Path], tokenizer: TextTokenizer) -> Iterator[list[int]]:
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before, done = [] if tokenizer.bos_id is None else [tokenizer.bos_id], 0
     with progress_bar() as progress:
-        for first in range(0, len(paths), _FILES_PER_BATCH):
-            progress("tokenizing", first, len(paths))
-            batch = paths[first : first + _FILES_PER_BATCH]
-            texts = [path.read_bytes().decode("utf-8", "replace") for path in batch]
+        for batch in _batches(paths):
+            progress("tokenizing", done, len(paths))
             with tokenizers_errors(lambda reason: RecipeError(tokenizer.folder, f"its tokenizer fails ({reason})")):
+                texts = [part.text for part in batch]
                 encodings = tokenizer.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for encoding in encodings:
-                yield [*before, *encoding.ids, tokenizer.eos_id]
+            for part, encoding in zip(batch, encodings, strict=True):
+                yield [*(before if part.first else ()), *encoding.ids, *([tokenizer.eos_id] if part.last else ())]
+            done += sum(part.last for part in batch)
 
 
 def _open_array(path: Path, tokenizer: TextTokenizer) -> Array:

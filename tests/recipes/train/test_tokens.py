@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,31 @@ def test_files_are_packed_between_bos_and_eos(tmp_path: Path) -> None:
     files = np.split(tokens, starts[1:])
     assert {(file[0], file[-1]) for file in files} == {(tokenizer.bos_id, tokenizer.eos_id)}
     assert sorted(tokenizer.tokenizer.decode(file[1:-1].tolist()) for file in files) == sorted(texts)
+
+
+def test_a_long_text_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding takes 300 times the memory of the text."""
+    monkeypatch.setattr(tokens_module, "_PART", 8)
+    monkeypatch.setattr(tokens_module, "_BATCH", 20)
+    tokenizer, encoded = write_tokenizer(tmp_path / "tokenizer"), []
+
+    class Watched:
+        get_vocab = tokenizer.tokenizer.get_vocab
+
+        def encode_batch_fast(self, texts: list[str], **settings: Any) -> Any:
+            encoded.append([len(text) for text in texts])
+            return tokenizer.tokenizer.encode_batch_fast(texts, **settings)
+
+    texts = ["größer\r\nals\r" * 9, "", "x" * 100, "12345678", "é" * 9 + "\n"]
+    for number, text in enumerate(texts):
+        (tmp_path / str(number)).write_bytes(text.encode())
+    paths = [tmp_path / str(number) for number in range(len(texts))]
+    write_tokens(paths, replace(tokenizer, tokenizer=Watched()), tmp_path / "out.npy")  # type: ignore[arg-type]
+    order = np.random.default_rng(0).permutation(len(texts))
+    wanted = [[*tokenizer.tokenizer.encode(texts[i]).ids, 1] for i in order]
+    assert np.load(tmp_path / "out.npy").tolist() == [token for ids in wanted for token in ids]
+    assert max(size for sizes in encoded for size in sizes) <= 2 * 8
+    assert max(map(sum, encoded)) < 20 + 2 * 8
 
 
 def test_tokenizing_is_done_once_and_again_where_a_file_changes(
