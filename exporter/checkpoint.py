@@ -141,7 +141,7 @@ def open_checkpoint(
 def _warn_of_generation(folder: Path, warn: Warn) -> None:
     """Says what generation_config.json asks for that changes transformers' greedy text."""
     path = folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = read_json(path) if kind_of(path, CheckpointError) else {}
     asked = [key for key, off in _CHANGES_GREEDY.items() if config.get(key) not in (None, off)]
     if asked:
         settings = ", ".join(f"{key} {config[key]!r:.40}" for key in asked)
@@ -228,7 +228,7 @@ def _download(
 def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
     """EOS ids from generation_config.json, else from config.json: a number or a list."""
     generation = folder / "generation_config.json"
-    value = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    value = read_json(generation).get("eos_token_id") if kind_of(generation, CheckpointError) else None
     value = config.get("eos_token_id") if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -86,3 +87,15 @@ def test_shards_of_many_processes_count_before_a_model_beside_them(checkpoints, 
 def test_a_bundle_is_no_checkpoint(bundles):
     with pytest.raises(CheckpointError, match=r"a bundle of edgeskip, not a checkpoint .*; give the checkpoint"):
         open_checkpoint(str(bundles("llama-gqa").folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_what_stands_in_the_place_of_a_file_is_not_passed_over(name, checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints("llama-gqa"), tmp_path / "checkpoint"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}: (is )?a pipe; wanted a file"):
+        open_checkpoint(str(folder))
