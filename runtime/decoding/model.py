@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -104,11 +104,11 @@ class Model:
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
         check_num_speculations(num_speculations)
-        if not 0 <= confidence_threshold <= 1:
-            raise RequestError("confidence threshold", f"{confidence_threshold}", wanted="0 to 1")
+        if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
+            raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
-            raise RequestError("max new tokens", f"{max_new_tokens}", wanted="a whole number from 1")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+            raise RequestError("max new tokens", f"{max_new_tokens!r:.60}", wanted="a whole number from 1")
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         for text in stops:
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"a {type(text).__name__}"
