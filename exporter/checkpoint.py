@@ -122,8 +122,9 @@ def open_checkpoint(
             fix = "put a copy of the template in its place"
             raise CheckpointError(path, "is a link out of the checkpoint", fix=fix)
     tokenizer = read_checkpoint_tokenizer(folder, config)
-    check_vocabulary(tokenizer, architecture.vocab_size, folder, warn)
+    eos_token_ids = _eos_token_ids(folder, config, architecture.vocab_size)
     tensors, architecture = index_tensors(folder, architecture, warn)
+    check_vocabulary(tokenizer, architecture.vocab_size, folder, warn)
     _warn_of_generation(folder, warn)
     return Checkpoint(
         source=folder.resolve().name if local else source,
@@ -131,7 +132,7 @@ def open_checkpoint(
         config=config,
         architecture=architecture,
         sliding_window=sliding_window(config, folder / "config.json"),
-        eos_token_ids=_eos_token_ids(folder, config, architecture.vocab_size),
+        eos_token_ids=eos_token_ids,
         tokenizer=tokenizer,
         tensors=tensors,
         licences=tuple(_licences(folder, warn)),

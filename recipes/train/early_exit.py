@@ -18,10 +18,19 @@ CausalLM = Any
 
 
 def load_model(folder: Path) -> CausalLM:
-    """The model in a checkpoint folder, fp32, with the attention that `exit_hidden_states` needs."""
-    return AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    """The model in a checkpoint folder, fp32, with the attention that `exit_hidden_states` needs.
+
+    Raises:
+        ValueError: tensors are missing, which transformers would fill with random numbers.
+        Exception: transformers fails in any way that a folder leads it to.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
     )
+    model: CausalLM = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return model
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kept: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:

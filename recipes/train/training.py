@@ -590,10 +590,10 @@ def _check_size(config: Mapping[str, Any], place: object) -> None:
         RecipeError: it is too large.
     """
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    sizes: list[Any] = [config.get(name) for name in names]
-    if not all(type(size) is int for size in sizes):
-        return  # transformers has its own defaults, and says what it cannot take
-    layers, hidden, ffn, vocab = sizes
+    for name in names:  # transformers has large ones by default
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise RecipeError(place, f"{name} is {config.get(name)!r:.60}", wanted="a whole number from 1")
+    layers, hidden, ffn, vocab = (config[name] for name in names)
     wanted = 4 * (layers * hidden * (2 * hidden + 3 * ffn) + vocab * hidden)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if wanted > total or layers > MOST_LAYERS:

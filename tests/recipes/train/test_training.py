@@ -444,6 +444,8 @@ def test_a_finished_model_is_not_overwritten(folder: Path) -> None:
     ("change", "message"),
     [
         ({"model_type": "mamba"}, r"base: model_type 'mamba'; wanted llama or mistral or qwen2 or qwen3"),
+        ({"hidden_size": None}, r"config\.json: hidden_size is None; wanted a whole number from 1"),
+        ({"num_hidden_layers": 5}, r"base: transformers cannot load it \(it lacks model\.layers\.4\.\S+ and 8 more\)"),
         ({"max_position_embeddings": 8}, r"data\.context: found 16; wanted at most the model's 8"),
     ],
 )
