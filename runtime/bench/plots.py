@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,16 @@ def size(num_bytes: float) -> str:
     return f"{figure(num_bytes / 1e9)} GB" if num_bytes >= 1e9 else f"{figure(num_bytes / 1e6)} MB"
 
 
+@contextmanager
+def _at_the_root() -> Iterator[None]:
+    here = os.getcwd()  # noqa: PTH109
+    os.chdir(os.sep)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
 def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     """A plot as an element of a page, with ids of its own, described by the heading with this name.
 
@@ -98,8 +110,9 @@ def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
         ImportError: matplotlib is missing.
     """
     lend_cache("MPLCONFIGDIR", "matplotlib")
-    from matplotlib import style
-    from matplotlib.figure import Figure
+    with _at_the_root():  # it takes settings from the current folder, which may be a bundle
+        from matplotlib import style
+        from matplotlib.figure import Figure
 
     file = StringIO()
     with style.context(["default", {**STYLE, "svg.hashsalt": name}]):

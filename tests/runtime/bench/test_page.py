@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -279,6 +281,16 @@ def test_figures_keep_two_or_three_digits():
     values = (0.0446, 0.31, 1.25, 13.04, 1567.7)
     assert [figure(value) for value in values] == ["0.045", "0.31", "1.25", "13.0", "1,568"]
     assert [size(num) for num in (31e6, 1.46e9)] == ["31.0 MB", "1.46 GB"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_no_settings_are_taken_from_the_current_folder(tmp_path):
+    """matplotlib would wait for this pipe."""
+    os.mkfifo(tmp_path / "matplotlibrc")
+    code = "import os; from edgeskip.runtime.bench.plots import svg; svg('x', 1, lambda _: None); print(os.getcwd())"
+    environment = {key: value for key, value in os.environ.items() if key != "MATPLOTLIBRC"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert out.stdout == f"{tmp_path}\n", out.stderr
 
 
 def test_a_missing_matplotlib_is_told(monkeypatch):
