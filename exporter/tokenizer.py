@@ -156,6 +156,10 @@ def _chat_template(folder: Path, settings: Settings) -> str | None:
     template = templates.get("default") if isinstance(templates, dict) else templates
     if not isinstance(template, str | None):
         raise CheckpointError(place, f"chat_template is {template!r:.60}", wanted="a text")
+    try:
+        (template or "").encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(place, "chat_template is not valid Unicode", wanted="a text") from None
     return template
 
 

@@ -312,6 +312,7 @@ def ctc():
         ({"added_tokens_decoder": ["<x>"]}, "cannot load its tokenizer"),
         ({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": "yes"}, "cannot load its tokenizer"),
         ({"chat_template": 5}, "chat_template is 5; wanted a text"),
+        ({"chat_template": "\ud800"}, "chat_template is not valid Unicode; wanted a text"),
         ({"chat_template": [{"name": ["default"], "template": "x"}]}, "chat_template is a list; wanted templates with"),
         ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template is 5; wanted a text"),
     ],
