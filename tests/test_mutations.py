@@ -213,7 +213,7 @@ def _fault(command, target):
     taken, seconds = _peak_bytes()[0] - before, time.process_time() - start
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         return f"{type(result.exception).__name__}: {result.exception}", result
-    lines = result.stderr.splitlines()
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("edgeskip: warning: ")]
     if result.exit_code not in (0, *target.codes):
         return f"exit code {result.exit_code}", result
     if result.exit_code == 2:
