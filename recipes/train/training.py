@@ -342,8 +342,7 @@ class Limits(TrainerCallback):
             files = {path.name: sha256 for path in sorted(checkpoint.iterdir()) if (sha256 := _hash(path))}
             clock = _Clock(state.global_step, self.saved_at_s, files)
             write_file(checkpoint / CLOCK, json.dumps(asdict(clock)))
-        for old in whole_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-            remove_checkpoint(old)
+        remove_others(folder)
         if not control.should_training_stop:
             self.watch.start()
 
@@ -482,6 +481,7 @@ def _train(
     if not checkpoint and (output / "config.json").exists():
         raise RecipeError(output, "holds a finished model", fix="choose another output folder")
     checkpoint = checkpoint and sound_checkpoint(folder)
+    remove_others(folder)
     tokenizer = load_tokenizer(recipe.checkpoint or recipe.data.folder / recipe.data.tokenizer)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -526,10 +526,6 @@ def run_training(
 
     It ends early when time.monotonic() reaches `stop_at`.
     """
-    whole = whole_checkpoints(folder)
-    for checkpoint_folder in folder.glob("checkpoint-*"):
-        if checkpoint_folder not in whole:  # a kill left it
-            remove_checkpoint(checkpoint_folder)
     set_seed(recipe.run.seed)
     torch.set_float32_matmul_precision("high")  # TF32 where it is not bf16
     watch = Stopwatch(read_clock(checkpoint)[1] if checkpoint else 0.0)
@@ -697,6 +693,14 @@ def _hash(path: Path) -> str | None:
             return sha256_of(file)
     except (OSError, ValueError):
         return None
+
+
+def remove_others(folder: Path) -> None:
+    """Remove checkpoints that are not complete, which a kill left, and those before the last ones."""
+    kept = whole_checkpoints(folder)[-KEPT_CHECKPOINTS:]
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint not in kept:
+            remove_checkpoint(checkpoint)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

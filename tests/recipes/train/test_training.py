@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,17 @@ def test_a_checkpoint_that_was_cut_off_stands_in_nobodys_way(folder: Path, clock
     assert training.read_clock(folder / "out/training/checkpoint-4") == (4, 1.5)
     with pytest.raises(RecipeError, match="out: holds an earlier training; resume it"):
         train(recipe, folder / "out")
+
+
+def test_what_a_kill_left_of_checkpoints_goes_even_where_the_training_is_over(folder: Path) -> None:
+    recipe = write_recipe(folder, ("max_steps = 6", "max_steps = 6\ncheckpoint_steps = 2"))
+    train(recipe, folder / "out")
+    (folder / "out/config.json").unlink()
+    (folder / "out/training/checkpoint-5").mkdir()
+    shutil.copytree(folder / "out/training/checkpoint-4", folder / "out/training/checkpoint-2")
+    (folder / "out/training/checkpoint-2/clock.json").write_text('{"step": 2, "elapsed_s": 1}')
+    assert train(recipe, folder / "out", resume=True).finished
+    assert {path.name for path in (folder / "out/training").iterdir()} == {"checkpoint-4", "checkpoint-6"}
 
 
 def test_a_damaged_clock_ends_no_resume_and_nothing_is_left_of_it(folder: Path) -> None:
