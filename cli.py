@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,6 +82,8 @@ class _Group(click.Group):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _not_raised
         try:
             _check_surroundings()
             with _until_unread(ctx):
@@ -157,18 +160,30 @@ def _of_the_system(error: OSError) -> EdgeskipError:
 
 
 _CLEANING_S = 5.0
-_ended_at = -_CLEANING_S
+_ended_at, _ended_by = -_CLEANING_S, 0
 
 
 def _end(number: int, _: Any) -> None:
     """Ends the run by an exception, so that `finally` cleans up; signals that come meanwhile are ignored."""
-    global _ended_at
+    global _ended_at, _ended_by
     if time.monotonic() < _ended_at + _CLEANING_S:
         return
-    _ended_at = time.monotonic()
+    _ended_at, _ended_by = time.monotonic(), number
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
+
+
+def _not_raised(dropped: Any) -> None:
+    """Sends a signal again whose exception Python had to drop, as it does in a destructor or a library's callback."""
+    global _ended_at
+    if not _ended_by or dropped.exc_type not in (KeyboardInterrupt, SystemExit):
+        sys.__unraisablehook__(dropped)
+        return
+    _ended_at = -_CLEANING_S
+    again = threading.Timer(0.05, os.kill, (os.getpid(), _ended_by))  # when it will be over
+    again.daemon = True
+    again.start()
 
 
 @click.group(cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

@@ -55,3 +55,23 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number, bundles):
         stdout, stderr = process.communicate("def f(x):")
     assert process.returncode == 0, stderr
     assert stdout
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_within_a_destructor_ends_the_run_too(number):
+    """Python drops what a destructor raises, and says so on stderr."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from edgeskip import cli\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {int(number)}); time.sleep(0)\n"
+        "def work(*_):\n"
+        "    Last()\n"
+        "    while True: time.sleep(0.01)\n"
+        "cli._Group.get_command = lambda *_: __import__('click').Command('work', callback=work)\n"
+        "cli.main(['work'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "edgeskip: interrupted\n" if number == signal.SIGINT else ""
+    assert (out.returncode, out.stderr) == (ENDS[number], said)
