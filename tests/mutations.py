@@ -143,7 +143,9 @@ def _changed(random: Random, data: Any) -> Any:
     if kind < 5:
         parent[last] = copy.deepcopy(random.choice(VALUES))
     elif kind == 5 and isinstance(value, (int, float)):
-        parent[last] = random.choice((value + 1, value - 1, 2 * value, -value, float(value), str(value)))
+        parent[last] = random.choice(
+            (value + 1, value - 1, 2 * value, -value, float(value) if abs(value) < 1e300 else 0.5, str(value))
+        )
     elif kind == 5 and isinstance(value, str):
         parent[last] = random.choice((value.upper(), value + "x", value[:-1], value * 1000, value + "\0"))
     elif kind == 6:
