@@ -18,8 +18,8 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, OpBuilder
 
 from edgeskip.exporter.formats import StoredValue
-from edgeskip.exporter.graphs.dialects import DialectWriter, Heads
 from edgeskip.exporter.graphs.pickers import PICKERS
+from edgeskip.exporter.graphs.writer import DialectWriter, Heads
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.graphs import HeadRecord
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM

@@ -1,6 +1,7 @@
 """Dialects of the graph files, as far as a session must know them; exporter/graphs/dialects.py has their operators.
 
-Each graph of a bundle comes in every dialect, and all of them read the same weights file.
+Each graph of a bundle comes in every dialect, and all of them read the same weights file. A graph does not depend on
+the weights but only on the model's structure, so checkpoints of one structure have the same graph files.
 """
 
 from __future__ import annotations
@@ -28,5 +29,15 @@ class Dialect:
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect("standard", "{}.onnx"),
     "ort": Dialect("ort", "{}.ort.onnx"),
+    "standard-inputs": Dialect("standard-inputs", "{}.inputs.onnx", weights="inputs"),
+    "primitive": Dialect("primitive", "{}.primitive.onnx", caches="new-rows", weights="inputs"),
 }
-"""`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones."""
+"""`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones. `standard-inputs` is `standard` for
+engines, and `primitive` has none but the operators that TensorRT has had since 10.3.
+"""
+
+ENGINE_DIALECTS: dict[str, Dialect] = {
+    "standard": DIALECTS["standard-inputs"],
+    "primitive": DIALECTS["primitive"],
+}
+"""The dialects that engines are built from, by the names that users know: no weight is in an engine."""

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Literal, get_args
 
-from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
+from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import (
     SEAL,
     Bundle,
     FileSize,
-    Manifest,
     Progress,
     Sha256,
     check_hash,
@@ -33,6 +32,7 @@ from edgeskip.runtime.bundle.manifest import (
     counted,
     sealed,
 )
+from edgeskip.runtime.bundle.profiles import EngineProfile
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import open_plain, put_back, sha256_of
 from edgeskip.runtime.reading import read_json
@@ -43,16 +43,7 @@ ENGINE_BACKENDS: tuple[EngineBackend, ...] = get_args(EngineBackend)
 
 FOLDER = "engines"
 BUILD = "build.json"
-BUILD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class EngineProfile:
-    """Rows T that an engine serves in one optimization profile: the fewest, those it is tuned for, the most."""
-
-    min_rows: Size
-    opt_rows: Size
-    max_rows: Size
+BUILD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -72,9 +63,9 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Build:
-    """What build.json says: which TensorRT built these engines, for which GPU, from which weights.
+    """What build.json says: which TensorRT built these engines, for which GPU, from the graphs of which dialect.
 
-    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
+    `manifest_sha256` is the hash of the manifest.json of the bundle that they were built for first. `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
     they were built ahead of time for another machine.
     """
 
@@ -85,7 +76,8 @@ class Build:
     compute_capability: Annotated[int, Range(50, 999)]
     gpu: str | None
     dtype: DType
-    weights_sha256: Sha256
+    dialect: str
+    manifest_sha256: Sha256
     engines: dict[str, EngineRecord]
 
     def to_json(self) -> str:
@@ -103,26 +95,6 @@ class Engines:
     def path(self, graph: GraphName) -> Path:
         """Where a graph's engine is."""
         return self.folder / f"{graph}.engine"
-
-
-def engine_profiles(manifest: Manifest) -> dict[GraphName, tuple[EngineProfile, ...]]:
-    """The rows T that each graph's engine serves: profile 0 up to HEAD_ROWS, profile 1 chunks longer than that.
-
-    A round runs what drafts one row at a time, what verifies on all its rows, and a head that serves both in both ways;
-    which graphs draft is said by the bundle's own exit layer. See decoding/rounds.py.
-    """
-    most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
-    rows = min(manifest.num_speculations + 1, most)
-    prefill = (EngineProfile(1, chunk, chunk),) if chunk > HEAD_ROWS else ()
-    split = manifest.split()
-    one_row = {link.graph for link in split.draft} | {split.draft_head.graph} - {split.head.graph}
-    return {
-        name: (
-            EngineProfile(1, 1 if name in one_row else rows, most),
-            *(() if graph.head else prefill),
-        )
-        for name, graph in manifest.graphs.items()
-    }
 
 
 def engines_folder(bundle: Bundle, backend: EngineBackend, compute_capability: int, version: str) -> Path:
@@ -235,11 +207,11 @@ def _read(bundle: Bundle, folder: Path) -> Engines:
     if set(build.engines) != set(graphs):
         raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(graphs))
     again = build_command(bundle, build.backend, build.compute_capability)
-    weights_sha256, onnx_sha256 = bundle.manifest.engine_sources
+    onnx_sha256 = bundle.manifest.graph_hashes(ENGINE_DIALECTS[build.dialect])
     for graph in graphs:
         record = build.engines[graph]
-        if build.weights_sha256 != weights_sha256 or record.onnx_sha256 != onnx_sha256[graph]:
-            raise BundleError(path, f"built from another {graph} graph or other weights", fix=again)
+        if record.onnx_sha256 != onnx_sha256[graph]:
+            raise BundleError(path, f"built from another {graph} graph", fix=again)
         engine = folder / f"{graph}.engine"
         size = engine.stat().st_size if engine.is_file() else None
         if size != record.bytes:

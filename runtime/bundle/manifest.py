@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgeskip.runtime.bundle.architecture import Architecture, Size
-from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dialects import DIALECTS, Dialect
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.graphs import (
@@ -44,7 +44,7 @@ from edgeskip.runtime.structure import Pattern, Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MOST_HEADS = 16
 _GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 SEAL = "sha256"  # the key of a record's own hash
@@ -130,14 +130,9 @@ class Manifest:
         """The tensors that the weights file holds."""
         return bundle_tensors(self.architecture, self.max_length, self.dtype, self.formats)
 
-    @property
-    def engine_sources(self) -> tuple[str, dict[GraphName, str]]:
-        """sha256 of the weights and of each standard graph: what an engine of this bundle must have been built from."""
-        if self.packed:
-            return self.packed.weights_sha256, self.packed.onnx_sha256
-        pattern = DIALECTS["standard"].file
-        graphs = {graph: self.files[pattern.format(graph)].sha256 for graph in self.graphs}
-        return self.files[WEIGHTS].sha256, graphs
+    def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
+        """sha256 of each graph's file in a dialect."""
+        return {graph: self.files[dialect.file.format(graph)].sha256 for graph in self.graphs}
 
     @property
     def weights_bytes(self) -> int:

@@ -21,7 +21,7 @@ from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, TensorRecord, g
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.reading import MOST_BYTES, parse_json
 
-_ALIGNMENT = 64
+_ALIGNMENT = 256
 _FILLER = "padding."
 _FIX = "export the bundle again"
 
@@ -39,8 +39,8 @@ class StoredArray:
 def lay_out(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, StoredArray]:
     """The arrays of a weights file in order, offsets counted from the end of its header.
 
-    Each begins on a 64-byte boundary. safetensors allows no holes, so fillers are arrays too, and the last one ends
-    the file on such a boundary.
+    Each begins on a 256-byte boundary, so that TensorRT reads it where it lies. safetensors allows no holes, so fillers
+    are arrays too, and the last one ends the file on such a boundary.
     """
     arrays: dict[str, StoredArray] = {}
     end = 0

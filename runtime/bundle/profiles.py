@@ -1,0 +1,51 @@
+"""Optimization profiles of engines: for how many rows TensorRT picks kernels.
+
+Kernels for exactly so many rows are faster than those for a range, so where a graph's caches come back as new rows, a
+call is padded to the next number of rows that there are kernels for: what the rows after its own give is not written
+anywhere that is read. Caches that are updated in place have no room for such rows, so those graphs get ranges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgeskip.runtime.bundle.architecture import Size
+from edgeskip.runtime.bundle.dialects import Dialect
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
+from edgeskip.runtime.bundle.manifest import Manifest
+
+EXACT_ROWS = (1, 4, 8, HEAD_ROWS)
+"""Rows of a round that there are kernels for, where calls are padded."""
+
+
+@dataclass(frozen=True)
+class EngineProfile:
+    """Rows T that an engine serves in one optimization profile: the fewest, those it is tuned for, the most."""
+
+    min_rows: Size
+    opt_rows: Size
+    max_rows: Size
+
+
+def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tuple[EngineProfile, ...]]:
+    """The rows T that each graph's engine serves: up to HEAD_ROWS in rounds, and in chunks of prompts longer than that.
+
+    A round runs what drafts one row at a time, what verifies on all its rows, and a head that serves both in both ways;
+    which graphs draft is said by all exits of the bundle. See decoding/rounds.py.
+    """
+    most, chunk = min(HEAD_ROWS, manifest.max_length), manifest.prefill_chunk
+    rows = min(manifest.num_speculations + 1, most)
+    splits = [manifest.split(exit_layer) for exit_layer in manifest.exit_layers]
+    verifies = {link.graph for split in splits for link in split.verify} | {split.head.graph for split in splits}
+    profiles: dict[GraphName, tuple[EngineProfile, ...]] = {}
+    for name, graph in manifest.graphs.items():
+        tuned = rows if name in verifies else 1
+        if dialect.caches == "in-place":
+            decode = [EngineProfile(1, tuned, most)]
+        else:
+            exact = [n for n in EXACT_ROWS if n < most] + [most] if name in verifies else [1]
+            decode = [EngineProfile(n, n, n) for n in exact]
+        shortest = 1 if dialect.caches == "in-place" else decode[-1].max_rows + 1
+        longest = not graph.head and (chunk > decode[-1].max_rows)
+        profiles[name] = (*decode, *([EngineProfile(shortest, chunk, chunk)] if longest else []))
+    return profiles
