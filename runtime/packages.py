@@ -24,7 +24,7 @@ PACKAGES = (
 LEAST_VERSIONS: dict[str, tuple[int, ...]] = {
     "onnxruntime": (1, 23),
     "onnxruntime-gpu": (1, 31),
-    "tensorrt": (10, 15),
+    "tensorrt": (10, 3),
     "tensorrt-rtx": (1, 4),
 }
 """The oldest versions that run a bundle, as in pyproject.toml."""

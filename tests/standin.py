@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,17 @@ import onnxruntime
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
     Build,
-    EngineProfile,
     EngineRecord,
     engines_folder,
     read_engines,
 )
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 from edgeskip.runtime.bundle.manifest import read_bundle
+from edgeskip.runtime.bundle.profiles import engine_profiles
 from edgeskip.runtime.decoding.model import Model
 
 VERSION = "10.99.1"
@@ -67,8 +68,8 @@ class HostDevice:
 
     def __init__(self, size=1 << 30):
         self.size, self.taken, self.captures = size, 0, 0
-        self.stream, self._kept = HostStream(), []
-        self.free_at_start = size
+        self.stream, self._kept, self._allocated = HostStream(), [], {}
+        self.free_at_start, self.index = size, id(self)
 
     def free_bytes(self):
         self.stream.sync()
@@ -92,8 +93,43 @@ class HostDevice:
         starts = np.cumsum([start, *sizes])[:-1]
         return [DeviceArray(int(address), *shape) for address, shape in zip(starts, shapes, strict=True)]
 
+    def allocate(self, size):
+        (array,) = self.zeros([(size, 1)])
+        self._allocated[array.address] = self._kept.pop(), -(-size // ALIGNMENT) * ALIGNMENT
+        return array.address
+
+    def free(self, address):
+        _, size = self._allocated.pop(address)
+        self.taken -= size
+
+    @contextmanager
+    def borrowed(self, size):
+        yield np.zeros(size, np.uint8)
+
     def pinned(self, shape, dtype):
         return np.zeros(shape, dtype)
+
+    def kernel(self, source, name, macros):
+        """The one kernel that there is, in Python."""
+        assert name == "write_rows"
+        assert name in source
+        unit = {"uint4": 16, "uint2": 8, "unsigned": 4, "unsigned short": 2}[macros["UNIT"]]
+
+        def launch(grid, block, *arguments):
+            caches, rows, position, cache_bytes, rows_bytes, capacity, padded, written, units = map(int, arguments)
+            assert grid[0] * block[0] >= written * units
+
+            def run():
+                first = ctypes.c_int64.from_address(position).value
+                count = min(written, capacity - first)
+                for cache in range(grid[2]):
+                    for head in range(grid[1]):
+                        to = caches + cache * cache_bytes + (head * capacity + first) * units * unit
+                        ctypes.memmove(to, rows + cache * rows_bytes + head * padded * units * unit, count * units * unit)
+
+            self.stream.submit(run)
+
+        return launch
 
     def copier(self, target, source, size):
         return lambda: self.stream.submit(lambda: ctypes.memmove(target, source, size))
@@ -120,7 +156,7 @@ class HostDevice:
     def close(self):
         self.stream.sync()
         self._kept.clear()
-        self.taken = 0
+        self.taken = sum(size for _, size in self._allocated.values())
 
 
 class StandInTensorRT:
@@ -269,25 +305,23 @@ class _Context:
         return True
 
 
-def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION):
+def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION, dialect="standard"):
     """A copy of a bundle with stand-in engines."""
     if not folder.exists():
         shutil.copytree(bundle.folder, folder, copy_function=shutil.copy2)
     copied = read_bundle(folder)
-    weights_sha256, onnx_sha256 = copied.manifest.engine_sources
+    manifest = copied.manifest
+    onnx_sha256 = manifest.graph_hashes(ENGINE_DIALECTS[dialect])
     target = engines_folder(copied, backend, sm, version)
     target.mkdir(parents=True)
-    decode, prefill = (1, HEAD_ROWS), (1, copied.manifest.prefill_chunk)
-    graphs = copied.manifest.graphs
-    profiles = {name: [decode] if graph.head else [decode, prefill] for name, graph in graphs.items()}
     records = {}
-    for graph in copied.manifest.graphs:
-        made = {"onnx": str(copied.graph_path(graph, "standard")), "profiles": profiles[graph]}
-        data = json.dumps(made).encode()
+    for graph, profiles in engine_profiles(manifest, ENGINE_DIALECTS[dialect]).items():
+        path = copied.path(ENGINE_DIALECTS[dialect].file.format(graph))
+        data = json.dumps({"onnx": str(path), "profiles": [(p.min_rows, p.max_rows) for p in profiles]}).encode()
         (target / f"{graph}.engine").write_bytes(data)
-        kept = tuple(EngineProfile(low, high, high) for low, high in profiles[graph])
-        records[graph] = EngineRecord(onnx_sha256[graph], hashlib.sha256(data).hexdigest(), len(data), kept, 1.0, None)
-    build = Build(BUILD_VERSION, "0", backend, version, sm, None, copied.manifest.dtype, weights_sha256, records)
+        hashed = hashlib.sha256(data).hexdigest()
+        records[graph] = EngineRecord(onnx_sha256[graph], hashed, len(data), profiles, 1.0, None)
+    build = Build(BUILD_VERSION, "0", backend, version, sm, None, manifest.dtype, dialect, "0" * 64, records)
     (target / BUILD).write_text(build.to_json())
     return copied
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import ENGINE_BACKENDS
 from edgeskip.runtime.commands.options import bundle_argument, require, say
 
@@ -27,18 +28,26 @@ from edgeskip.runtime.commands.options import bundle_argument, require, say
     help="Build for GPUs of this compute capability, 86 for 8.6; can be given more than once.  [default: the GPU here]",
 )
 @click.option(
+    "--dialect",
+    type=click.Choice(tuple(ENGINE_DIALECTS)),
+    help="standard: TensorRT's own attention, from 10.15 on; primitive: attention in parts, from 10.3 (JetPack 6) on.  "
+    "[default: the best that the installed version reads]",
+)
+@click.option(
     "--workspace-mb",
     type=click.IntRange(1, 1 << 20),
     help="The most device memory for a kernel's own use.  [default: all]",
 )
-def build(bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], workspace_mb: int | None) -> None:
+def build(
+    bundle: Path, backend: Any, compute_capabilities: tuple[int, ...], dialect: str | None, workspace_mb: int | None
+) -> None:
     """Build TensorRT engines from a BUNDLE, into the bundle."""
     require("build")
     from edgeskip.exporter.engines.build import BuildSettings, build_engines
     from edgeskip.runtime.bundle.manifest import read_bundle
     from edgeskip.runtime.terminal import progress_bar
 
-    settings = BuildSettings(backend, compute_capabilities, workspace_mb)
+    settings = BuildSettings(backend, compute_capabilities, workspace_mb, dialect)
     with progress_bar() as progress:
         made = build_engines(read_bundle(bundle), settings, progress)
     for engines in made:

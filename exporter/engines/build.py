@@ -22,32 +22,39 @@ from pathlib import Path
 from typing import Any
 
 import edgeskip
-from edgeskip.exporter.engines.process import LAYER_TYPES, PROGRESS_STEPS, Built, Job
+from edgeskip.exporter.engines.process import PROGRESS_STEPS, Built, Job
 from edgeskip.runtime.backends.device import no_gpu, open_gpu
-from edgeskip.runtime.backends.targets import RTX_REFUSED, VERSIONS, dtype_problem, heads_problem
+from edgeskip.runtime.backends.targets import (
+    RTX_REFUSED,
+    VERSIONS,
+    dialect_for,
+    dtype_problem,
+    heads_problem,
+    versions_text,
+)
 from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
     FOLDER,
     Build,
     EngineBackend,
-    EngineProfile,
     EngineRecord,
     Engines,
     check_within,
-    engine_profiles,
     engines_folder,
 )
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
-from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
-from edgeskip.runtime.bundle.weights import held_bytes
+from edgeskip.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Progress, verify_hashes
+from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.errors import BackendError, RequestError
-from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
+from edgeskip.runtime.files import keep, kept, open_plain, sha256_of, whole_folder, write_hashed
 from edgeskip.runtime.host import has_nvidia_gpu
+from edgeskip.runtime.packages import version_numbers
 
 KERNEL_BYTES_PER_LAYER = 2_000_000
-"""The most that an engine holds besides its weights, per decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
+"""The most that an engine holds, per decoder layer; TensorRT-RTX 1.7.1: 0.7 MB, and 5 MB in all."""
 
 _CHILD = (
     "import sys; sys.path = [*filter(None, sys.path), sys.argv[1]]; "
@@ -67,11 +74,13 @@ class BuildSettings:
         backend: the kind of TensorRT.
         compute_capabilities: SMs to build for, 86 for 8.6; empty means the GPU present.
         workspace_mb: device memory that a kernel may use besides weights and activations; by default all there is.
+        dialect: `standard` or `primitive`; by default the best that the installed version reads.
     """
 
     backend: EngineBackend
     compute_capabilities: tuple[int, ...] = ()
     workspace_mb: int | None = None
+    dialect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,29 +101,38 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     """
     bundle.require_graphs(fix="build where it was packed, and pack it again")
     library = _library(settings.backend)
+    settings = dataclasses.replace(settings, dialect=_dialect(settings, str(library.__version__)))
     targets = _targets(library, settings)
-    _check_heads(bundle)
+    assert settings.dialect is not None
+    _check_heads(bundle, settings.dialect)
     for target in targets:
-        _check_dtype(bundle, target.compute_capability)
+        _check_dtype(bundle, target.compute_capability, settings.dialect)
     check_within(bundle, bundle.folder / FOLDER)
-    verify_hashes(bundle, progress)
+    verify_hashes(bundle, progress, weights=False)
     return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
 
 
 def _library(backend: EngineBackend) -> Any:
-    """The Python module of a backend, checked to be new enough."""
+    """The Python module of a backend."""
     try:
-        library = import_tensorrt(backend)
+        return import_tensorrt(backend)
     except BackendError:
         if backend == "tensorrt-rtx" or has_nvidia_gpu():
             raise
         wanted = "the one that will run the engines, as TensorRT times kernels"
         raise no_gpu(wanted, "build there, or with --backend tensorrt-rtx") from None
-    missing = [kind for kind in LAYER_TYPES if not hasattr(library.LayerType, kind)]
-    if missing:
-        place = f"{MODULES[backend]} {library.__version__}"
-        raise BackendError(place, f"has no {', '.join(missing)}", wanted=VERSIONS[backend])
-    return library
+
+
+def _dialect(settings: BuildSettings, version: str) -> str:
+    """The dialect to build from: the one that was asked for, or the best that this version reads."""
+    best, backend = dialect_for(settings.backend, version), settings.backend
+    if best is None:
+        raise BackendError(f"{MODULES[backend]} {version}", "too old", wanted=versions_text(backend))
+    dialect = settings.dialect or best
+    if version_numbers(version) < (least := VERSIONS[backend][dialect]):
+        place, wanted = f"{MODULES[backend]} {version}", f"{'.'.join(map(str, least))} or later"
+        raise BackendError(place, f"does not read the {dialect} dialect", wanted=wanted, fix=f"give --dialect {best}")
+    return dialect
 
 
 def _targets(library: Any, settings: BuildSettings) -> list[Target]:
@@ -150,28 +168,32 @@ def _present(fix: str = "") -> Target:
         raise BackendError(error.place, error.found, wanted=error.wanted, fix=fix or error.fix) from None
 
 
-def _check_dtype(bundle: Bundle, compute_capability: int) -> None:
+def _check_dtype(bundle: Bundle, compute_capability: int, dialect: str) -> None:
     """Refuses a bundle whose dtype TensorRT or the GPU does not compute in."""
     dtype = bundle.manifest.dtype
-    if wanted := dtype_problem(dtype, compute_capability):
+    if wanted := dtype_problem(dtype, compute_capability, dialect):
         found = f"in {dtype}, for SM {compute_capability}"
         raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
 
 
-def _check_heads(bundle: Bundle) -> None:
+def _check_heads(bundle: Bundle, dialect: str) -> None:
     """Refuses a bundle with attention heads that TensorRT does not compute."""
     a = bundle.manifest.architecture
-    if wanted := heads_problem(a):
+    if wanted := heads_problem(a, dialect):
         found = f"{a.num_heads} attention heads of {a.head_dim}" if a.num_heads > 1 else f"one head of {a.head_dim}"
-        raise RequestError(bundle.folder, found, wanted=f"{wanted}, for TensorRT", fix="run it in ONNX Runtime")
+        raise RequestError(
+            bundle.folder, found, wanted=f"{wanted}, for TensorRT's attention", fix="give --dialect primitive"
+        )
 
 
 def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str, progress: Progress) -> Engines:
     manifest, sm = bundle.manifest, target.compute_capability
-    weights_sha256, onnx_sha256 = manifest.engine_sources
+    assert settings.dialect is not None
+    dialect = ENGINE_DIALECTS[settings.dialect]
+    onnx_sha256 = manifest.graph_hashes(dialect)
     destination = engines_folder(bundle, settings.backend, sm, version)
-    size = held_bytes(bundle) + KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
-    profiles = engine_profiles(manifest)
+    size = KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
+    profiles = engine_profiles(manifest, dialect)
     records: dict[str, EngineRecord] = {}
     try:
         with whole_folder(destination, size, replace=True) as folder:
@@ -180,9 +202,9 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                 timings.write_bytes(measured)
             for graph in manifest.graphs:
                 job = Job(
-                    onnx=str(bundle.graph_path(graph, "standard")),
+                    onnx=str(bundle.path(dialect.file.format(graph))),
                     engine=str(folder / f"{graph}.engine"),
-                    decoder_layers=len(manifest.graphs[graph].layers),
+                    native_layers=len(manifest.graphs[graph].layers) if dialect.caches == "in-place" else 0,
                     profiles=[_shapes(manifest, manifest.graphs[graph], profile) for profile in profiles[graph]],
                     compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
                     workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
@@ -211,7 +233,8 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
                 compute_capability=sm,
                 gpu=target.gpu,
                 dtype=manifest.dtype,
-                weights_sha256=weights_sha256,
+                dialect=settings.dialect,
+                manifest_sha256=_manifest_sha256(bundle),
                 engines=records,
             )
             write_hashed(folder / BUILD, [build.to_json().encode()])
@@ -219,6 +242,11 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
         with suppress(OSError):  # the first build of a bundle failed
             destination.parent.rmdir()
     return Engines(destination, build)
+
+
+def _manifest_sha256(bundle: Bundle) -> str:
+    with open_plain(bundle.path(MANIFEST)) as file:
+        return sha256_of(file)
 
 
 def _report(progress: Progress, what: str, done: int) -> None:

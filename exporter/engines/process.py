@@ -34,13 +34,14 @@ PROGRESS_STEPS = 1000
 class Job:
     """One engine to build.
 
-    `profiles` gives, for each optimization profile, the smallest, best and largest shape of every input with rows;
-    `compute_capability` is (8, 6) for a build ahead of time, null for the GPU present.
+    `native_layers` counts the decoder layers that must become layers of TensorRT's own. `profiles` gives, for each
+    optimization profile, the smallest, best and largest shape of every input with rows; `compute_capability` is (8, 6)
+    for a build ahead of time, null for the GPU present.
     """
 
     onnx: str
     engine: str
-    decoder_layers: int
+    native_layers: int
     profiles: list[dict[str, list[list[int]]]]
     compute_capability: list[int] | None
     workspace_bytes: int | None
@@ -187,7 +188,7 @@ def build(job: Job, report: Any) -> Built:
 
     try:
         builder, network, _ = network_from_onnx_path(job.onnx, strongly_typed=True)
-        check_layers(network, job.decoder_layers)
+        check_layers(network, job.native_layers)
         engine = engine_bytes_from_network((builder, network), create_config, job.save_timing_cache)
         check_warnings(warnings)
     except EngineBuildError:

@@ -1,6 +1,6 @@
 """`ort`: ONNX Runtime's fused operators around the attention, which is one node.
 
-    qkv -> GroupQueryAttention
+qkv -> GroupQueryAttention
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Primitive(DialectWriter):
         past = op.Where(op.Less(cached, first), shown, hidden)
         new = op.Where(op.LessOrEqual(op.Unsqueeze(rows, [0]), op.Unsqueeze(rows, [1])), shown, hidden)
         new = op.Concat(*[new] * self._group, axis=0) if self._group > 1 else new
-        tables = (op.Unsqueeze(op.Gather(table, position_ids), [1]) for table in (cos, sin))
-        return _Places(*tables, past, new)
+        turned = [op.Unsqueeze(op.Gather(table, position_ids), [1]) for table in (cos, sin)]
+        return _Places(turned[0], turned[1], past, new)
 
     def attention(
         self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: _Places
@@ -97,8 +97,9 @@ class Primitive(DialectWriter):
         """Root mean square norm over the last axis, in fp32 within, as ONNX defines RMSNormalization."""
         wide = op.Cast(x, to=ir.DataType.FLOAT)
         mean = op.ReduceMean(op.Mul(wide, wide), [-1], keepdims=1)
-        out: Value = op.Div(wide, op.Sqrt(op.Add(mean, op.Constant(value_float=eps))))
-        return op.Mul(op.CastLike(out, weight), weight)
+        normed = op.Div(wide, op.Sqrt(op.Add(mean, op.Constant(value_float=eps))))
+        out: Value = op.Mul(op.CastLike(normed, weight), weight)
+        return out
 
     def linear(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
         """W x^T, transposed, or the format's own product."""

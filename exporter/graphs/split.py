@@ -74,7 +74,9 @@ class Writing:
         """The model of the graph."""
         for node in self.decoder.builder.graph:
             node.metadata_props.clear()
-        return ir.Model(self.decoder.builder.graph, ir_version=self.decoder.dialect.ir_version, producer_name="edgeskip")
+        return ir.Model(
+            self.decoder.builder.graph, ir_version=self.decoder.dialect.ir_version, producer_name="edgeskip"
+        )
 
 
 def begin(name: str, model: Model, dialect: str) -> Writing:

@@ -1,8 +1,8 @@
 """`standard`: ONNX's own operators, which TensorRT 10.15 turns into layers of its own.
 
-    qkv -> split -+-> q -> RoPE ----------------------+
-                  +-> k -> RoPE -> TensorScatter -----+-> Attention
-                  +-> v ---------> TensorScatter -----+
+qkv -> split -+-> q -> RoPE ----------------------+
+              +-> k -> RoPE -> TensorScatter -----+-> Attention
+              +-> v ---------> TensorScatter -----+
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from onnxscript import OpBuilder
 
 from edgeskip.exporter.formats import StoredValue
 from edgeskip.exporter.graphs.writer import DialectWriter, Heads, product_of_input
-from edgeskip.runtime.bundle.architecture import Architecture
 
 Value = ir.Value
 

@@ -28,7 +28,14 @@ from edgeskip.recipes.plan.cost import (
 )
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.backends.targets import RTX_REFUSED, RTX_SERVES, VERSIONS, dtype_problem, heads_problem
+from edgeskip.runtime.backends.targets import (
+    RTX_REFUSED,
+    RTX_SERVES,
+    dialect_for,
+    dtype_problem,
+    heads_problem,
+    versions_text,
+)
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
@@ -389,17 +396,26 @@ def _software_problems(architecture: Architecture, device: Device, settings: Pla
             newer = _jetpacks(device)
             place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
             fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
-            yield Problem("build", f"{place} has TensorRT {version}; wanted {VERSIONS['tensorrt']}", fix)
+            yield Problem("build", f"{place} has TensorRT {version}; wanted {versions_text('tensorrt')}", fix)
     if backend == "tensorrt-rtx" and sm not in RTX_SERVES:
         yield Problem("build", f"TensorRT-RTX does not serve SM {sm}", RTX_REFUSED)
     assert settings.dtype is not None
-    if backend != "onnxruntime" and (wanted := dtype_problem(settings.dtype, sm)):
+    dialect = _dialect(device, settings)
+    if backend != "onnxruntime" and (wanted := dtype_problem(settings.dtype, sm, dialect)):
         yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
-    if backend != "onnxruntime" and (wanted := heads_problem(architecture)):
+    if backend != "onnxruntime" and (wanted := heads_problem(architecture, dialect)):
         found = f"TensorRT does not compute its attention heads ({architecture.num_heads} of {architecture.head_dim})"
         other = "onnxruntime" in device.backends
         fix = "give --backend onnxruntime" if other else "take another model, or a device that ONNX Runtime serves"
         yield Problem("build", f"{found}; wanted {wanted}", fix)
+
+
+def _dialect(device: Device, settings: PlanSettings) -> str:
+    """The dialect that the device's TensorRT reads best."""
+    version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
+    if settings.backend != "tensorrt" or version is None:
+        return "standard"
+    return dialect_for(settings.backend, version) or "primitive"
 
 
 def _memory_problems(

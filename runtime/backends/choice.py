@@ -47,6 +47,7 @@ def open_session(
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
     from edgeskip.runtime.bundle.engines import find_engines
+    from edgeskip.runtime.bundle.manifest import verify_hashes
 
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
@@ -63,6 +64,7 @@ def open_session(
         why += map(str, problems)
         if bundle.manifest.packed:  # it has nothing else
             raise next(iter([*refusals, *problems]), BundleError(bundle.folder, "packed, without engines"))
+    verify_hashes(bundle, progress)
     session = _open_onnxruntime(bundle, device, threads, dialect, exit_layer, why)
     session.description = "; ".join([session.description, *why])
     return session

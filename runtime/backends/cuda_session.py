@@ -44,8 +44,9 @@ class CudaSession(MeasuredSession):
     Args:
         bundle: what is loaded.
         device: where it is loaded to; the session closes it.
-        weights_bytes: what the backend will take for weights.
+        weights_bytes: what the backend takes for weights.
         exit_layer: the exit that drafts; by default the bundle's own.
+        loaded: whether the weights are on the device already.
 
     Raises:
         BackendError: not enough device memory for weights, caches and workspace.
@@ -53,7 +54,15 @@ class CudaSession(MeasuredSession):
 
     device = "cuda"
 
-    def __init__(self, bundle: Bundle, device: CudaDevice, weights_bytes: int, exit_layer: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: CudaDevice,
+        weights_bytes: int,
+        exit_layer: int | None = None,
+        *,
+        loaded: bool = False,
+    ) -> None:
         manifest = bundle.manifest
         self._device, self._dtype = device, manifest.dtype
         self._bound: dict[Round, BoundRound] = {}
@@ -67,7 +76,8 @@ class CudaSession(MeasuredSession):
         caches = cache_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.max_length)
         self._caches_bytes = sum(caches.values())
         self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
-        self.planned_bytes = self._weights_bytes + self._caches_bytes + self._workspace_bytes
+        self._used_before = device.used_bytes() if loaded else 0
+        self.planned_bytes = self._caches_bytes + self._workspace_bytes + (0 if loaded else weights_bytes)
         free = device.free_bytes()
         if self.planned_bytes > free:
             raise out_of_memory(bundle.folder, self.planned_bytes, free)
@@ -201,7 +211,7 @@ class CudaSession(MeasuredSession):
 
     def memory(self) -> Memory:
         """Device memory by kind; what we did not take ourselves is the backend's: scratch, kernels, libraries."""
-        other = max(self._device.used_bytes() - self.planned_bytes, 0)
+        other = max(self._device.used_bytes() - self._used_before - self.planned_bytes, 0)
         return Memory(self._weights_bytes, self._caches_bytes, self._workspace_bytes, other)
 
     def close(self) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ ALIGNMENT = 256
 """Bytes; TensorRT refuses addresses that are not multiples of it."""
 
 INSTALL = install("cuda")
+
+_KERNELS: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class CudaDevice:
             raise BackendError(
                 "CUDA", f"no usable GPU ({reason(error)})", wanted="an NVIDIA GPU and its driver"
             ) from None
-        self.name = str(self._device.name)
+        self.name, self.index = str(self._device.name), 0
         self.free_at_start = self.free_bytes()
         self._owned: list[Callable[[], object]] = []
 
@@ -140,10 +142,63 @@ class CudaDevice:
         for row_bytes, rows in shapes:
             offsets.append(size)
             size += -(-row_bytes * rows // ALIGNMENT) * ALIGNMENT
-        start = self._allocate(size)
-        self._owned.append(partial(self._free, start))
+        start = self.allocate(size)
+        self._owned.append(partial(self.free, start))
         self._checked(self._driver.cuMemsetD8Async(start, 0, size, int(self.stream.handle)))
         return [DeviceArray(start + offset, *shape) for offset, shape in zip(offsets, shapes, strict=True)]
+
+    def allocate(self, size: int) -> int:
+        """The address of so many bytes of device memory, which outlive this device unless they are freed: it takes them
+        by themselves, not from a pool that would keep them.
+
+        Raises:
+            BackendError: not enough device memory.
+        """
+        status, address = self._driver.cuMemAlloc(size)
+        if int(status):
+            raise out_of_memory("CUDA", size, self.free_bytes(), status.name)
+        if int(address) % ALIGNMENT:
+            raise BackendError("CUDA", f"memory at {int(address):#x}", wanted=f"a multiple of {ALIGNMENT}")
+        return int(address)
+
+    def free(self, address: int) -> None:
+        """Gives memory back that was allocated."""
+        self._checked(self._driver.cuMemFree(address))
+
+    @contextmanager
+    def borrowed(self, size: int) -> Iterator[npt.NDArray[Any]]:
+        """Bytes of page-locked host memory, for a while."""
+        block = self._core.LegacyPinnedMemoryResource().allocate(size)
+        try:
+            yield np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(block.handle)))
+        finally:
+            block.close()
+
+    def kernel(self, source: str, name: str, macros: Mapping[str, str]) -> Callable[..., None]:
+        """Compiles a kernel from CUDA C++ for this device, once for each process.
+
+        The result is called with a grid and a block, each (x, y, z), and the kernel's arguments, NumPy scalars, and
+        enqueues it.
+
+        Raises:
+            BackendError: there is no NVRTC, or it refuses the source.
+        """
+        key = (source, name, tuple(sorted(macros.items())), self.compute_capability)
+        if key not in _KERNELS:
+            core = self._core
+            settings = core.ProgramOptions(
+                arch=f"sm_{self.compute_capability}", std="c++17", define_macro=[*macros.items()]
+            )
+            try:
+                _KERNELS[key] = core.Program(source, "c++", settings).compile("cubin").get_kernel(name)
+            except Exception as error:  # no library, or its complaint about the source
+                raise BackendError("NVRTC", f"does not compile {name} ({reason(error)})", fix=INSTALL) from None
+        kernel, launch, config, stream = _KERNELS[key], self._core.launch, self._core.LaunchConfig, self.stream
+
+        def enqueue(grid: tuple[int, int, int], block: tuple[int, int, int], *arguments: Any) -> None:
+            launch(stream, config(grid=grid, block=block), kernel, *arguments)
+
+        return enqueue
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """A zeroed array in page-locked host memory, which the device copies from and to without the host's help."""
@@ -182,14 +237,14 @@ class CudaDevice:
     def copy_bytes_per_second(self, size: int = 1 << 29, repeats: int = 10) -> float:
         """Median rate of copies within device memory, bytes read plus bytes written."""
         size = min(size, self.free_bytes() // 4)
-        start = self._allocate(2 * size)
+        start = self.allocate(2 * size)
         copy, watch, seconds = self.copier(start + size, start, size), self.stopwatch(), []
         for _ in range(repeats + 2):
             watch.start()
             copy()
             watch.stop()
             seconds.append(watch.elapsed_ns() / 1e9)
-        self._free(start)
+        self.free(start)
         return 2 * size / float(np.median(seconds[2:]))
 
     def close(self) -> None:
@@ -199,18 +254,6 @@ class CudaDevice:
         while self._owned:
             with suppress(Exception):
                 self._owned.pop()()
-
-    def _allocate(self, size: int) -> int:
-        """Takes device memory by itself, not from a pool that would keep it."""
-        status, address = self._driver.cuMemAlloc(size)
-        if int(status):
-            raise out_of_memory("CUDA", size, self.free_bytes(), status.name)
-        if int(address) % ALIGNMENT:
-            raise BackendError("CUDA", f"memory at {int(address):#x}", wanted=f"a multiple of {ALIGNMENT}")
-        return int(address)
-
-    def _free(self, address: int) -> None:
-        self._checked(self._driver.cuMemFree(address))
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         status, *values = result

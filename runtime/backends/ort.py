@@ -13,14 +13,12 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
+from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.host import usable_cores
 from edgeskip.runtime.packages import install
-
-TABLES = (EMBEDDINGS, LM_HEAD)
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
 """With fp32 as it is: by default, products round it to the 10 bits of TF32."""

@@ -1,4 +1,7 @@
-"""A session on TensorRT engines, of either flavour: `tensorrt` and `tensorrt_rtx` have one interface."""
+"""A session on TensorRT engines, of either flavour: `tensorrt` and `tensorrt_rtx` have one interface.
+
+No weight is in an engine: each is an input, bound to its place in the one buffer that holds the weights file.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ from typing import IO, Any
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.device_weights import weights_on_device
+from edgeskip.runtime.backends.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.trt import make_logger
-from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
+from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, present_name
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, NEW_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
+from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.files import keep, kept
-
-DECODE, PREFILL = 0, 1
-"""Optimization profiles of graphs of layers: up to HEAD_ROWS rows, and up to a prompt's chunk. Heads have the first."""
 
 
 def why_not(engines: Engines, compute_capability: int, version: str) -> str:
@@ -37,19 +41,21 @@ def why_not(engines: Engines, compute_capability: int, version: str) -> str:
 class TrtSession(CudaSession):
     """TensorRT engines on a stream of ours.
 
-    There is an execution context for each graph and number of rows; they run in turn, so all share one block of scratch
-    memory. Caches are bound, past and present, to one address, which the engine itself must expect.
+    There is an execution context for each graph and optimization profile; they run in turn, so all share one block of
+    scratch memory. Caches are bound, past and present, to one address, which the engine itself must expect, or the new
+    rows that a graph hands back are written into the caches after it.
 
     Args:
-        bundle: the bundle that the engines belong to.
+        bundle: the bundle whose graphs the engines were built from.
         engines: built for this GPU by the installed version.
         device: where they are loaded to; the session closes it.
         library: the TensorRT module.
         exit_layer: the exit that drafts; by default the bundle's own.
-        progress: called while the engines are checked.
+        progress: called while weights and engines are loaded.
 
     Raises:
-        BundleError: the engines are for another GPU or version, are damaged, or do not have this bundle's tensors.
+        BundleError: the weights or an engine were changed, an engine does not fit this GPU or this TensorRT, or does
+            not have this bundle's tensors.
         BackendError: TensorRT refuses an engine, or there is not enough device memory.
     """
 
@@ -63,22 +69,30 @@ class TrtSession(CudaSession):
         progress: Progress = lambda *_: None,
     ) -> None:
         self._library, self._build = library, engines.build
+        self.dialect = engines.build.dialect
+        self._new_rows = ENGINE_DIALECTS[self.dialect].caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int], Any] = {}
-        self._aligned: dict[View, DeviceArray] = {}
+        self._aligned: dict[tuple[View, int], DeviceArray] = {}
         self._runtime_caches: dict[str, Any] = {}
+        self._rows: tuple[DeviceArray, RowsLayout] | None = None
+        self._bundle = bundle
+        again = build_command(bundle, engines.build.backend, device.compute_capability)
+        if reason := why_not(engines, device.compute_capability, library.__version__):
+            raise BundleError(engines.folder, reason, fix=again)
+        self._weights = weights_on_device(bundle, device, progress)
+        self._holds_weights = True
         try:
-            super().__init__(bundle, device, sum(record.bytes for record in engines.build.engines.values()), exit_layer)
-            again = build_command(bundle, engines.build.backend, device.compute_capability)
-            if reason := why_not(engines, device.compute_capability, library.__version__):
-                raise BundleError(engines.folder, reason, fix=again)
+            super().__init__(bundle, device, self._weights.bytes, exit_layer, loaded=True)
             self._logger = make_logger(library)
             self._runtime = library.Runtime(self._logger)
             with open_engines(engines, progress) as files:
                 for graph in self._graph_table:
                     self._engines[graph] = self._deserialized(engines.path(graph), files[graph], again)
                     self._check_tensors(engines.path(graph), graph, again)
-            self._scratch = self._shared_scratch(bundle)
+            self._scratch = self._shared_scratch()
+            if self._new_rows:
+                self._rows = self._room_for_new_rows()
             self._warm_up(bundle.manifest.prefill_chunk)
             k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
             for _ in range(2):  # enqueued, then captured
@@ -86,7 +100,10 @@ class TrtSession(CudaSession):
         except BaseException:
             self.close()
             raise
-        self.description = f"{engines.build.backend} {library.__version__}, {device.name}, {bundle.manifest.dtype}"
+        self.description = (
+            f"{engines.build.backend} {library.__version__}, {device.name}, {self.dialect} dialect, "
+            f"{bundle.manifest.dtype}"
+        )
 
     def _deserialized(self, path: Path, file: IO[bytes], again: str) -> Any:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -97,38 +114,84 @@ class TrtSession(CudaSession):
 
     def _check_tensors(self, path: Path, graph: GraphName, again: str) -> None:
         """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
-        engine, dtypes = self._engines[graph], self._library.DataType
-        names = {"float": NUMBER_TYPES[self._dtype].tensorrt, "int64": NUMBER_TYPES["int64"].tensorrt}
-        tensors = (*self._graph_table[graph].inputs, *self._graph_table[graph].outputs)
-        wanted = {t.name: (getattr(dtypes, names[t.dtype]), self._shape(graph, t, -1)) for t in tensors}
-        found_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in found_names}
+        engine, record, dtypes = self._engines[graph], self._graph_table[graph], self._library.DataType
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
+
+        def expected(number: str, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+            return getattr(dtypes, NUMBER_TYPES[number].tensorrt), shape
+
+        wanted = {
+            tensor.name: expected(self._number(tensor), self._shape(graph, tensor, -1))
+            for tensor in (*record.inputs, *record.outputs)
+        }
+        for name in found.keys() & self._weights.arrays.keys():
+            array = self._weights.arrays[name]
+            rows = record.head.vocabulary if record.head and name in TABLES else array.shape[0]
+            wanted[name] = expected(BY_SAFETENSORS[array.dtype], (rows, *array.shape[1:]))
         if found != wanted:
-            raise BundleError(path, "its tensors are not those of the manifest", fix=again)
-        for past in (tensor.name for tensor in self._graph_table[graph].inputs if tensor.is_cache):
+            name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+            raise BundleError(path, f"its tensor {name} is not that of the manifest", fix=again)
+        for past in () if self._new_rows else (tensor.name for tensor in record.inputs if tensor.is_cache):
             alias = engine.get_aliased_input_tensor(present_name(past))
             if alias != past:
                 raise BundleError(path, f"{present_name(past)} is not {past} updated in place but {alias}", fix=again)
 
-    def _shared_scratch(self, bundle: Bundle) -> DeviceArray:
+    def _number(self, tensor: Tensor) -> str:
+        return self._dtype if tensor.dtype == "float" else tensor.dtype
+
+    def _shape(self, graph: GraphName, tensor: Tensor, rows: int) -> tuple[int, ...]:
+        if not (self._new_rows and tensor in self._graph_table[graph].outputs and tensor.is_cache):
+            return super()._shape(graph, tensor, rows)
+        sizes = self._dims | {"T": rows}
+        return tuple(sizes[dim] for dim in NEW_ROWS)
+
+    def _shared_scratch(self) -> DeviceArray:
         """One block for the activations of whichever context runs."""
         size = max(
             engine.get_device_memory_size_for_profile_v2(profile)
             for engine in self._engines.values()
             for profile in range(engine.num_optimization_profiles)
         )
-        free = self._device.free_bytes()
-        if size > free:
-            raise out_of_memory(bundle.folder, size, free, "for scratch and activations")
-        (scratch,) = self._device.zeros([(max(size, ALIGNMENT), 1)])
-        self._workspace_bytes += scratch.bytes
-        self.planned_bytes += scratch.bytes
-        return scratch
+        return self._taken(max(size, ALIGNMENT), "for scratch and activations")
+
+    def _room_for_new_rows(self) -> tuple[DeviceArray, RowsLayout]:
+        """One block for the new rows of whichever graph runs, and how they and the caches lie."""
+        row_bytes, heads = self._dims["D"] * ITEMSIZE[self._dtype], self._dims["N"]
+        addresses = [cache.address for cache in self._caches.values()]
+        stride = _aligned(heads * self._longest * row_bytes)
+        most = max(len(self._caches_of(graph)) for graph in self._graph_table)
+        layout = RowsLayout(heads, self._dims["C"], row_bytes, addresses[1] - addresses[0], stride)
+        return self._taken(most * stride, "for new rows of the caches"), layout
+
+    def _taken(self, size: int, what: str) -> DeviceArray:
+        if size > (free := self._device.free_bytes()):
+            raise out_of_memory(self._bundle.folder, size, free, what)
+        (block,) = self._device.zeros([(size, 1)])
+        self._workspace_bytes += block.bytes
+        self.planned_bytes += block.bytes
+        return block
+
+    @property
+    def _longest(self) -> int:
+        """The most rows of a call, with those that pad it."""
+        records = self._build.engines.values()
+        return max(profile.max_rows for record in records for profile in record.profiles)
+
+    def _caches_of(self, graph: GraphName) -> list[str]:
+        return [tensor.name for tensor in self._graph_table[graph].inputs if tensor.is_cache]
+
+    def _profile(self, graph: GraphName, rows: int) -> tuple[int, int]:
+        """The optimization profile for a call of this many rows, and the rows that it is padded to."""
+        for number, profile in enumerate(self._build.engines[graph].profiles):
+            if rows <= profile.max_rows:
+                return number, max(rows, profile.min_rows)
+        raise BackendError(f"the {graph} engine", f"has no profile for {rows} rows", fix="build it again")
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
-        rows = call.rows
-        context = self._context(call.graph, rows)
-        addresses, before, after = self._placed(call)
+        profile, rows = self._profile(call.graph, call.rows)
+        context = self._context(call.graph, profile)
+        addresses, before, after = self._placed(call, rows)
         shapes = {
             tensor.name: self._shape(call.graph, tensor, rows)
             for tensor in self._graph_table[call.graph].inputs
@@ -148,22 +211,21 @@ class TrtSession(CudaSession):
 
         return enqueue
 
-    def _context(self, graph: GraphName, rows: int) -> Any:
-        """The context of a graph for this many rows; prompts, which can have any length, share one."""
-        key = (graph, rows if rows <= HEAD_ROWS else 0)
+    def _context(self, graph: GraphName, profile: int) -> Any:
+        key = (graph, profile)
         if key not in self._contexts:
-            engine = self._engines[graph]
+            engine, record = self._engines[graph], self._build.engines[graph].profiles[profile]
             strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
             if hasattr(engine, "create_runtime_config"):
-                context = engine.create_execution_context(self._runtime_config(graph, strategy, is_fixed=bool(key[1])))
+                fixed = record.max_rows <= HEAD_ROWS
+                context = engine.create_execution_context(self._runtime_config(graph, strategy, is_fixed=fixed))
             else:
                 context = engine.create_execution_context(strategy)
             if context is None:
                 raise BackendError(f"the {graph} engine", f"gives no context ({self._logger.last})")
             context.set_device_memory(self._scratch.address, self._scratch.bytes)
-            profile = DECODE if key[1] else PREFILL
             if profile and not context.set_optimization_profile_async(profile, int(self._device.stream.handle)):
-                raise BackendError(f"the {graph} engine", f"has no profile for {rows} rows", fix="build it again")
+                raise BackendError(f"the {graph} engine", f"refuses profile {profile} ({self._logger.last})")
             self._contexts[key] = context
         return self._contexts[key]
 
@@ -187,36 +249,55 @@ class TrtSession(CudaSession):
         config.set_runtime_cache(self._runtime_caches[name])
         return config
 
-    def _placed(self, call: Call) -> tuple[dict[str, int], list[Callable[[], None]], list[Callable[[], None]]]:
-        """Addresses by tensor, each on a 256-byte boundary: a row that starts elsewhere is copied to one."""
+    def _placed(
+        self, call: Call, rows: int
+    ) -> tuple[dict[str, int], list[Callable[[], None]], list[Callable[[], None]]]:
+        """Addresses by tensor for a call that is padded to so many rows, each on a 256-byte boundary: a row that starts
+        elsewhere is copied to one.
+        """
         addresses: dict[str, int] = {}
         before: list[Callable[[], None]] = []
         after: list[Callable[[], None]] = []
-        for tensor in self._graph_table[call.graph].inputs:
-            if tensor.is_cache:
-                address = self._caches[call.cache(tensor.name)].address
-                addresses[tensor.name] = addresses[present_name(tensor.name)] = address
         for copies, views in ((before, call.inputs), (after, call.outputs)):
             for name, view in views:
                 address = addresses[name] = self._address(view)
                 if address % ALIGNMENT:
-                    staged = self._staged(view)
+                    staged = self._staged(view, rows)
                     addresses[name] = staged.address
                     pair = (staged.address, address) if copies is before else (address, staged.address)
-                    copies.append(self._device.copier(*pair, staged.bytes))
+                    size = self._buffers[view.buffer].row_bytes * view.rows
+                    copies.append(self._device.copier(*pair, size))
+        caches = self._caches_of(call.graph)
+        for index, name in enumerate(caches):
+            addresses[name] = self._caches[call.cache(name)].address
+            addresses[present_name(name)] = addresses[name] if self._rows is None else self._row_place(index)
+        if caches and self._rows is not None:
+            block, layout = self._rows
+            position = self._address(dict(call.inputs)["position_ids"])
+            pasts, new = (addresses[caches[0]], len(caches)), (block.address, rows, call.rows)
+            after.append(row_writer(self._device, layout, pasts, new, position))
+        engine = self._engines[call.graph]
+        for index in range(engine.num_io_tensors):
+            if (name := engine.get_tensor_name(index)) in self._weights.arrays:
+                addresses[name] = self._weights.address_of(name)
         misplaced = [name for name, address in addresses.items() if address % ALIGNMENT]
         if misplaced:
             raise BackendError(f"the {call.graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
         return addresses, before, after
 
-    def _staged(self, view: View) -> DeviceArray:
-        if view not in self._aligned:
-            size = self._buffers[view.buffer].row_bytes * view.rows
-            (self._aligned[view],) = self._device.zeros([(size, 1)])
-        return self._aligned[view]
+    def _row_place(self, index: int) -> int:
+        """Where a call's new rows of its graph's cache with this number go."""
+        assert self._rows is not None
+        block, layout = self._rows
+        return block.address + index * layout.rows_stride
+
+    def _staged(self, view: View, rows: int) -> DeviceArray:
+        if (view, rows) not in self._aligned:
+            (self._aligned[view, rows],) = self._device.zeros([(self._buffers[view.buffer].row_bytes, rows)])
+        return self._aligned[view, rows]
 
     def _is_capturable(self, round_: Round) -> bool:
-        contexts = [self._context(*call.key) for call in round_.calls]
+        contexts = [self._context(call.graph, self._profile(call.graph, call.rows)[0]) for call in round_.calls]
         stream = int(self._device.stream.handle)
         return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
 
@@ -227,3 +308,11 @@ class TrtSession(CudaSession):
         self._contexts.clear()
         self._runtime_caches.clear()
         self._engines.clear()
+        if self._holds_weights:
+            self._holds_weights = False
+            self._weights.close(self._device)
+
+
+def _aligned(size: int) -> int:
+    """The size up to the next boundary."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

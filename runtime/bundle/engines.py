@@ -65,7 +65,8 @@ class EngineRecord:
 class Build:
     """What build.json says: which TensorRT built these engines, for which GPU, from the graphs of which dialect.
 
-    `manifest_sha256` is the hash of the manifest.json of the bundle that they were built for first. `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
+    `manifest_sha256` is the hash of the manifest.json of the bundle that they were built for first.
+    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
     they were built ahead of time for another machine.
     """
 

@@ -214,27 +214,49 @@ def _record_sha256(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None) -> None:
+def verify_hashes(bundle: Bundle, progress: Progress = lambda *_: None, *, weights: bool = True) -> None:
     """Compares every file with its sha256; in full the first time.
 
     Later loads trust a stamp in the user's cache while size, times of change and inode of each stay as they were.
+    Without `weights`, their file is left to whoever reads it, who then calls `keep_checked`.
 
     Raises:
         BundleError: a file differs from what was exported.
     """
-    stamp, name = _stamp(bundle), f"{hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]}.json"
-    if kept("checked", name) == stamp:
+    if is_checked(bundle):
         return
-    count = counted("checking the bundle", sum(record.bytes for record in bundle.manifest.files.values()), progress)
-    for file, record in bundle.manifest.files.items():
+    files = {name: record for name, record in bundle.manifest.files.items() if weights or name != WEIGHTS}
+    count = counted("checking the bundle", sum(record.bytes for record in files.values()), progress)
+    for file in files:
         path = bundle.path(file)
         try:
             with path.open("rb") as opened:
                 found = sha256_of(opened, count)
         except OSError as error:
             raise BundleError(path, f"cannot be read ({reason(error)})") from None
-        check_hash(path, found, record.sha256, "as exported", "copy the bundle again or export it again")
-    keep("checked", name, stamp)
+        check_file_hash(bundle, file, found)
+    if weights:
+        keep_checked(bundle)
+
+
+def is_checked(bundle: Bundle) -> bool:
+    """Whether all files were compared before, and have not been touched since."""
+    return kept("checked", _stamp_name(bundle)) == _stamp(bundle)
+
+
+def keep_checked(bundle: Bundle) -> None:
+    """Remembers that all files were compared."""
+    keep("checked", _stamp_name(bundle), _stamp(bundle))
+
+
+def check_file_hash(bundle: Bundle, file: str, found: str) -> None:
+    """Compares the sha256 of one of the bundle's files with the manifest's.
+
+    Raises:
+        BundleError: it differs.
+    """
+    wanted = bundle.manifest.files[file].sha256
+    check_hash(bundle.path(file), found, wanted, "as exported", "copy the bundle again or export it again")
 
 
 def check_hash(path: Path, found: str, sha256: str, when: str, fix: str) -> None:
@@ -353,6 +375,10 @@ def _check_file(folder: Path, name: str, record: FileRecord) -> None:
         raise BundleError(
             path, f"{size} bytes", wanted=f"{record.bytes}", fix="copy the bundle again or export it again"
         )
+
+
+def _stamp_name(bundle: Bundle) -> str:
+    return f"{hashlib.sha256(str(bundle.folder.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _stamp(bundle: Bundle) -> bytes:

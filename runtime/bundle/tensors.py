@@ -18,6 +18,7 @@ from edgeskip.runtime.bundle.architecture import Architecture
 EMBEDDINGS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
+TABLES = (EMBEDDINGS, LM_HEAD)
 ROPE_TABLES = ("rope.cos", "rope.sin")
 
 
