@@ -129,9 +129,9 @@ class TrtSession(CudaSession):
             array = self._weights.arrays[name]
             rows = record.head.vocabulary if record.head and name in TABLES else array.shape[0]
             wanted[name] = expected(BY_SAFETENSORS[array.dtype], (rows, *array.shape[1:]))
-        if found != wanted:
-            name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
-            raise BundleError(path, f"its tensor {name} is not that of the manifest", fix=again)
+        for name in {**wanted, **found}:
+            if not _agree(found.get(name), wanted.get(name)):
+                raise BundleError(path, f"its tensor {name} is {found.get(name)}", wanted=f"{wanted.get(name)}", fix=again)
         for past in () if self._new_rows else (tensor.name for tensor in record.inputs if tensor.is_cache):
             alias = engine.get_aliased_input_tensor(present_name(past))
             if alias != past:
@@ -311,6 +311,13 @@ class TrtSession(CudaSession):
         if self._holds_weights:
             self._holds_weights = False
             self._weights.close(self._device)
+
+
+def _agree(found: tuple[Any, tuple[int, ...]] | None, wanted: tuple[Any, tuple[int, ...]] | None) -> bool:
+    """Whether a tensor has the type and shape that it should; of outputs, TensorRT does not know every size."""
+    if found is None or wanted is None or found[0] != wanted[0] or len(found[1]) != len(wanted[1]):
+        return False
+    return all(-1 in (size, other) or size == other for size, other in zip(found[1], wanted[1], strict=True))
 
 
 def _aligned(size: int) -> int:
