@@ -28,6 +28,7 @@ from edgeskip.runtime.bundle.graphs import (
     check_num_speculations,
     graph_table,
 )
+from edgeskip.runtime.bundle.layers import files_of
 from edgeskip.runtime.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -103,7 +104,7 @@ def export_bundle(
         files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
         model = Model(architecture, settings.dtype, capacity, layout.tensors, layout.arrays)
         for dialect in DIALECTS.values():
-            for name, graph in graphs.items():
+            for name, graph in files_of(graphs, dialect).items():
                 proto = ir.to_proto(split_graph(name, graph, model, dialect.name))
                 file = dialect.file.format(name)
                 files[file] = _write(folder / file, proto.SerializeToString(deterministic=True))

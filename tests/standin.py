@@ -22,6 +22,7 @@ import onnxruntime
 
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.trt_layers import LayersSession
 from edgeskip.runtime.backends.trt_session import TrtSession
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
@@ -109,27 +110,13 @@ class HostDevice:
     def pinned(self, shape, dtype):
         return np.zeros(shape, dtype)
 
+    multiprocessors = 2
+
     def kernel(self, source, name, macros):
-        """The one kernel that there is, in Python."""
-        assert name == "write_rows"
-        assert name in source
-        unit = {"uint4": 16, "uint2": 8, "unsigned": 4, "unsigned short": 2}[macros["UNIT"]]
-
-        def launch(grid, block, *arguments):
-            caches, rows, position, cache_bytes, rows_bytes, capacity, padded, written, units = map(int, arguments)
-            assert grid[0] * block[0] >= written * units
-
-            def run():
-                first = ctypes.c_int64.from_address(position).value
-                count = min(written, capacity - first)
-                for cache in range(grid[2]):
-                    for head in range(grid[1]):
-                        to = caches + cache * cache_bytes + (head * capacity + first) * units * unit
-                        ctypes.memmove(to, rows + cache * rows_bytes + head * padded * units * unit, count * units * unit)
-
-            self.stream.submit(run)
-
-        return launch
+        """A kernel that this file has in Python."""
+        assert f"void {name}(" in source.replace("__launch_bounds__(32 * WARPS) ", "")
+        run = KERNELS[name]
+        return lambda grid, block, *arguments: self.stream.submit(lambda: run(macros, grid, block, *arguments))
 
     def copier(self, target, source, size):
         return lambda: self.stream.submit(lambda: ctypes.memmove(target, source, size))
@@ -157,6 +144,88 @@ class HostDevice:
         self.stream.sync()
         self._kept.clear()
         self.taken = sum(size for _, size in self._allocated.values())
+
+
+def array_at(address, shape, kind):
+    """Memory as an array."""
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(int(address)), kind).reshape(shape)
+
+
+def write_rows(macros, grid, block, caches, rows, position, cache_bytes, rows_bytes, capacity, padded, written, units):
+    """The kernel of row_writer.py."""
+    unit = {"uint4": 16, "uint2": 8, "unsigned": 4, "unsigned short": 2}[macros["UNIT"]]
+    assert grid[0] * block[0] >= written * units
+    row_bytes, (first,) = int(units) * unit, array_at(position, [1], np.int64)
+    count = min(int(written), int(capacity) - int(first))
+    for index in range(grid[2]):
+        cache = array_at(int(caches) + index * int(cache_bytes), [grid[1], int(capacity), row_bytes], np.uint8)
+        new = array_at(int(rows) + index * int(rows_bytes), [grid[1], int(padded), row_bytes], np.uint8)
+        cache[:, first : first + count] = new[:, :count]
+
+
+def rotate(
+    macros, grid, block, qkv, keys, values, queries, positions, cos, sin, q_norm, k_norm, n_q, n_kv, capacity, eps
+):
+    """The first kernel of attention.cu."""
+    kind, size, rows = NUMBERS[macros["STORE"]], int(macros["HEAD"]), grid[1]
+    n_q, n_kv, capacity, (first,) = int(n_q), int(n_kv), int(capacity), array_at(positions, [1], np.int64)
+    assert grid[0] * block[0] // 32 >= n_q + 2 * n_kv
+    heads = array_at(qkv, [rows, n_q + 2 * n_kv, size], kind).astype(np.float32)
+    rows = min(rows, capacity - int(first))
+    at = slice(int(first), int(first) + rows)
+    c, s = (array_at(table, [capacity, size // 2], kind)[at, None].astype(np.float32) for table in (cos, sin))
+
+    def turned(part, norm):
+        if norm:
+            part = part / np.sqrt((part**2).mean(-1, keepdims=True) + float(eps))
+            part = (part.astype(kind) * array_at(norm, [size], kind)).astype(np.float32)
+        a, b = np.split(part, 2, axis=-1)
+        return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+    array_at(queries, [rows, n_q, size], kind)[:] = turned(heads[:rows, :n_q], q_norm)
+    caches = [array_at(cache, [n_kv, capacity, size], kind) for cache in (keys, values)]
+    caches[0][:, at] = turned(heads[:rows, n_q : n_q + n_kv], k_norm).swapaxes(0, 1)
+    caches[1][:, at] = heads[:rows, n_q + n_kv :].swapaxes(0, 1)
+
+
+def attend(
+    macros,
+    grid,
+    block,
+    queries,
+    keys,
+    values,
+    positions,
+    out,
+    partials,
+    counters,
+    n_q,
+    n_kv,
+    capacity,
+    rows,
+    split,
+    scale,
+):
+    """The second kernel of attention.cu, without its splits."""
+    kind, size, (first,) = NUMBERS[macros["STORE"]], int(macros["HEAD"]), array_at(positions, [1], np.int64)
+    n_q, n_kv, capacity, rows = int(n_q), int(n_kv), int(capacity), int(rows)
+    assert grid[0] * 4 * int(macros["ROWS"]) >= rows * n_q // n_kv
+    assert grid[1] * int(split) >= capacity
+    assert grid[2] == n_kv
+    used = min(int(first) + rows, capacity)
+    q = array_at(queries, [rows, n_kv, n_q // n_kv, size], kind).astype(np.float32) * float(scale)
+    k, v = (array_at(x, [n_kv, capacity, size], kind)[:, :used].astype(np.float32) for x in (keys, values))
+    scores = np.einsum("tngd,ncd->ntgc", q, k)
+    hidden = np.arange(used) > int(first) + np.arange(rows)[:, None]
+    scores = np.where(hidden[None, :, None], -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    attended = np.einsum("ntgc,ncd->tngd", weights / weights.sum(-1, keepdims=True), v)
+    array_at(out, attended.shape, kind)[:] = attended
+
+
+NUMBERS = {"16": np.float16, "32": np.float32}
+KERNELS = {"write_rows": write_rows, "rotate": rotate, "attend": attend}
 
 
 class StandInTensorRT:
@@ -272,7 +341,9 @@ class _Context:
 
     def set_input_shape(self, name, shape):
         low, high = self.engine.made["profiles"][self.profile]
-        assert low <= shape[1] <= high, f"{shape[1]} rows are not in profile {self.profile}"
+        rows = shape[[isinstance(dim, str) for dim in self.engine.tensors[name][1]].index(True)]
+        assert low <= rows <= high, f"{rows} rows are not in profile {self.profile}"
+        self.rows = rows
         self.shapes[name] = tuple(shape)
         return "shapes" not in self.engine.library.faults
 
@@ -290,7 +361,7 @@ class _Context:
             assert self.engine.library.capturable or not self.engine.library.rtx, "captured what cannot be"
         session = self.engine.session(stream)
         binding = session.io_binding()
-        rows = next(shape[1] for shape in self.shapes.values())
+        rows = self.rows
         for name, ((_, element), shape) in self.engine.tensors.items():
             bind = binding.bind_input if name in self.engine.inputs else binding.bind_output
             shape = [rows if isinstance(dim, str) else dim for dim in shape]
@@ -326,13 +397,14 @@ def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION, 
     return copied
 
 
-def standin_model(bundle, folder, device, **settings):
+def standin_model(bundle, folder, device, dialect="standard", **settings):
     """A model on stand-in engines."""
     if not Path(folder).exists():
-        with_engines(bundle, folder, sm=device.compute_capability)
+        with_engines(bundle, folder, sm=device.compute_capability, dialect=dialect)
     copied = read_bundle(folder)
     (engines,) = read_engines(copied)
-    return Model(copied, TrtSession(copied, engines, device, StandInTensorRT(**settings)))
+    kind = LayersSession if engines.build.dialect == "layers" else TrtSession
+    return Model(copied, kind(copied, engines, device, StandInTensorRT(**settings)))
 
 
 def make_device(kind):

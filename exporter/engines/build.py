@@ -1,4 +1,4 @@
-"""A bundle's TensorRT engines: for which GPUs they can be built, and building each in a process of its own.
+"""A bundle's TensorRT engines: for which GPUs they can be built, and building them in a process of its own.
 
 TensorRT-RTX compiles ahead of time for the GPU of another machine, and needs no GPU itself; TensorRT times kernels, so
 it builds on the device that will run them. Both take the same path, through Polygraphy's loaders.
@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import edgeskip
 from edgeskip.exporter.engines.process import PROGRESS_STEPS, Built, Job
@@ -46,6 +46,7 @@ from edgeskip.runtime.bundle.engines import (
     engines_folder,
 )
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
+from edgeskip.runtime.bundle.layers import files_of
 from edgeskip.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.errors import BackendError, RequestError
@@ -196,23 +197,23 @@ def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str
     profiles = engine_profiles(manifest, dialect)
     records: dict[str, EngineRecord] = {}
     try:
-        with whole_folder(destination, size, replace=True) as folder:
+        with whole_folder(destination, size, replace=True) as folder, _builder(settings.backend) as run:
             timings, timings_name = folder / "timings", f"{destination.name}.cache"
             if settings.backend == "tensorrt" and (measured := kept("timings", timings_name)):
                 timings.write_bytes(measured)
-            for graph in manifest.graphs:
+            for graph, contract in files_of(manifest.graphs, dialect).items():
                 job = Job(
                     onnx=str(bundle.path(dialect.file.format(graph))),
                     engine=str(folder / f"{graph}.engine"),
-                    native_layers=len(manifest.graphs[graph].layers) if dialect.caches == "in-place" else 0,
-                    profiles=[_shapes(manifest, manifest.graphs[graph], profile) for profile in profiles[graph]],
+                    native_layers=0 if dialect.padded else len(contract.layers),
+                    profiles=[_shapes(manifest, contract, profile) for profile in profiles[graph]],
                     compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
                     workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
                     load_timing_cache=str(timings) if timings.is_file() else None,
                     save_timing_cache=str(timings) if settings.backend == "tensorrt" else None,
                 )
                 start = time.monotonic()
-                built = _run(job, settings.backend, partial(_report, progress, f"{graph} for SM {sm}"))
+                built = run(job, partial(_report, progress, f"{graph} for SM {sm}"))
                 records[graph] = EngineRecord(
                     onnx_sha256[graph],
                     built.sha256,
@@ -264,11 +265,12 @@ def _shapes(manifest: Manifest, graph: Graph, profile: EngineProfile) -> dict[st
     }
 
 
-def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Built:
-    """Does a job in a process of its own, which ends with this function, whatever happens.
+@contextmanager
+def _builder(backend: EngineBackend) -> Iterator[Callable[[Job, Callable[[int], None]], Built]]:
+    """A process that does jobs in turn, and ends with the block, whatever happens: what it holds goes back then.
 
     Raises:
-        BackendError: TensorRT refuses the graph, or the process dies.
+        BackendError: TensorRT refuses a graph, or the process dies.
     """
     environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == "tensorrt-rtx"))}
     with tempfile.TemporaryFile() as log:
@@ -283,28 +285,34 @@ def _run(job: Job, backend: EngineBackend, report: Callable[[int], None]) -> Bui
             encoding="utf-8",
         )
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with suppress(BrokenPipeError), process.stdin as stdin:
-                json.dump(dataclasses.asdict(job), stdin)
-            for line in process.stdout:
-                event = json.loads(line)
-                if "built" in event:
-                    report(PROGRESS_STEPS)
-                    return Built(**event["built"])
-                if "failed" in event:
-                    raise BackendError(job.onnx, event["failed"])
-                report(event["done"])
-            code = process.wait()
+            yield partial(_run, process, log)
         finally:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
-        if code < 0:
-            memory = "the system does that where memory is short: free some or add swap" if code == -9 else ""
-            raise BackendError(job.onnx, f"building it was ended by {signal.Signals(-code).name}", fix=memory)
-        log.seek(0)
-        last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
-        raise BackendError(job.onnx, f"building it ended with exit code {code} ({last[-500:]})")
+                    with suppress(BrokenPipeError):
+                        pipe.close()
+
+
+def _run(process: subprocess.Popen[str], log: IO[bytes], job: Job, report: Callable[[int], None]) -> Built:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+        process.stdin.flush()
+    for line in process.stdout:
+        event = json.loads(line)
+        if "built" in event:
+            report(PROGRESS_STEPS)
+            return Built(**event["built"])
+        if "failed" in event:
+            raise BackendError(job.onnx, event["failed"])
+        report(event["done"])
+    code = process.wait()
+    if code < 0:
+        memory = "the system does that where memory is short: free some or add swap" if code == -9 else ""
+        raise BackendError(job.onnx, f"building it was ended by {signal.Signals(-code).name}", fix=memory)
+    log.seek(0)
+    last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
+    raise BackendError(job.onnx, f"building it ended with exit code {code} ({last[-500:]})")

@@ -1,8 +1,9 @@
-"""Builds one engine in a process of its own, which build.py starts: a job in, events out.
+"""Builds engines in a process of its own, which build.py starts: jobs in, events out.
 
-The system gets the memory back when the process ends, and killing it stops a build at any point. The job comes as JSON
-on stdin; what goes out on stdout is one JSON object per line: {"done": 0..1000} while it works, then {"built": {...}}
-or {"failed": "..."}. TensorRT's own output goes to stderr.
+The system gets the memory back when the process ends, and killing it stops a build at any point. Each job comes as a
+line of JSON on stdin; what goes out on stdout is one JSON object per line: {"done": 0..1000} while it works, then
+{"built": {...}} or {"failed": "..."}. TensorRT's own output goes to stderr. To get its kernels ready takes the full
+TensorRT seconds, so one process does all the jobs of a build.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgeskip.runtime.files import write_hashed
 
@@ -133,18 +135,9 @@ def build(job: Job, report: Any) -> Built:
 
     trt: Any = lazy_import_trt()
     G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1
-    errors: list[str] = []
-    warnings: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.Logger.ERROR:
-                errors.append(message)
-            elif severity == trt.Logger.WARNING:
-                warnings.append(message)
+    log = _logger(trt)
+    log.errors.clear()
+    log.warnings.clear()
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -161,7 +154,7 @@ def build(job: Job, report: Any) -> Built:
         def phase_finish(self, phase: str) -> None:
             pass
 
-    trt_util.TRT_LOGGER = Log()  # Polygraphy's own passes messages to its log without their severity
+    trt_util.TRT_LOGGER = log  # Polygraphy's own passes messages to its log without their severity
     settings: dict[str, Any] = {
         "profiles": [_profile(Profile(), shapes) for shapes in job.profiles],
         "profiling_verbosity": trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
@@ -190,20 +183,44 @@ def build(job: Job, report: Any) -> Built:
         builder, network, _ = network_from_onnx_path(job.onnx, strongly_typed=True)
         check_layers(network, job.native_layers)
         engine = engine_bytes_from_network((builder, network), create_config, job.save_timing_cache)
-        check_warnings(warnings)
+        check_warnings(log.warnings)
     except EngineBuildError:
         raise
     except Exception as error:  # Polygraphy's, whose reason is in TensorRT's log
-        raise EngineBuildError(errors[0] if errors else f"{type(error).__name__}: {error}") from None
+        raise EngineBuildError(log.errors[0] if log.errors else f"{type(error).__name__}: {error}") from None
     size, sha256 = write_hashed(Path(job.engine), [memoryview(engine)])
     return Built(sha256, size, _peak_memory_bytes())
 
 
+@cache
+def _logger(trt: Any) -> Any:
+    """Keeps errors and warnings; TensorRT uses the first logger of a process to its end."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.Logger.ERROR:
+                self.errors.append(message)
+            elif severity == trt.Logger.WARNING:
+                self.warnings.append(message)
+
+    return Log()
+
+
 def main() -> None:
-    """Reads the job, does it, and reports what came of it."""
+    """Reads jobs, does them, and reports what came of each."""
     _end_with_parent()
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that whatever a library prints stays out of the events
+    for line in sys.stdin:
+        _do(Job(**json.loads(line)), events)
+
+
+def _do(job: Job, events: IO[str]) -> None:
     last = -1
 
     def report(done: int) -> bool:
@@ -217,7 +234,7 @@ def main() -> None:
         return True
 
     try:
-        built = build(Job(**json.load(sys.stdin)), report)
+        built = build(job, report)
     except (EngineBuildError, OSError, ImportError) as error:
         events.write(json.dumps({"failed": str(error)}) + "\n")
     else:

@@ -83,19 +83,55 @@ class Decoder:
         logits.type = ir.TensorType(table.dtype)
         return logits
 
+    def first(self, layer: int, hidden: Value) -> Value:
+        """What comes before a layer's attention: hidden [B,T,H] -> qkv [T,Q]."""
+        with self._scope("next"):
+            return self._projected(f"model.layers.{layer}", self.op.Reshape(hidden, [-1, self._size]), None)[0]
+
+    def between(self, layer: int, hidden: Value, attended: Value) -> tuple[Value, Value]:
+        """From one layer's attention [T,A] to that of the next: -> hidden [B,T,H], qkv [T,Q]."""
+        x, delta = self._after_attention(layer, hidden, attended)
+        with self._scope("next"):
+            qkv, x = self._projected(f"model.layers.{layer + 1}", x, delta)
+        return self.op.Reshape(x, [1, -1, self._size]), qkv
+
+    def last(self, layer: int, hidden: Value, attended: Value) -> Value:
+        """What comes after a layer's attention [T,A]: -> hidden [B,T,H]."""
+        x, delta = self._after_attention(layer, hidden, attended)
+        out: Value = self.op.Reshape(self.op.Add(x, delta), [1, -1, self._size])
+        return out
+
+    def _after_attention(self, layer: int, hidden: Value, attended: Value) -> tuple[Value, Value]:
+        with self._scope("layer"):
+            return self._finished(f"model.layers.{layer}", self.op.Reshape(hidden, [-1, self._size]), attended)
+
+    @property
+    def _size(self) -> int:
+        return self.architecture.hidden_size
+
     def _layer(
         self, name: str, x: Value, delta: Value | None, pasts: tuple[Value, Value], places: Any
     ) -> tuple[Value, Value, Value, Value]:
         """One pre-norm layer: (residual stream, its last summand, which the next norm adds) -> the same, and caches."""
-        a, op, eps = self.architecture, self.op, self.architecture.rms_norm_eps
-        normed, x = self.dialect.skip_norm(op, x, delta, self._whole(f"{name}.input_layernorm.weight"), eps)
-        qkv = self._linear(f"{name}.self_attn.qkv_proj", normed, bias=a.qkv_bias)
+        a, op = self.architecture, self.op
+        qkv, x = self._projected(name, x, delta)
         attended, key, value = self.dialect.attention(op, self._heads(name), qkv, pasts, places)
         flat = op.Reshape(attended, [-1, a.num_heads * a.head_dim])
-        attended = self._linear(f"{name}.self_attn.o_proj", flat, bias=a.output_bias)
+        return *self._finished(name, x, flat), key, value
+
+    def _projected(self, name: str, x: Value, delta: Value | None) -> tuple[Value, Value]:
+        """Norm and projections: -> queries, keys and values of all heads [B*T,Q], and the residual stream [B*T,H]."""
+        eps = self.architecture.rms_norm_eps
+        normed, x = self.dialect.skip_norm(self.op, x, delta, self._whole(f"{name}.input_layernorm.weight"), eps)
+        return self._linear(f"{name}.self_attn.qkv_proj", normed, bias=self.architecture.qkv_bias), x
+
+    def _finished(self, name: str, x: Value, attended: Value) -> tuple[Value, Value]:
+        """What follows a layer's attention [B*T,A]: -> the residual stream, and what is still to be added to it."""
+        eps = self.architecture.rms_norm_eps
+        attended = self._linear(f"{name}.self_attn.o_proj", attended, bias=self.architecture.output_bias)
         norm = self._whole(f"{name}.post_attention_layernorm.weight")
-        normed, x = self.dialect.skip_norm(op, x, attended, norm, eps)
-        return x, self._mlp(f"{name}.mlp", normed), key, value
+        normed, x = self.dialect.skip_norm(self.op, x, attended, norm, eps)
+        return x, self._mlp(f"{name}.mlp", normed)
 
     def _heads(self, name: str) -> Heads:
         a = self.architecture

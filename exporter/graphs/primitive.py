@@ -121,3 +121,13 @@ class Primitive(DialectWriter):
         )
         out: Value = op.Concat(*turned, axis=3)
         return out
+
+
+class Layers(Primitive):
+    """`primitive` for parts of layers, which have no attention."""
+
+    name = "layers"
+
+    def suited(self, architecture: Architecture) -> DialectWriter:
+        """The same for all models."""
+        return self

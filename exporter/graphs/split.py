@@ -18,6 +18,7 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS, Part
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, GraphName, Tensor, dimensions
+from edgeskip.runtime.bundle.layers import COMES, ENDS, PARTS
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord
 from edgeskip.runtime.bundle.weights import StoredArray
@@ -50,6 +51,8 @@ def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir
     if graph.head:
         row_inputs = {tensor.name: inputs[tensor.name] for tensor in graph.inputs[1:]}
         outputs = list(decoder.head(inputs[graph.reads], graph.head, row_inputs))
+    elif name in PARTS:
+        outputs = _part(name, decoder, [inputs[tensor.name] for tensor in graph.inputs])
     else:
         places = writing.places(inputs["position_ids"], model.capacity)
         pasts = {i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers}
@@ -61,6 +64,18 @@ def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir
         value.type, value.shape = ir.TensorType(element), ir.Shape(shape)
         builder.add_output(value, tensor.name)
     return writing.finished()
+
+
+def _part(name: str, decoder: Decoder, inputs: list[ir.Value]) -> list[ir.Value]:
+    """Writes a part of a layer, as that of layer 0, and of layer 1 where it reaches into the next."""
+    if name == "first":
+        return [decoder.first(1, *inputs)]
+    return list(decoder.between(0, *inputs)) if name == "between" else [decoder.last(0, *inputs)]
+
+
+def _input_name(name: str) -> str:
+    """The name of a weight as an input of a part."""
+    return name.replace("model.layers.0.", ENDS).replace("model.layers.1.", COMES)
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[...,
         declared = FORMAT_WRITERS[record.format].declare(dialect, one.suffix, shape)
         element, spelled = declared or (ONNX_DTYPES[number], shape)
         if as_inputs:
-            return builder.input(name, element, list(spelled))
+            return builder.input(_input_name(name) if DIALECTS[dialect].in_parts else name, element, list(spelled))
         size = array.bytes * count // record.shape[0]
         tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(spelled), name=name)
         return builder.initializer(tensor, name, qualify=False)

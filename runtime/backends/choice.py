@@ -80,7 +80,9 @@ def _open_engines(
 ) -> MeasuredSession:
     from edgeskip.runtime.backends.device import open_gpu
     from edgeskip.runtime.backends.trt import import_tensorrt
+    from edgeskip.runtime.backends.trt_layers import LayersSession
     from edgeskip.runtime.backends.trt_session import TrtSession, why_not
+    from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
     from edgeskip.runtime.bundle.engines import build_command
 
     built = [engines for engines in found if engines.build.backend == backend]
@@ -97,7 +99,8 @@ def _open_engines(
         if fitting is None:
             folder, reason = next(iter(reasons.items()))
             raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
-        return TrtSession(bundle, fitting, device, library, exit_layer, progress)
+        kind = LayersSession if ENGINE_DIALECTS[fitting.build.dialect].in_parts else TrtSession
+        return kind(bundle, fitting, device, library, exit_layer, progress)
     except BaseException:
         device.close()
         raise

@@ -122,6 +122,11 @@ class CudaDevice:
         """CUDA devices in this machine; this one is the first."""
         return int(self._checked(self._driver.cuDeviceGetCount()))
 
+    @property
+    def multiprocessors(self) -> int:
+        """How many blocks run side by side at least."""
+        return int(self._device.properties.multiprocessor_count)
+
     def free_bytes(self) -> int:
         """Device memory that is free."""
         self.stream.sync()

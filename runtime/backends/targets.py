@@ -10,8 +10,8 @@ from edgeskip.runtime.packages import version_numbers
 NAMES: dict[EngineBackend, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 VERSIONS: dict[EngineBackend, dict[str, tuple[int, int]]] = {
-    "tensorrt": {"standard": (10, 15), "primitive": (10, 3)},
-    "tensorrt-rtx": {"standard": (1, 4), "primitive": (1, 4)},
+    "tensorrt": {"standard": (10, 15), "layers": (10, 3), "primitive": (10, 3)},
+    "tensorrt-rtx": {"standard": (1, 4), "layers": (1, 4), "primitive": (1, 4)},
 }
 """The first version that reads a dialect, the better dialect first. TensorRT has layers for attention, RoPE and caches
 since 10.15.1, by its release notes; JetPack 7.2 has 10.16, JetPack 6 has 10.3. RTX 1.4 to 1.7 build the shipped bundle.
@@ -44,7 +44,7 @@ kernel" on SM 86 and "FP32 GEMM is not supported" on SM 75.
 
 def dtype_problem(dtype: DType, compute_capability: int, dialect: str) -> str:
     """What TensorRT wants in place of a dtype that it or the GPU does not compute in; empty if there is no problem."""
-    if dtype == "fp32" and dialect == "primitive":
+    if dtype == "fp32" and dialect != "standard":
         return ""
     if dtype not in LEAST_DTYPE_SM:
         return "fp16 or bf16: TensorRT has no attention in fp32"
@@ -63,7 +63,7 @@ def heads_problem(architecture: Architecture, dialect: str) -> str:
     An attention in parts takes heads of any size. Of one that is fused, TensorRT itself only reports a failed check in
     one of its source files.
     """
-    if dialect == "primitive":
+    if dialect != "standard":
         return ""
     if architecture.head_dim not in HEAD_SIZES:
         return f"a head size of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]} in steps of {HEAD_SIZES.step}"

@@ -21,6 +21,7 @@ from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, NEW_ROWS, GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.layers import files_of, weight_of
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
@@ -70,7 +71,8 @@ class TrtSession(CudaSession):
     ) -> None:
         self._library, self._build = library, engines.build
         self.dialect = engines.build.dialect
-        self._new_rows = ENGINE_DIALECTS[self.dialect].caches == "new-rows"
+        dialect = ENGINE_DIALECTS[self.dialect]
+        self._files, self._new_rows = files_of(bundle.manifest.graphs, dialect), dialect.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int], Any] = {}
         self._aligned: dict[tuple[View, int], DeviceArray] = {}
@@ -87,12 +89,11 @@ class TrtSession(CudaSession):
             self._logger = make_logger(library)
             self._runtime = library.Runtime(self._logger)
             with open_engines(engines, progress) as files:
-                for graph in self._graph_table:
+                for graph in self._files:
                     self._engines[graph] = self._deserialized(engines.path(graph), files[graph], again)
                     self._check_tensors(engines.path(graph), graph, again)
             self._scratch = self._shared_scratch()
-            if self._new_rows:
-                self._rows = self._room_for_new_rows()
+            self._prepare()
             self._warm_up(bundle.manifest.prefill_chunk)
             k = min(bundle.manifest.num_speculations, bundle.manifest.max_length - 1)
             for _ in range(2):  # enqueued, then captured
@@ -105,6 +106,11 @@ class TrtSession(CudaSession):
             f"{bundle.manifest.dtype}"
         )
 
+    def _prepare(self) -> None:
+        """Takes what else the calls of these engines need."""
+        if self._new_rows:
+            self._rows = self._room_for_new_rows()
+
     def _deserialized(self, path: Path, file: IO[bytes], again: str) -> Any:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             engine = self._runtime.deserialize_cuda_engine(mapped)
@@ -114,7 +120,7 @@ class TrtSession(CudaSession):
 
     def _check_tensors(self, path: Path, graph: GraphName, again: str) -> None:
         """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
-        engine, record, dtypes = self._engines[graph], self._graph_table[graph], self._library.DataType
+        engine, record, dtypes = self._engines[graph], self._files[graph], self._library.DataType
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
 
@@ -125,13 +131,15 @@ class TrtSession(CudaSession):
             tensor.name: expected(self._number(tensor), self._shape(graph, tensor, -1))
             for tensor in (*record.inputs, *record.outputs)
         }
-        for name in found.keys() & self._weights.arrays.keys():
-            array = self._weights.arrays[name]
-            rows = record.head.vocabulary if record.head and name in TABLES else array.shape[0]
-            wanted[name] = expected(BY_SAFETENSORS[array.dtype], (rows, *array.shape[1:]))
+        for name in found:
+            if array := self._weights.arrays.get(weight_of(name, 0, 1)):
+                rows = record.head.vocabulary if record.head and name in TABLES else array.shape[0]
+                wanted[name] = expected(BY_SAFETENSORS[array.dtype], (rows, *array.shape[1:]))
         for name in {**wanted, **found}:
             if not _agree(found.get(name), wanted.get(name)):
-                raise BundleError(path, f"its tensor {name} is {found.get(name)}", wanted=f"{wanted.get(name)}", fix=again)
+                raise BundleError(
+                    path, f"its tensor {name} is {found.get(name)}", wanted=f"{wanted.get(name)}", fix=again
+                )
         for past in () if self._new_rows else (tensor.name for tensor in record.inputs if tensor.is_cache):
             alias = engine.get_aliased_input_tensor(present_name(past))
             if alias != past:
@@ -141,10 +149,10 @@ class TrtSession(CudaSession):
         return self._dtype if tensor.dtype == "float" else tensor.dtype
 
     def _shape(self, graph: GraphName, tensor: Tensor, rows: int) -> tuple[int, ...]:
-        if not (self._new_rows and tensor in self._graph_table[graph].outputs and tensor.is_cache):
-            return super()._shape(graph, tensor, rows)
-        sizes = self._dims | {"T": rows}
-        return tuple(sizes[dim] for dim in NEW_ROWS)
+        record = self._files[graph]
+        shape = NEW_ROWS if self._new_rows and tensor.is_cache and tensor in record.outputs else tensor.shape
+        sizes = record.dimensions(self._dims) | {"T": rows}
+        return tuple(sizes[dim] for dim in shape)
 
     def _shared_scratch(self) -> DeviceArray:
         """One block for the activations of whichever context runs."""
@@ -178,6 +186,10 @@ class TrtSession(CudaSession):
         records = self._build.engines.values()
         return max(profile.max_rows for record in records for profile in record.profiles)
 
+    def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
+        """The engines that a call runs."""
+        return (call.graph,)
+
     def _caches_of(self, graph: GraphName) -> list[str]:
         return [tensor.name for tensor in self._graph_table[graph].inputs if tensor.is_cache]
 
@@ -190,24 +202,37 @@ class TrtSession(CudaSession):
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
         profile, rows = self._profile(call.graph, call.rows)
-        context = self._context(call.graph, profile)
         addresses, before, after = self._placed(call, rows)
-        shapes = {
-            tensor.name: self._shape(call.graph, tensor, rows)
-            for tensor in self._graph_table[call.graph].inputs
-            if "T" in tensor.shape
-        }
-        stream = int(self._device.stream.handle)
+        run = self._execution(call.graph, profile, rows, addresses)
 
         def enqueue() -> None:
-            for copy in before:
-                copy()
+            for step in (*before, run, *after):
+                step()
+
+        return enqueue
+
+    def _execution(
+        self, graph: GraphName, profile: int, rows: int, addresses: dict[str, int], layers: tuple[int, int] = (0, 0)
+    ) -> Callable[[], None]:
+        """Binds an engine to addresses and, if it is a part of layers, to the weights of these: the one that ends and
+        the one that comes. Calling the result enqueues it.
+        """
+        engine, context, stream = self._engines[graph], self._context(graph, profile), int(self._device.stream.handle)
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if (weight := weight_of(name, *layers)) in self._weights.arrays:
+                addresses[name] = self._weights.address_of(weight)
+        if misplaced := [name for name, address in addresses.items() if address % ALIGNMENT]:
+            raise BackendError(f"the {graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
+        shapes = {
+            tensor.name: self._shape(graph, tensor, rows) for tensor in self._files[graph].inputs if "T" in tensor.shape
+        }
+
+        def enqueue() -> None:
             taken = all(context.set_input_shape(name, shape) for name, shape in shapes.items())
             taken = taken and all(context.set_tensor_address(name, at) for name, at in addresses.items())
             if not (taken and context.execute_async_v3(stream)):
-                raise BackendError(f"the {call.graph} engine", f"does not run ({self._logger.last})")
-            for copy in after:
-                copy()
+                raise BackendError(f"the {graph} engine", f"does not run ({self._logger.last})")
 
         return enqueue
 
@@ -260,13 +285,7 @@ class TrtSession(CudaSession):
         after: list[Callable[[], None]] = []
         for copies, views in ((before, call.inputs), (after, call.outputs)):
             for name, view in views:
-                address = addresses[name] = self._address(view)
-                if address % ALIGNMENT:
-                    staged = self._staged(view, rows)
-                    addresses[name] = staged.address
-                    pair = (staged.address, address) if copies is before else (address, staged.address)
-                    size = self._buffers[view.buffer].row_bytes * view.rows
-                    copies.append(self._device.copier(*pair, size))
+                addresses[name] = self._on_grid(view, rows, copies, is_input=copies is before)
         caches = self._caches_of(call.graph)
         for index, name in enumerate(caches):
             addresses[name] = self._caches[call.cache(name)].address
@@ -276,14 +295,18 @@ class TrtSession(CudaSession):
             position = self._address(dict(call.inputs)["position_ids"])
             pasts, new = (addresses[caches[0]], len(caches)), (block.address, rows, call.rows)
             after.append(row_writer(self._device, layout, pasts, new, position))
-        engine = self._engines[call.graph]
-        for index in range(engine.num_io_tensors):
-            if (name := engine.get_tensor_name(index)) in self._weights.arrays:
-                addresses[name] = self._weights.address_of(name)
-        misplaced = [name for name, address in addresses.items() if address % ALIGNMENT]
-        if misplaced:
-            raise BackendError(f"the {call.graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
         return addresses, before, after
+
+    def _on_grid(self, view: View, rows: int, copies: list[Callable[[], None]], *, is_input: bool) -> int:
+        """Where a view is, or where it is copied from or to because it does not start on a boundary."""
+        address = self._address(view)
+        if not address % ALIGNMENT:
+            return address
+        staged, size = self._staged(view, rows), self._buffers[view.buffer].row_bytes * view.rows
+        copies.append(
+            self._device.copier(*((staged.address, address) if is_input else (address, staged.address)), size)
+        )
+        return staged.address
 
     def _row_place(self, index: int) -> int:
         """Where a call's new rows of its graph's cache with this number go."""
@@ -297,7 +320,8 @@ class TrtSession(CudaSession):
         return self._aligned[view, rows]
 
     def _is_capturable(self, round_: Round) -> bool:
-        contexts = [self._context(call.graph, self._profile(call.graph, call.rows)[0]) for call in round_.calls]
+        names = {(graph, call.rows) for call in round_.calls for graph in self._engines_of(call)}
+        contexts = [self._context(graph, self._profile(graph, rows)[0]) for graph, rows in names]
         stream = int(self._device.stream.handle)
         return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
 

@@ -17,13 +17,20 @@ class Dialect:
     `file` is the pattern of their names. `caches` says how a call hands back what it adds to the KV caches. With
     `in-place`, the outputs are the whole caches, bound to the memory of the inputs; with `new-rows`, they are the rows
     of this call [B,N,T,D], which the session writes into the caches. `weights` says whether a graph holds its weights
-    as initializers that point into the weights file, or takes them as inputs under their names in that file.
+    as initializers that point into the weights file, or takes them as inputs under their names in that file. `in_parts`
+    says that runs of layers come in the parts of layers.py, which the session puts together.
     """
 
     name: str
     file: str
     caches: Literal["in-place", "new-rows"] = "in-place"
     weights: Literal["initializers", "inputs"] = "initializers"
+    in_parts: bool = False
+
+    @property
+    def padded(self) -> bool:
+        """Whether a call may have more rows than are wanted: the graphs themselves write nothing into the caches."""
+        return self.in_parts or self.caches == "new-rows"
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -31,13 +38,16 @@ DIALECTS: dict[str, Dialect] = {
     "ort": Dialect("ort", "{}.ort.onnx"),
     "standard-inputs": Dialect("standard-inputs", "{}.inputs.onnx", weights="inputs"),
     "primitive": Dialect("primitive", "{}.primitive.onnx", caches="new-rows", weights="inputs"),
+    "layers": Dialect("layers", "{}.layers.onnx", weights="inputs", in_parts=True),
 }
 """`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones. `standard-inputs` is `standard` for
-engines, and `primitive` has none but the operators that TensorRT has had since 10.3.
+engines, `primitive` has none but the operators that TensorRT has had since 10.3, and `layers` has those without the
+attention, which is a kernel of ours.
 """
 
 ENGINE_DIALECTS: dict[str, Dialect] = {
     "standard": DIALECTS["standard-inputs"],
     "primitive": DIALECTS["primitive"],
+    "layers": DIALECTS["layers"],
 }
 """The dialects that engines are built from, by the names that users know: no weight is in an engine."""

@@ -204,11 +204,11 @@ def _read(bundle: Bundle, folder: Path) -> Engines:
         )
     seal = data.pop(SEAL, None)
     build = structure(Build, data, path, BundleError)
-    graphs = bundle.manifest.graphs
+    onnx_sha256 = bundle.manifest.graph_hashes(ENGINE_DIALECTS[build.dialect])
+    graphs = list(onnx_sha256)
     if set(build.engines) != set(graphs):
         raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(graphs))
     again = build_command(bundle, build.backend, build.compute_capability)
-    onnx_sha256 = bundle.manifest.graph_hashes(ENGINE_DIALECTS[build.dialect])
     for graph in graphs:
         record = build.engines[graph]
         if record.onnx_sha256 != onnx_sha256[graph]:

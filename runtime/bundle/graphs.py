@@ -218,6 +218,8 @@ def dimensions(architecture: Architecture, capacity: int) -> dict[str, int]:
         "N": architecture.num_kv_heads,
         "D": architecture.head_dim,
         "V": architecture.vocab_size,
+        "Q": architecture.qkv_rows,
+        "A": architecture.num_heads * architecture.head_dim,
     }
 
 

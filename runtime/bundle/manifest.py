@@ -36,6 +36,7 @@ from edgeskip.runtime.bundle.graphs import (
     graph_table,
     split_at,
 )
+from edgeskip.runtime.bundle.layers import files_of
 from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
@@ -131,8 +132,8 @@ class Manifest:
         return bundle_tensors(self.architecture, self.max_length, self.dtype, self.formats)
 
     def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
-        """sha256 of each graph's file in a dialect."""
-        return {graph: self.files[dialect.file.format(graph)].sha256 for graph in self.graphs}
+        """sha256 of each file of a dialect, by graph."""
+        return {graph: self.files[dialect.file.format(graph)].sha256 for graph in files_of(self.graphs, dialect)}
 
     @property
     def weights_bytes(self) -> int:
@@ -358,7 +359,7 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise BundleError(path, f"formats: {problem}", fix="export the bundle again")
     wanted = [WEIGHTS, "tokenizer.json"]
     if not manifest.packed:
-        wanted += [dialect.file.format(graph) for dialect in DIALECTS.values() for graph in table]
+        wanted += [dialect.file.format(graph) for dialect in DIALECTS.values() for graph in files_of(table, dialect)]
     for name in wanted:
         if name not in manifest.files:
             raise BundleError(path, f"lists no {name}", fix="export the bundle again")

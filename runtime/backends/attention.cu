@@ -1,0 +1,211 @@
+// Attention over the KV caches, in two kernels. Compiled by NVRTC, without any header.
+//
+//   rotate   qkv [T, (Nq+2N) D] -> normed and rotated queries [T, Nq, D]; keys and values go into the caches
+//   attend   queries x caches -> attended [T, Nq D]
+//
+// Macros: STORE 16 (fp16), 17 (bf16) or 32 (fp32); HEAD the size D of a head; ROWS query rows of a warp; KEYS cache
+// rows of a tile. Numbers are computed with in fp32. A query row is a row of the call together with one of the G query
+// heads that share a head of keys; four warps take ROWS of them each.
+//
+// With several splits, each block attends to a part of the cache rows and leaves its sums, unnormalized, in `partials`
+// with their largest score and their weight; the last of them to end, told by `counters`, puts them together and sets
+// its counter back to zero for the next launch.
+
+#if STORE == 32
+typedef float store;
+__device__ inline float load(store x) { return x; }
+__device__ inline store narrow(float x) { return x; }
+#elif STORE == 16
+typedef unsigned short store;
+__device__ inline float load(store x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+__device__ inline store narrow(float x) { store y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else
+typedef unsigned short store;
+__device__ inline float load(store x) { return __uint_as_float((unsigned)x << 16); }
+__device__ inline store narrow(float x) {
+    unsigned bits = __float_as_uint(x);
+    return (store)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#endif
+
+typedef unsigned long long size;
+typedef long long position;
+
+#define HALF (HEAD / 2)
+#define WARPS 4
+#define COLUMNS ((HEAD + 31) / 32)
+#define SLOTS (KEYS / 32)
+#define TILE_ROWS (WARPS * ROWS)
+#define LOW -1e30f
+
+__device__ inline float warp_sum(float x) {
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+// A warp for each head of each row. grid (heads / 4, T)
+extern "C" __global__ void rotate(
+    const store* qkv, store* keys, store* values, store* queries, const position* positions, const store* cos_table,
+    const store* sin_table, const store* q_norm, const store* k_norm, unsigned num_heads, unsigned num_kv_heads,
+    unsigned capacity, float eps)
+{
+    unsigned lane = threadIdx.x % 32, head = blockIdx.x * WARPS + threadIdx.x / 32, row = blockIdx.y;
+    unsigned all = num_heads + 2 * num_kv_heads;
+    if (head >= all) return;
+    const store* from = qkv + ((size)row * all + head) * HEAD;
+    size place = *positions + row;
+    if (place >= capacity) return;
+    if (head >= num_heads + num_kv_heads) {
+        store* to = values + ((size)(head - num_heads - num_kv_heads) * capacity + place) * HEAD;
+        for (unsigned i = lane; i < HEAD; i += 32) to[i] = from[i];
+        return;
+    }
+    bool is_query = head < num_heads;
+    store* to = is_query ? queries + ((size)row * num_heads + head) * HEAD
+                         : keys + ((size)(head - num_heads) * capacity + place) * HEAD;
+    const store* norm = is_query ? q_norm : k_norm;
+    float scale = 1;
+    if (norm) {
+        float sum = 0;
+        for (unsigned i = lane; i < HEAD; i += 32) { float x = load(from[i]); sum += x * x; }
+        scale = rsqrtf(warp_sum(sum) / HEAD + eps);
+    }
+    for (unsigned i = lane; i < HALF; i += 32) {
+        float a = load(from[i]), b = load(from[i + HALF]);
+        if (norm) {
+            a = load(narrow(load(narrow(a * scale)) * load(norm[i])));
+            b = load(narrow(load(narrow(b * scale)) * load(norm[i + HALF])));
+        }
+        float c = load(cos_table[place * HALF + i]), s = load(sin_table[place * HALF + i]);
+        to[i] = narrow(a * c - b * s);
+        to[i + HALF] = narrow(b * c + a * s);
+    }
+}
+
+// grid (tiles of query rows, splits, N)
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
+    const store* queries, const store* keys, const store* values, const position* positions, store* out,
+    float* partials, unsigned* counters, unsigned num_heads, unsigned num_kv_heads, unsigned capacity, unsigned rows,
+    unsigned split_rows, float scale)
+{
+    __shared__ float query[HEAD][TILE_ROWS];
+    __shared__ float tile[KEYS * (HEAD + 1)];
+    __shared__ float weights[KEYS][TILE_ROWS];
+    __shared__ unsigned ended;
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv = blockIdx.z;
+    unsigned group = num_heads / num_kv_heads, query_rows = rows * group, first_row = blockIdx.x * TILE_ROWS;
+    unsigned first = (unsigned)*positions, last_row = min(first_row + TILE_ROWS, query_rows) - 1;
+    // query rows are ordered by row of the call, then by head: those of a tile see about as much
+    unsigned used = min(first + last_row / group + 1, capacity);
+    unsigned begin = blockIdx.y * split_rows, end = min(begin + split_rows, used);
+    if (begin >= used) return;
+    unsigned splits = (used + split_rows - 1) / split_rows;
+
+    for (unsigned i = threadIdx.x; i < TILE_ROWS * HEAD; i += blockDim.x) {
+        unsigned r = first_row + i / HEAD, d = i % HEAD;
+        query[d][i / HEAD] = r < query_rows
+            ? load(queries[((size)(r / group) * num_heads + kv * group + r % group) * HEAD + d]) * scale : 0;
+    }
+    float most[ROWS], total[ROWS], sums[ROWS][COLUMNS];
+    unsigned seen[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        unsigned row = first_row + warp * ROWS + r;
+        seen[r] = row < query_rows ? min(first + row / group + 1, capacity) : 0;
+        most[r] = LOW, total[r] = 0;
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = 0;
+    }
+    for (unsigned start = begin; start < end; start += KEYS) {
+        unsigned count = min((unsigned)KEYS, end - start);
+        __syncthreads();
+        const store* from = keys + ((size)kv * capacity + start) * HEAD;
+        for (unsigned i = threadIdx.x; i < count * HEAD; i += blockDim.x)
+            tile[i / HEAD * (HEAD + 1) + i % HEAD] = load(from[i]);
+        __syncthreads();
+        float scores[ROWS][SLOTS];
+        for (int r = 0; r < ROWS; r++)
+            for (int s = 0; s < SLOTS; s++) scores[r][s] = 0;
+#pragma unroll 8
+        for (int d = 0; d < HEAD; d++) {
+            float key[SLOTS];
+            for (int s = 0; s < SLOTS; s++) key[s] = tile[(lane + 32 * s) * (HEAD + 1) + d];
+            for (int r = 0; r < ROWS; r++)
+                for (int s = 0; s < SLOTS; s++) scores[r][s] += query[d][warp * ROWS + r] * key[s];
+        }
+        for (int r = 0; r < ROWS; r++) {
+            float top = LOW;
+            for (int s = 0; s < SLOTS; s++) {
+                unsigned place = lane + 32 * s;
+                if (place >= count || start + place >= seen[r]) scores[r][s] = LOW;
+                top = fmaxf(top, scores[r][s]);
+            }
+            top = fmaxf(most[r], warp_max(top));
+            float kept = __expf(most[r] - top), sum = 0;
+            for (int s = 0; s < SLOTS; s++) {
+                float weight = scores[r][s] == LOW ? 0 : __expf(scores[r][s] - top);
+                weights[lane + 32 * s][warp * ROWS + r] = weight;
+                sum += weight;
+            }
+            most[r] = top, total[r] = total[r] * kept + warp_sum(sum);
+            for (int c = 0; c < COLUMNS; c++) sums[r][c] *= kept;
+        }
+        __syncthreads();
+        from = values + ((size)kv * capacity + start) * HEAD;
+        for (unsigned i = threadIdx.x; i < count * HEAD; i += blockDim.x) tile[i] = load(from[i]);
+        __syncthreads();
+#pragma unroll 4
+        for (unsigned k = 0; k < count; k++)
+            for (int c = 0; c < COLUMNS; c++) {
+                float value = lane + 32 * c < HEAD ? tile[k * HEAD + lane + 32 * c] : 0;
+                for (int r = 0; r < ROWS; r++) sums[r][c] += weights[k][warp * ROWS + r] * value;
+            }
+    }
+    if (splits == 1) {
+        for (int r = 0; r < ROWS; r++) {
+            unsigned row = first_row + warp * ROWS + r;
+            if (row >= query_rows) continue;
+            store* to = out + ((size)(row / group) * num_heads + kv * group + row % group) * HEAD;
+            for (int c = 0; c < COLUMNS; c++)
+                if (lane + 32 * c < HEAD) to[lane + 32 * c] = narrow(sums[r][c] / total[r]);
+        }
+        return;
+    }
+    // partials [N, tiles, splits, TILE_ROWS, HEAD + 2]
+    unsigned pair = kv * gridDim.x + blockIdx.x;
+    float* mine = partials + ((size)pair * gridDim.y + blockIdx.y) * TILE_ROWS * (HEAD + 2);
+    for (int r = 0; r < ROWS; r++) {
+        float* to = mine + (warp * ROWS + r) * (HEAD + 2);
+        for (int c = 0; c < COLUMNS; c++)
+            if (lane + 32 * c < HEAD) to[lane + 32 * c] = sums[r][c];
+        if (lane == 0) to[HEAD] = most[r], to[HEAD + 1] = total[r];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) ended = atomicAdd(counters + pair, 1);
+    __syncthreads();
+    if (ended != splits - 1) return;
+    __threadfence();
+    if (threadIdx.x == 0) counters[pair] = 0;
+    const float* all = partials + (size)pair * gridDim.y * TILE_ROWS * (HEAD + 2);
+    for (int r = 0; r < ROWS; r++) {
+        unsigned row = first_row + warp * ROWS + r;
+        if (row >= query_rows) continue;
+        float top = LOW, weight = 0, sum[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) sum[c] = 0;
+        for (unsigned s = 0; s < splits; s++)
+            top = fmaxf(top, __ldcg(all + ((size)s * TILE_ROWS + warp * ROWS + r) * (HEAD + 2) + HEAD));
+        for (unsigned s = 0; s < splits; s++) {
+            const float* part = all + ((size)s * TILE_ROWS + warp * ROWS + r) * (HEAD + 2);
+            float share = __expf(__ldcg(part + HEAD) - top);
+            weight += share * __ldcg(part + HEAD + 1);
+            for (int c = 0; c < COLUMNS; c++)
+                if (lane + 32 * c < HEAD) sum[c] += share * __ldcg(part + lane + 32 * c);
+        }
+        store* to = out + ((size)(row / group) * num_heads + kv * group + row % group) * HEAD;
+        for (int c = 0; c < COLUMNS; c++)
+            if (lane + 32 * c < HEAD) to[lane + 32 * c] = narrow(sum[c] / weight);
+    }
+}

@@ -1,0 +1,137 @@
+"""Attention between engines: two kernels of ours, compiled on the device; attention.cu has them.
+
+    qkv [T, (Nq+2N) D]  ->  rotate: queries; keys and values into the caches  ->  attend  ->  attended [T, Nq D]
+
+The first row's position is read on the device, so the launches can be part of a captured round, and only the cache rows
+in use are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeskip.runtime.backends.device import CudaDevice, DeviceArray
+from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+
+WARPS = 4
+"""Of a block; each takes some of its query rows. As in attention.cu."""
+
+SOURCE = Path(__file__).with_name("attention.cu")
+
+_STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
+_BLOCKS_PER_MULTIPROCESSOR = 8
+"""What the cache rows are split for, at most."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Addresses for one layer's attention: input and output, caches, positions, and norms, 0 for none."""
+
+    qkv: int
+    attended: int
+    keys: int
+    values: int
+    positions: int
+    q_norm: int = 0
+    k_norm: int = 0
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How `attend` divides the work: query rows of a warp, cache rows of a tile and of a split, and the grid."""
+
+    rows: int
+    keys: int
+    split_rows: int
+    grid: tuple[int, int, int]
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows of a block."""
+        return WARPS * self.rows
+
+
+def tiling(architecture: Architecture, capacity: int, rows: int, blocks: int) -> Tiling:
+    """How to divide a call of this many rows over about so many blocks."""
+    a = architecture
+    query_rows, wide = rows * a.num_heads // a.num_kv_heads, a.head_dim > 128
+    keys = 32 if wide else 64  # more would not fit into shared memory
+    most = 2 if wide else 4
+    per_warp = next((n for n in (1, 2) if n < most and n * WARPS >= query_rows), most)
+    tiles = -(-query_rows // (WARPS * per_warp))
+    splits = max(1, min(-(-blocks // (tiles * a.num_kv_heads)), -(-capacity // keys)))
+    split_rows = -(-capacity // (splits * keys)) * keys
+    return Tiling(per_warp, keys, split_rows, (tiles, -(-capacity // split_rows), a.num_kv_heads))
+
+
+def macros(dtype: DType, head_dim: int, tiles: Tiling) -> dict[str, str]:
+    """What the kernels are compiled with."""
+    return {"STORE": _STORES[dtype], "HEAD": str(head_dim), "ROWS": str(tiles.rows), "KEYS": str(tiles.keys)}
+
+
+class Attention:
+    """The kernels of a model, and the memory between them.
+
+    Args:
+        device: where they run.
+        architecture: the model's.
+        dtype: of all numbers in memory.
+        capacity: C, the rows of the caches.
+        longest: the most rows of a call.
+        tables: addresses of the RoPE tables' cosines and sines, [C, D/2] each.
+
+    Raises:
+        BackendError: the kernels cannot be compiled here, or there is not enough device memory.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        architecture: Architecture,
+        dtype: DType,
+        capacity: int,
+        longest: int,
+        tables: tuple[int, int],
+    ) -> None:
+        self._device, self._architecture, self._dtype = device, architecture, dtype
+        self._capacity, self._tables = capacity, tables
+        self._blocks = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
+        self._source = SOURCE.read_text(encoding="utf-8")
+        a = architecture
+        every = [tiling(a, capacity, rows, self._blocks) for rows in range(1, longest + 1)]
+        partials = max(t.grid[0] * t.grid[1] * t.grid[2] * t.tile_rows for t in every) * (a.head_dim + 2) * 4
+        counters = max(t.grid[0] * t.grid[2] for t in every) * 4
+        queries = longest * a.num_heads * a.head_dim * ITEMSIZE[dtype]
+        self._queries, self._partials, self._counters = device.zeros([(queries, 1), (partials, 1), (counters, 1)])
+        self.enqueued(1, Operands(0, 0, 0, 0, 0))  # compiles, so that what is missing shows now
+
+    @property
+    def memory(self) -> tuple[DeviceArray, ...]:
+        """What it took of the device."""
+        return self._queries, self._partials, self._counters
+
+    def enqueued(self, rows: int, at: Operands) -> Callable[[], None]:
+        """Binds an attention of this many rows; calling the result enqueues it."""
+        a, tiles = self._architecture, tiling(self._architecture, self._capacity, rows, self._blocks)
+        defined = macros(self._dtype, a.head_dim, tiles)
+        rotate = self._device.kernel(self._source, "rotate", defined)
+        attend = self._device.kernel(self._source, "attend", defined)
+        block, queries = (32 * WARPS, 1, 1), np.uint64(self._queries.address)
+        heads = np.uint32(a.num_heads), np.uint32(a.num_kv_heads), np.uint32(self._capacity)
+        rotate_grid = (-(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), rows, 1)
+        first = (np.uint64(at.qkv), np.uint64(at.keys), np.uint64(at.values), queries, np.uint64(at.positions))
+        tables = (*map(np.uint64, self._tables), np.uint64(at.q_norm), np.uint64(at.k_norm))
+        memory = (np.uint64(at.attended), np.uint64(self._partials.address), np.uint64(self._counters.address))
+        reads = (queries, np.uint64(at.keys), np.uint64(at.values), np.uint64(at.positions))
+        split = (np.uint32(rows), np.uint32(tiles.split_rows), np.float32(a.head_dim**-0.5))
+
+        def enqueue() -> None:
+            rotate(rotate_grid, block, *first, *tables, *heads, np.float32(a.rms_norm_eps))
+            attend(tiles.grid, block, *reads, *memory, *heads, *split)
+
+        return enqueue
