@@ -224,8 +224,31 @@ def attend(
     array_at(out, attended.shape, kind)[:] = attended
 
 
+def product(macros, grid, block, x, weight, bias, norm, residual, out, rows, outs, eps):
+    """The kernel of product.cu."""
+    kind, inputs, gated = NUMBERS[macros["STORE"]], int(macros["IN"]), macros["GATE"] == "1"
+    rows, outs = int(rows), int(outs)
+    assert grid[0] * (8 if gated else 16) >= outs
+    assert int(macros["TILES"]) * 8 >= rows
+    states = array_at(x, [rows, inputs], kind).astype(np.float32)
+    if macros["NORM"] == "1":
+        states = (states / np.sqrt((states**2).mean(-1, keepdims=True) + float(eps))).astype(kind)
+        states = (states * array_at(norm, [inputs], kind)).astype(np.float32)
+    lines = 2 * outs if gated else outs
+    y = states @ array_at(weight, [lines, inputs], kind).astype(np.float32).T
+    if macros["BIAS"] == "1":
+        y += array_at(bias, [lines], kind)
+    y = y.astype(kind)
+    if gated:
+        gate, up = np.split(y.astype(np.float32), 2, axis=1)
+        y = ((gate / (1 + np.exp(-gate))).astype(kind) * up).astype(kind)
+    if macros["RESIDUAL"] == "1":
+        y = y + array_at(residual, [rows, outs], kind)
+    array_at(out, [rows, outs], kind)[:] = y
+
+
 NUMBERS = {"16": np.float16, "32": np.float32}
-KERNELS = {"write_rows": write_rows, "rotate": rotate, "attend": attend}
+KERNELS = {"write_rows": write_rows, "rotate": rotate, "attend": attend, "product": product}
 
 
 class StandInTensorRT:

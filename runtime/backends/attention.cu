@@ -1,32 +1,15 @@
-// Attention over the KV caches, in two kernels. Compiled by NVRTC, without any header.
+// Attention over the KV caches, in two kernels. Compiled by NVRTC; numbers.cuh is put before it.
 //
 //   rotate   qkv [T, (Nq+2N) D] -> normed and rotated queries [T, Nq, D]; keys and values go into the caches
 //   attend   queries x caches -> attended [T, Nq D]
 //
-// Macros: STORE 16 (fp16), 17 (bf16) or 32 (fp32); HEAD the size D of a head; ROWS query rows of a warp; KEYS cache
-// rows of a tile. Numbers are computed with in fp32. A query row is a row of the call together with one of the G query
+// Macros: STORE, see numbers.cuh; HEAD the size D of a head; ROWS query rows of a warp; KEYS cache rows of a tile. Numbers
+// are computed with in fp32. A query row is a row of the call together with one of the G query
 // heads that share a head of keys; four warps take ROWS of them each.
 //
 // With several splits, each block attends to a part of the cache rows and leaves its sums, unnormalized, in `partials`
 // with their largest score and their weight; the last of them to end, told by `counters`, puts them together and sets
 // its counter back to zero for the next launch.
-
-#if STORE == 32
-typedef float store;
-__device__ inline float load(store x) { return x; }
-__device__ inline store narrow(float x) { return x; }
-#elif STORE == 16
-typedef unsigned short store;
-__device__ inline float load(store x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-__device__ inline store narrow(float x) { store y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-#else
-typedef unsigned short store;
-__device__ inline float load(store x) { return __uint_as_float((unsigned)x << 16); }
-__device__ inline store narrow(float x) {
-    unsigned bits = __float_as_uint(x);
-    return (store)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-#endif
 
 typedef unsigned long long size;
 typedef long long position;
@@ -37,6 +20,9 @@ typedef long long position;
 #define SLOTS (KEYS / 32)
 #define TILE_ROWS (WARPS * ROWS)
 #define LOW -1e30f
+#define PACK (16 / (int)sizeof(store))
+#define PACKED (HEAD % PACK == 0)
+#define PACKS (PACKED ? (KEYS * HEAD / PACK + 32 * WARPS - 1) / (32 * WARPS) : 1)
 
 __device__ inline float warp_sum(float x) {
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
@@ -46,6 +32,36 @@ __device__ inline float warp_max(float x) {
     for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
     return x;
 }
+
+// `count` rows of a cache, on the way to shared memory: all loads at once where rows are whole packs of 16 bytes.
+struct Rows {
+    uint4 packs[PACKS];
+    const store* from;
+    __device__ inline void fetch(const store* rows, unsigned count) {
+        from = rows;
+        if (PACKED)
+#pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                unsigned i = threadIdx.x + p * 32 * WARPS;
+                if (i < count * HEAD / PACK) packs[p] = reinterpret_cast<const uint4*>(rows)[i];
+            }
+    }
+    __device__ inline void store_to(float* tile, unsigned stride, unsigned count) const {
+        if (PACKED) {
+#pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                unsigned i = (threadIdx.x + p * 32 * WARPS) * PACK;
+                if (i >= count * HEAD) continue;
+                const store* numbers = reinterpret_cast<const store*>(packs + p);
+                float* to = tile + i / HEAD * stride + i % HEAD;
+#pragma unroll
+                for (int j = 0; j < PACK; j++) to[j] = load(numbers[j]);
+            }
+        } else
+            for (unsigned i = threadIdx.x; i < count * HEAD; i += 32 * WARPS)
+                tile[i / HEAD * stride + i % HEAD] = load(from[i]);
+    }
+};
 
 // A warp for each head of each row. grid (heads / 4, T)
 extern "C" __global__ void rotate(
@@ -120,10 +136,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     }
     for (unsigned start = begin; start < end; start += KEYS) {
         unsigned count = min((unsigned)KEYS, end - start);
+        size from = ((size)kv * capacity + start) * HEAD;
+        Rows key_rows, value_rows;
+        key_rows.fetch(keys + from, count);
+        value_rows.fetch(values + from, count);
         __syncthreads();
-        const store* from = keys + ((size)kv * capacity + start) * HEAD;
-        for (unsigned i = threadIdx.x; i < count * HEAD; i += blockDim.x)
-            tile[i / HEAD * (HEAD + 1) + i % HEAD] = load(from[i]);
+        key_rows.store_to(tile, HEAD + 1, count);
         __syncthreads();
         float scores[ROWS][SLOTS];
         for (int r = 0; r < ROWS; r++)
@@ -153,8 +171,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
             for (int c = 0; c < COLUMNS; c++) sums[r][c] *= kept;
         }
         __syncthreads();
-        from = values + ((size)kv * capacity + start) * HEAD;
-        for (unsigned i = threadIdx.x; i < count * HEAD; i += blockDim.x) tile[i] = load(from[i]);
+        value_rows.store_to(tile, HEAD, count);
         __syncthreads();
 #pragma unroll 4
         for (unsigned k = 0; k < count; k++)

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray
+from edgeskip.runtime.backends.products import STORES, source
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 
 WARPS = 4
 """Of a block; each takes some of its query rows. As in attention.cu."""
 
-SOURCE = Path(__file__).with_name("attention.cu")
-
-_STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
 _BLOCKS_PER_MULTIPROCESSOR = 8
 """What the cache rows are split for, at most."""
 
@@ -65,13 +63,14 @@ def tiling(architecture: Architecture, capacity: int, rows: int, blocks: int) ->
     per_warp = next((n for n in (1, 2) if n < most and n * WARPS >= query_rows), most)
     tiles = -(-query_rows // (WARPS * per_warp))
     splits = max(1, min(-(-blocks // (tiles * a.num_kv_heads)), -(-capacity // keys)))
-    split_rows = -(-capacity // (splits * keys)) * keys
+    # the calls of a round are split alike, so that a row's sums are added in one order, however many rows there are
+    split_rows = keys if rows <= HEAD_ROWS else -(-capacity // (splits * keys)) * keys
     return Tiling(per_warp, keys, split_rows, (tiles, -(-capacity // split_rows), a.num_kv_heads))
 
 
 def macros(dtype: DType, head_dim: int, tiles: Tiling) -> dict[str, str]:
     """What the kernels are compiled with."""
-    return {"STORE": _STORES[dtype], "HEAD": str(head_dim), "ROWS": str(tiles.rows), "KEYS": str(tiles.keys)}
+    return {"STORE": STORES[dtype], "HEAD": str(head_dim), "ROWS": str(tiles.rows), "KEYS": str(tiles.keys)}
 
 
 class Attention:
@@ -101,7 +100,7 @@ class Attention:
         self._device, self._architecture, self._dtype = device, architecture, dtype
         self._capacity, self._tables = capacity, tables
         self._blocks = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
-        self._source = SOURCE.read_text(encoding="utf-8")
+        self._source = source("attention.cu")
         a = architecture
         every = [tiling(a, capacity, rows, self._blocks) for rows in range(1, longest + 1)]
         partials = max(t.grid[0] * t.grid[1] * t.grid[2] * t.tile_rows for t in every) * (a.head_dim + 2) * 4

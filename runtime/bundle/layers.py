@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import Dialect
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import Graph, GraphName, Tensor
 
 _HIDDEN = Tensor("hidden_states", "float", ("B", "T", "H"))
@@ -31,6 +33,13 @@ PARTS: dict[GraphName, Graph] = {
 
 ENDS, COMES = "layer.", "next."
 """What the names of weights begin with."""
+
+
+def has_products(architecture: Architecture, dtype: DType) -> bool:
+    """Whether a session computes the rows of a round without these engines: see backends/products.py."""
+    a = architecture
+    sizes = (a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim)
+    return dtype != "fp32" and all(size % 8 == 0 for size in sizes)
 
 
 def files_of(graphs: Mapping[GraphName, Graph], dialect: Dialect) -> dict[GraphName, Graph]:

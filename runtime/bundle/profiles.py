@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dialects import Dialect
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
-from edgeskip.runtime.bundle.layers import PARTS, files_of
+from edgeskip.runtime.bundle.layers import PARTS, files_of, has_products
 from edgeskip.runtime.bundle.manifest import Manifest
 
 EXACT_ROWS = (1, 8, HEAD_ROWS)
@@ -42,6 +42,9 @@ def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tup
     verifies = {link.graph for split in splits for link in split.verify} | {split.head.graph for split in splits}
     profiles: dict[GraphName, tuple[EngineProfile, ...]] = {}
     for name, graph in files_of(manifest.graphs, dialect).items():
+        if name in PARTS and has_products(manifest.architecture, manifest.dtype):
+            profiles[name] = (EngineProfile(1, chunk, chunk),)
+            continue
         many = name in verifies or name in PARTS
         tuned = rows if many else 1
         if not dialect.padded:

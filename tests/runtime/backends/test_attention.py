@@ -12,7 +12,7 @@ import pytest
 from cuda.core import Program, ProgramOptions
 from tests.standin import HostDevice
 
-from edgeskip.runtime.backends import attention
+from edgeskip.runtime.backends import attention, products
 from edgeskip.runtime.backends.attention import Attention, Operands, tiling
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.bundle.architecture import Architecture, Rope
@@ -45,7 +45,7 @@ def architecture(heads, kv_heads, head_dim, *, qk_norm=False):
 )
 def test_the_kernels_compile_within_a_blocks_shared_memory(arch, dtype, head_dim, rows):
     tiles = tiling(architecture(8, 2, head_dim), 2048, rows, 64)
-    source = attention.SOURCE.read_text()
+    source = products.source("attention.cu")
     macros = [*attention.macros(dtype, head_dim, tiles).items()]
     compiled = Program(source, "c++", ProgramOptions(arch=arch, define_macro=macros)).compile("cubin")
     assert compiled.code
