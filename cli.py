@@ -38,6 +38,7 @@ VERBS = {
     "generate": "edgeskip.runtime.commands.generate",
     "bench": "edgeskip.exporter.commands.bench",
     "inspect": "edgeskip.runtime.commands.inspect",
+    "cache": "edgeskip.runtime.commands.cache",
     "doctor": "edgeskip.runtime.commands.doctor",
 }
 """In the order of a first use; each module has a click command with the verb's name."""

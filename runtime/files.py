@@ -159,12 +159,17 @@ def check_destination(destination: Path, error: type[EdgeskipError] = BundleErro
 
 @contextmanager
 def whole_folder(
-    destination: Path, num_bytes: int, error: type[EdgeskipError] = BundleError, *, replace: bool = False
+    destination: Path,
+    num_bytes: int,
+    error: type[EdgeskipError] = BundleError,
+    *,
+    replace: bool = False,
+    mode: int = 0o755,
 ) -> Iterator[Path]:
     """A hidden sibling that becomes `destination` at the end, or goes away if anything goes wrong.
 
     With `replace`, it takes the place of a folder of that name, which stays as it is until then: one of the two is
-    always there.
+    always there. `mode` is its permissions.
 
     Raises:
         error: the destination exists, cannot be written or is being written by another process, or the disk does not
@@ -179,7 +184,7 @@ def whole_folder(
             if (free := shutil.disk_usage(parent).free) < num_bytes:
                 raise _disk_full(error, destination, free, num_bytes)
             yield folder
-            folder.chmod(0o755)
+            folder.chmod(mode)
             sync_tree(folder)
             if replace and destination.is_dir():
                 _replace(destination, folder)
@@ -225,6 +230,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Keeps a folder from being removed, together with whoever else does, if the file system has locks.
+
+    Raises:
+        InUseError: another process is removing or replacing it.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, "LOCK_SH")
+        if not _is_at(descriptor, folder):
+            raise InUseError(errno.EWOULDBLOCK, "another process has replaced it", str(folder))
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync(path: Path) -> None:
     """Writes a file, or the names in a folder, through to the disk.
 
@@ -259,6 +282,31 @@ def put_back(folder: Path) -> None:
     """Gives folders that a killed process was about to replace their names back."""
     for path, name, tag in _hidden(folder):
         _put_back(path, name, tag)
+
+
+def sweep(folder: Path) -> None:
+    """Removes, or gives back its name, what no living process owns."""
+    for path, name, tag in _hidden(folder):
+        if not _put_back(path, name, tag):
+            _clear(path)
+
+
+def discard(path: Path) -> bool:
+    """Removes a file or folder unless another process has a lock on it; its name is free at once.
+
+    Returns whether it is gone.
+    """
+    gone = False
+    with _undisturbed(), suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | _PLAIN)
+        try:
+            _lock(descriptor)
+            if _is_at(descriptor, path):
+                _take_away(path)
+                gone = True
+        finally:
+            os.close(descriptor)
+    return gone
 
 
 # The user's cache
@@ -325,6 +373,22 @@ def cache_folder(kind: str) -> Path | None:
     return folder
 
 
+def trusted_folder(kind: str) -> Path:
+    """The user's cache folder of one kind, for what cannot do without.
+
+    Raises:
+        BundleError: there is none that can be trusted.
+    """
+    if folder := cache_folder(kind):
+        return folder
+    try:
+        place: object = user_cache() / kind
+    except RuntimeError:
+        place = "~/.cache/edgeskip"
+    found = f"cannot be made, or others can write it, and what is kept as {kind} is believed or run"
+    raise BundleError(place, found, fix="set XDG_CACHE_HOME to a folder of your own")
+
+
 def _is_ours_alone(status: os.stat_result) -> bool:
     if os.name == "nt":
         return True
@@ -348,13 +412,6 @@ def _hidden(folder: Path) -> list[tuple[Path, str, str]]:
     return [(folder / name, match[1], match[2]) for name, match in found if match]
 
 
-def _sweep(folder: Path) -> None:
-    """Removes or puts back what no living process owns."""
-    for path, name, tag in _hidden(folder):
-        if not _put_back(path, name, tag):
-            _clear(path)
-
-
 def _put_back(path: Path, name: str, tag: str) -> bool:
     """Whether this is a folder that nobody owns, which was to be replaced and now has its name back."""
     if tag != _OLD or os.path.lexists(path.with_name(name)):
@@ -369,9 +426,14 @@ def _clear(path: Path) -> None:
     """Removes what nobody owns; its name is free at once."""
     with _undisturbed(), suppress(OSError), _claimed(path) as claimed:
         if claimed:
-            away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")
-            path.rename(away)
-            _remove(away)
+            _take_away(path)
+
+
+def _take_away(path: Path) -> None:
+    """Renames it at once, so that nobody sees half of it, and removes it."""
+    away = path.with_name(f".left.{secrets.token_hex(4)}.edgeskip")
+    path.rename(away)
+    _remove(away)
 
 
 @contextmanager
@@ -404,7 +466,7 @@ def _owned(path: Path, tag: str | None, make: Callable[[Path], None], access: in
     try:
         for _ in range(_TRIES):
             part = path.with_name(f".{path.name[:40]}.{tag or secrets.token_hex(4)}.edgeskip")
-            _sweep(path.parent)
+            sweep(path.parent)
             try:
                 make(part)
             except FileExistsError:
@@ -464,8 +526,8 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _lock(descriptor: int) -> bool:
-    """Locks what is open until it is closed; False if the file system has no locks.
+def _lock(descriptor: int, how: str = "LOCK_EX") -> bool:
+    """Locks what is open until it is closed, for this process or to share; False if the file system has no locks.
 
     Raises:
         InUseError: another process has locked it.
@@ -473,7 +535,7 @@ def _lock(descriptor: int) -> bool:
     if fcntl is None:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, getattr(fcntl, how) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InUseError(errno.EWOULDBLOCK, "another process has it") from None
     except OSError:
@@ -514,7 +576,7 @@ def _rename_new(source: Path, target: Path) -> None:
 
 def _replace(destination: Path, folder: Path) -> None:
     """Swaps the names of two folders; if that fails, nothing changes."""
-    with locked(destination):  # the lock goes with it, so that nobody takes the old one for left behind
+    with shared(destination):  # the lock goes with it, so that nobody takes the old one for left behind
         if _rename_with(folder, destination, _EXCHANGE):
             return
         old = destination.with_name(f".{destination.name}.{_OLD}.edgeskip")

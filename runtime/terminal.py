@@ -16,6 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.layers import files_of
 
 if TYPE_CHECKING:
     from edgeskip.runtime.bundle.manifest import Bundle, Progress
@@ -137,11 +138,10 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     for name, record in m.files.items():
         files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
     console.print(files)
-    if m.packed:
-        console.print("dialects: none; packed, it has engines and no graphs")
-    else:
-        dialects = (f"{dialect.name} ({dialect.file.format('draft')}, ...)" for dialect in DIALECTS.values())
-        console.print(f"dialects: {', '.join(dialects)}")
+    dialects = {
+        name: dialect.file.format(next(iter(files_of(m.graphs, dialect)))) for name, dialect in DIALECTS.items()
+    }
+    console.print(f"dialects: {', '.join(f'{name} ({first}, ...)' for name, first in dialects.items())}")
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,8 +189,16 @@ def _quiet(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for limit in ("FROM_MEMORY", "FROM_CACHES", "SPREAD", "OTHERS"):
             patch.setattr(validity, limit, math.inf)
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield cache
+
+
+@pytest.fixture(autouse=True)
+def _no_engines_of_other_tests(_quiet: Path) -> Any:
+    """Engines serve any bundle of their structure, so none may stay."""
+    yield
+    shutil.rmtree(_quiet / "edgeskip" / "engines", ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,12 +29,13 @@ from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
     Build,
+    EngineKind,
     EngineRecord,
-    engines_folder,
-    read_engines,
+    manifest_sha256,
 )
 from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.bundle.profiles import engine_profiles
+from edgeskip.runtime.bundle.store import engines_place, read_engines
 from edgeskip.runtime.decoding.model import Model
 
 VERSION = "10.99.1"
@@ -400,14 +401,21 @@ class _Context:
 
 
 def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION, dialect="standard"):
-    """A copy of a bundle with stand-in engines."""
+    """A copy of a bundle, and stand-in engines for it in the user's cache."""
     if not folder.exists():
         shutil.copytree(bundle.folder, folder, copy_function=shutil.copy2)
     copied = read_bundle(folder)
-    manifest = copied.manifest
+    put_engines(copied, EngineKind(backend, version, sm, dialect))
+    return copied
+
+
+def put_engines(copied, kind):
+    """Puts stand-in engines of a kind into the user's cache, in place of any others; returns their folder."""
+    manifest, dialect = copied.manifest, kind.dialect
     onnx_sha256 = manifest.graph_hashes(ENGINE_DIALECTS[dialect])
-    target = engines_folder(copied, backend, sm, version)
-    target.mkdir(parents=True)
+    target = engines_place(copied, kind)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
     records = {}
     for graph, profiles in engine_profiles(manifest, ENGINE_DIALECTS[dialect]).items():
         path = copied.path(ENGINE_DIALECTS[dialect].file.format(graph))
@@ -415,18 +423,17 @@ def with_engines(bundle, folder, *, backend="tensorrt", sm=87, version=VERSION, 
         (target / f"{graph}.engine").write_bytes(data)
         hashed = hashlib.sha256(data).hexdigest()
         records[graph] = EngineRecord(onnx_sha256[graph], hashed, len(data), profiles, 1.0, None)
-    build = Build(BUILD_VERSION, "0", backend, version, sm, None, manifest.dtype, dialect, "0" * 64, records)
-    (target / BUILD).write_text(build.to_json())
-    return copied
+    built = (kind.backend, kind.backend_version, kind.compute_capability, None, manifest.dtype, dialect)
+    origin = (kind.workspace_mb, manifest.source, manifest_sha256(copied))
+    (target / BUILD).write_text(Build(BUILD_VERSION, "0", *built, *origin, records).to_json())
+    return target
 
 
 def standin_model(bundle, folder, device, dialect="standard", **settings):
     """A model on stand-in engines."""
-    if not Path(folder).exists():
-        with_engines(bundle, folder, sm=device.compute_capability, dialect=dialect)
-    copied = read_bundle(folder)
-    (engines,) = read_engines(copied)
-    kind = LayersSession if engines.build.dialect == "layers" else TrtSession
+    copied = with_engines(bundle, Path(folder), sm=device.compute_capability, dialect=dialect)
+    engines = next(engines for engines in read_engines(copied) if engines.build.dialect == dialect)
+    kind = LayersSession if dialect == "layers" else TrtSession
     return Model(copied, kind(copied, engines, device, StandInTensorRT(**settings)))
 
 

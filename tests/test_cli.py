@@ -25,15 +25,29 @@ from edgeskip.runtime import terminal
 from edgeskip.runtime.backends import trt
 from edgeskip.runtime.bench import validity
 from edgeskip.runtime.bench.prompts import load_prompts
-from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.manifest import MANIFEST
+from edgeskip.runtime.bundle.store import read_engines
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.printable import printable
 from tests.conftest import edit_json
 from tests.standin import VERSION, HostDevice, StandInTensorRT, with_engines
 
 VERBS = (
-    *("bench", "build", "check", "demo", "doctor", "export", "generate", "inspect", "pack", "plan", "recipes", "synth"),
+    *(
+        "bench",
+        "build",
+        "cache",
+        "check",
+        "demo",
+        "doctor",
+        "export",
+        "generate",
+        "inspect",
+        "pack",
+        "plan",
+        "recipes",
+        "synth",
+    ),
     *("train", "tune"),
 )
 MODES = ("self-speculative", "autoregressive", "early-exit")
@@ -622,18 +636,26 @@ def test_an_interrupt_in_the_middle_of_a_line_has_a_line_of_its_own(bundle, monk
 
 def test_inspect_shows_engines_and_what_is_wrong_with_them(bundles, tmp_path):
     whole = with_engines(bundles("llama-gqa", exit_layer=3), tmp_path / "whole")
+    (engines,) = read_engines(whole)
     text = succeed("inspect", whole.folder).stdout
-    size = sum(path.stat().st_size for path in whole.folder.rglob("*.engine")) / 1e6
-    assert f"engines: tensorrt {VERSION}, SM 87, fp32, {size:.2f} MB; not for this machine: " in text
-    assert "dialects: standard (draft.onnx, ...), ort (draft.ort.onnx, ...)" in text
-    pack(whole, read_engines(whole), tmp_path / "packed")
-    text = succeed("inspect", tmp_path / "packed").stdout
-    assert "dialects: none; packed, it has engines and no graphs" in text
-    assert f"engines: tensorrt {VERSION}, SM 87" in text
-    next(whole.folder.rglob("draft.engine")).unlink()
+    size = sum(path.stat().st_size for path in engines.folder.glob("*.engine")) / 1e6
+    line = f"engines: tensorrt {VERSION}, SM 87, standard, fp32, {size:.2f} MB; "
+    assert f"{line}not for this machine: " in text
+    for dialect in ("standard (draft.onnx", "ort (draft.ort.onnx", "layers (first.layers.onnx"):
+        assert f"{dialect}, ...)" in text
+    packed = pack(whole, [engines], tmp_path / "packed").folder
+    text = succeed("inspect", packed).stdout
+    came = f"{line}came with the bundle, and are not loaded unless added: edgeskip cache add {packed}"
+    assert [line in text for line in (f"{line}not for this machine", came)] == [True, True]
+    engines.path("draft").unlink()
     text = succeed("inspect", whole.folder).stdout
     assert re.search(r"engines: of no use: .*draft.engine: no such file", text)
-    assert "engines: none" in succeed("inspect", bundles("llama-gqa", exit_layer=3).folder).stdout
+    shutil.rmtree(engines.folder)
+    text = succeed("inspect", packed).stdout
+    assert [line in text for line in (f"{line}not for this machine", came)] == [False, True]
+    next(packed.rglob("head.engine")).unlink()
+    assert re.search(r"engines: of no use: .*head.engine: no such file", succeed("inspect", packed).stdout)
+    assert "engines: none" in succeed("inspect", whole.folder).stdout
 
 
 def test_inspect_says_which_engines_fit(bundles, tmp_path, monkeypatch):

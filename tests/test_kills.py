@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,34 @@ def whole(folder):
     return True
 
 
-def engines(folder):
-    """The number of sets of engines in a bundle; what is there must be all of it."""
-    from edgeskip.runtime.bundle.engines import open_engines, read_engines
-    from edgeskip.runtime.bundle.manifest import read_bundle
+def all_of_them(found):
+    """The number of sets of engines; what is there must be all of it."""
+    from edgeskip.runtime.bundle.engines import open_engines
 
-    found = read_engines(read_bundle(folder))
     for one in found:
         with open_engines(one):
             assert len(list(one.folder.iterdir())) == 4
     return len(found)
+
+
+def stored(root):
+    """The number of sets of engines for the bundle in the cache."""
+    from edgeskip.runtime.bundle.manifest import read_bundle
+    from edgeskip.runtime.bundle.store import read_engines
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        return all_of_them(read_engines(read_bundle(root / "bundle")))
+
+
+def packed(folder):
+    """The number of sets of engines in a packed bundle."""
+    from edgeskip.runtime.bundle.manifest import read_bundle
+    from edgeskip.runtime.bundle.store import engines_that_came
+
+    found, problems = engines_that_came(read_bundle(folder))
+    assert problems == []
+    return all_of_them(found)
 
 
 def one_of(check):
@@ -58,6 +77,7 @@ def export(name):
 
 
 BUILD = ("build", "bundle", "--backend", "tensorrt-rtx", "--sm", "86")
+ADD = ("cache", "add", "bundle")
 TRAIN = ("train", "tiny.toml", "-o", "out")
 BENCH = ("bench", "bundle", "--prompts", "prompt.txt", "-k", "1", "-n", "2", "--repeats", "1", "--json", "report.json")
 
@@ -72,7 +92,7 @@ def stand_in():
         Path(job.engine).write_bytes(data)
         return Built(hashlib.sha256(data).hexdigest(), len(data), None)
 
-    build._run = made
+    build._builder = lambda _: nullcontext(made)
 
 
 def stand_in_without_exchange():
@@ -112,11 +132,12 @@ def training_is_over(root):
 
 
 def build_campaign(patch, *, old, ways=("kill", "interrupt")):
+    command = (*BUILD, "--force") if old else BUILD
     return Campaign(
-        BUILD,
-        lambda root: assert_(engines(root / "bundle") in ((1,) if old else (0, 1))),
-        lambda _: BUILD,
-        lambda root: assert_(engines(root / "bundle") == 1),
+        command,
+        lambda root: assert_(stored(root) in ((1,) if old else (0, 1))),
+        lambda _: command,
+        lambda root: assert_(stored(root) == 1),
         ("edgeskip.exporter.engines.build", "tensorrt_rtx"),
         patch,
         ways,
@@ -136,10 +157,20 @@ CAMPAIGNS = {
     "build again by two renames": build_campaign(stand_in_without_exchange, old=True, ways=("kill",)),
     "pack": Campaign(
         ("pack", "bundle", "packed"),
-        one_of(lambda root: whole(root / "packed") and engines(root / "packed")),
+        one_of(lambda root: whole(root / "packed") and packed(root / "packed")),
         lambda root: ("pack", "bundle", "second" if whole(root / "packed") else "packed"),
-        lambda root: assert_(engines(root / "packed") == 1),
+        lambda root: assert_(packed(root / "packed") == 1),
         ("edgeskip.exporter.pack",),
+    ),
+    "cache add": Campaign(
+        ADD, one_of(stored), lambda _: ADD, lambda root: assert_(stored(root) == 1), ("edgeskip.runtime.bundle.store",)
+    ),
+    "cache clear": Campaign(
+        ("cache", "clear"),
+        one_of(stored),
+        lambda _: ("cache", "clear"),
+        lambda root: assert_(stored(root) == 0),
+        ("edgeskip.runtime.cache", "edgeskip.runtime.bundle.store"),
     ),
     "train": Campaign(
         TRAIN,
@@ -168,12 +199,13 @@ POINTS = {"train": 1, "bench": 2, "recipes copy": 0}  # in the suite; 0 for all
 
 
 @pytest.fixture
-def prepared(checkpoints, bundles, tmp_path):
+def prepared(checkpoints, bundles, tmp_path, monkeypatch):
     """A folder that has what a command needs."""
 
     def get(name):
         folder = tmp_path / "root"
         folder.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         if name == "export":
             shutil.copytree(checkpoints("llama-gqa"), folder / "checkpoint")
         elif name == "train":
@@ -183,19 +215,26 @@ def prepared(checkpoints, bundles, tmp_path):
             text = conftest.RECIPE.replace("max_steps = 6", "max_steps = 3\ncheckpoint_steps = 1")
             (folder / "tiny.toml").write_text(text)
         elif name != "recipes copy":
-            from tests.standin import with_engines
+            from edgeskip.runtime.bundle.engines import EngineKind
+            from tests.standin import put_engines
 
             shutil.copytree(bundles("llama-gqa", dtype="fp32" if name == "bench" else "fp16").folder, folder / "bundle")
             (folder / "prompt.txt").write_text("def f(x):")
             (folder / "report.json").write_text(OLD)
-            if "again" in name or "real" in name or name == "pack":
+            if name not in ("bench", "build"):
                 import tensorrt_rtx
 
+                from edgeskip.exporter.pack import pack
                 from edgeskip.runtime.bundle.manifest import read_bundle
+                from edgeskip.runtime.bundle.store import read_engines
 
-                version = tensorrt_rtx.__version__
                 made = read_bundle(folder / "bundle")
-                with_engines(made, folder / "bundle", backend="tensorrt-rtx", sm=86, version=version)
+                put_engines(made, EngineKind("tensorrt-rtx", tensorrt_rtx.__version__, 86, "standard"))
+                if name == "cache add":
+                    pack(made, read_engines(made), folder / "packed")
+                    shutil.rmtree(folder / "bundle")
+                    shutil.rmtree(folder / "cache")
+                    (folder / "packed").rename(folder / "bundle")
         return folder
 
     return get

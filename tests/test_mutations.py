@@ -23,18 +23,19 @@ import pytest
 from click.testing import CliRunner
 
 from edgeskip.cli import main
+from edgeskip.exporter.pack import pack as write_packed
 from edgeskip.recipes.reader import FOLDERS
 from edgeskip.recipes.train.schema import load_recipe
 from edgeskip.recipes.train.tokens import load_tokenizer, token_array
 from edgeskip.recipes.train.training import read_clock, starting_model
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
-from edgeskip.runtime.bundle.engines import engines_folder
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
+from edgeskip.runtime.bundle.store import FOLDER, read_engines
 from edgeskip.runtime.errors import EdgeskipError
 from tests.conftest import edit_json
 from tests.mutations import Mutation, clear, mutated_header, mutated_json, mutated_text, mutated_toml, put_in_place_of
 from tests.recipes.conftest import RECIPE, write_corpus
-from tests.standin import VERSION, with_engines
+from tests.standin import with_engines
 
 COUNT, SEED = int(os.environ.get("EDGESKIP_MUTATIONS", "500")), int(os.environ.get("EDGESKIP_SEED", "11"))
 MOST_BYTES = 400_000_000  # that one command may take beside what the process has
@@ -100,7 +101,9 @@ def targets(bundles, checkpoints, tmp_path_factory):
     assert runner.invoke(main, [str(a) for a in ("bench", bundle, "--backend", "onnxruntime", *short)]).exit_code == 0
     edit_json(report, lambda r: r.update(backend="as if of a GPU"))  # a CPU's calibrates no plan
     generate = ("generate", bundle, "-n", 3, "--backend", "onnxruntime")
-    engines = engines_folder(read_bundle(bundle), "tensorrt", 87, VERSION)
+    (engines,) = read_engines(read_bundle(bundle))
+    packed = write_packed(read_bundle(bundle), [engines], root / "packed").folder
+    add = ("cache", "add", packed)
     say, chat, inspect = (*generate, "-p", "caf\u00e9 \u4e2d"), (*generate, "--chat", "-p", "hi"), ("inspect", bundle)
     out = root / "out"
     export, pack = ("export", checkpoint, out, "-e", 2), ("pack", bundle, out)
@@ -121,7 +124,8 @@ def targets(bundles, checkpoints, tmp_path_factory):
         Target(bundle / WEIGHTS, (mutated_header,), (say,), (4,), bundle, exact=True),
         Target(bundle / "tokenizer.json", both, (say,), (4, 5), bundle),
         Target(bundle / "chat_template.jinja", (mutated_text,), (chat,), (4, 5), bundle),
-        Target(engines / "build.json", both, (inspect, say, pack), (4,), outputs=(out,)),
+        Target(engines.folder / "build.json", both, (inspect, say, pack), (4,), outputs=(out,)),
+        Target(packed / FOLDER / engines.folder.name / "build.json", both, (("inspect", packed), add), (4,)),
         Target(checkpoint / "config.json", both, (export, plan_config), (1, 3, 5), outputs=(out,)),
         Target(checkpoint / "generation_config.json", both, (export,), (3,), outputs=(out,)),
         Target(checkpoint / "tokenizer_config.json", both, (export,), (3,), outputs=(out,)),

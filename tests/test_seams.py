@@ -21,9 +21,9 @@ from edgeskip.runtime.backends.cpu_session import OrtCpuSession
 from edgeskip.runtime.backends.trt_session import TrtSession
 from edgeskip.runtime.bundle import dialects, formats, graphs
 from edgeskip.runtime.bundle.dialects import Dialect
-from edgeskip.runtime.bundle.engines import read_engines
 from edgeskip.runtime.bundle.formats import Format, Part
 from edgeskip.runtime.bundle.manifest import WEIGHTS
+from edgeskip.runtime.bundle.store import read_engines
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, decode, prefill
 from edgeskip.runtime.decoding.rounds import View, draft_round, prefill_round, speculative_round

@@ -52,7 +52,6 @@ class Golden:
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or its architecture is not the bundle's.
-        BundleError: there is no checkpoint, and the bundle is packed, so it does not have the weights.
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str | None = None, device: str = "cpu", threads: int = 0) -> None:
@@ -61,8 +60,6 @@ class Golden:
         if threads:
             torch.set_num_threads(threads)
         manifest = bundle.manifest
-        if checkpoint is None:
-            bundle.require_graphs(fix="give --reference CHECKPOINT, or check the bundle that it was packed from")
         self.source = "the bundle's own weights" if checkpoint is None else checkpoint
         self._exit_layers, self._eos = manifest.exit_layers, list(manifest.eos_token_ids)
         self._model = reference_model(bundle) if checkpoint is None else _loaded(bundle, checkpoint)

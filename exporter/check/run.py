@@ -123,12 +123,9 @@ def run_check(
 
     Raises:
         RequestError: a prompt without tokens, or one that the tokenizer fails on.
-        BundleError: `layers` is asked for, and the bundle is packed, so it has no graphs.
         BackendError: a graph cannot be narrowed down here.
     """
     manifest = model.bundle.manifest
-    if layers:
-        model.bundle.require_graphs(fix="narrow down in the bundle that it was packed from")
     longest = max(manifest.max_length // 2, 1)
     whole = [model.encode(prompt, most=longest + 1) for prompt in prompts]
     prompt_ids = [ids[:longest] for ids in whole]

@@ -37,20 +37,20 @@ from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
-    FOLDER,
     Build,
     EngineBackend,
+    EngineKind,
     EngineRecord,
     Engines,
-    check_within,
-    engines_folder,
+    manifest_sha256,
 )
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
 from edgeskip.runtime.bundle.layers import files_of
-from edgeskip.runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Progress, verify_hashes
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
+from edgeskip.runtime.bundle.store import Outcome, engines_place, limit_bytes, make_room, whole_engines
 from edgeskip.runtime.errors import BackendError, RequestError
-from edgeskip.runtime.files import keep, kept, open_plain, sha256_of, whole_folder, write_hashed
+from edgeskip.runtime.files import keep, kept, whole_folder, write_hashed
 from edgeskip.runtime.host import has_nvidia_gpu
 from edgeskip.runtime.packages import version_numbers
 
@@ -76,12 +76,14 @@ class BuildSettings:
         compute_capabilities: SMs to build for, 86 for 8.6; empty means the GPU present.
         workspace_mb: device memory that a kernel may use besides weights and activations; by default all there is.
         dialect: `standard` or `primitive`; by default the best that the installed version reads.
+        force: whether engines that the cache has already are built again.
     """
 
     backend: EngineBackend
     compute_capabilities: tuple[int, ...] = ()
     workspace_mb: int | None = None
     dialect: str | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,25 +94,35 @@ class Target:
     gpu: str | None
 
 
-def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = lambda *_: None) -> list[Engines]:
-    """Builds the three engines for each GPU asked for; each folder is replaced whole, or left as it was.
+def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = lambda *_: None) -> Outcome:
+    """Builds the engines for each GPU asked for into the user's cache, unless it has them.
+
+    Each folder is replaced whole, or left as it was. Afterwards, where all engines take more than the limit, those that
+    were used least recently go.
 
     Raises:
         BackendError: TensorRT is missing, too old or refuses a graph, or there is no GPU.
-        RequestError: a GPU or a dtype that the backend does not serve.
-        BundleError: the bundle is packed or not as exported, or the folder cannot be written.
+        RequestError: a GPU or a dtype that the backend does not serve, or a limit that is no number.
+        BundleError: the bundle is not as exported, or there is no cache that can be trusted or written.
     """
-    bundle.require_graphs(fix="build where it was packed, and pack it again")
+    limit_bytes()
     library = _library(settings.backend)
-    settings = dataclasses.replace(settings, dialect=_dialect(settings, str(library.__version__)))
+    version = str(library.__version__)
+    dialect = _dialect(settings, version)
     targets = _targets(library, settings)
-    assert settings.dialect is not None
-    _check_heads(bundle, settings.dialect)
+    _check_heads(bundle, dialect)
+    had: dict[Target, Engines] = {}
+    kinds: dict[Target, EngineKind] = {}
     for target in targets:
-        _check_dtype(bundle, target.compute_capability, settings.dialect)
-    check_within(bundle, bundle.folder / FOLDER)
-    verify_hashes(bundle, progress, weights=False)
-    return [_build(bundle, settings, target, str(library.__version__), progress) for target in targets]
+        _check_dtype(bundle, target.compute_capability, dialect)
+        kinds[target] = EngineKind(settings.backend, version, target.compute_capability, dialect, settings.workspace_mb)
+        if not settings.force and (engines := whole_engines(bundle, kinds[target])):
+            had[target] = engines
+    if len(had) < len(targets):
+        verify_hashes(bundle, progress, weights=False)
+    made = [had.get(target) or _build(bundle, kinds[target], target.gpu, progress) for target in targets]
+    removed = make_room({engines.folder for engines in made})
+    return Outcome(tuple(made), frozenset(engines.folder for engines in had.values()), removed)
 
 
 def _library(backend: EngineBackend) -> Any:
@@ -187,67 +199,58 @@ def _check_heads(bundle: Bundle, dialect: str) -> None:
         )
 
 
-def _build(bundle: Bundle, settings: BuildSettings, target: Target, version: str, progress: Progress) -> Engines:
-    manifest, sm = bundle.manifest, target.compute_capability
-    assert settings.dialect is not None
-    dialect = ENGINE_DIALECTS[settings.dialect]
-    onnx_sha256 = manifest.graph_hashes(dialect)
-    destination = engines_folder(bundle, settings.backend, sm, version)
+def _build(bundle: Bundle, kind: EngineKind, gpu: str | None, progress: Progress) -> Engines:
+    manifest, sm, rtx = bundle.manifest, kind.compute_capability, kind.backend == "tensorrt-rtx"
+    dialect = ENGINE_DIALECTS[kind.dialect]
+    onnx_sha256, profiles = manifest.graph_hashes(dialect), engine_profiles(manifest, dialect)
+    destination = engines_place(bundle, kind)
     size = KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
-    profiles = engine_profiles(manifest, dialect)
     records: dict[str, EngineRecord] = {}
-    try:
-        with whole_folder(destination, size, replace=True) as folder, _builder(settings.backend) as run:
-            timings, timings_name = folder / "timings", f"{destination.name}.cache"
-            if settings.backend == "tensorrt" and (measured := kept("timings", timings_name)):
-                timings.write_bytes(measured)
-            for graph, contract in files_of(manifest.graphs, dialect).items():
-                job = Job(
-                    onnx=str(bundle.path(dialect.file.format(graph))),
-                    engine=str(folder / f"{graph}.engine"),
-                    native_layers=0 if dialect.padded else len(contract.layers),
-                    profiles=[_shapes(manifest, contract, profile) for profile in profiles[graph]],
-                    compute_capability=list(divmod(sm, 10)) if settings.backend == "tensorrt-rtx" else None,
-                    workspace_bytes=settings.workspace_mb and settings.workspace_mb * 10**6,
-                    load_timing_cache=str(timings) if timings.is_file() else None,
-                    save_timing_cache=str(timings) if settings.backend == "tensorrt" else None,
-                )
-                start = time.monotonic()
-                built = run(job, partial(_report, progress, f"{graph} for SM {sm}"))
-                records[graph] = EngineRecord(
-                    onnx_sha256[graph],
-                    built.sha256,
-                    built.bytes,
-                    profiles[graph],
-                    round(time.monotonic() - start, 3),
-                    built.peak_memory_bytes,
-                )
-                if timings.is_file():
-                    keep("timings", timings_name, timings.read_bytes())
-            for left in folder.glob("timings*"):
-                left.unlink()
-            build = Build(
-                build_version=BUILD_VERSION,
-                edgeskip_version=edgeskip.__version__,
-                backend=settings.backend,
-                backend_version=version,
-                compute_capability=sm,
-                gpu=target.gpu,
-                dtype=manifest.dtype,
-                dialect=settings.dialect,
-                manifest_sha256=_manifest_sha256(bundle),
-                engines=records,
+    with whole_folder(destination, size, replace=True, mode=0o700) as folder, _builder(kind.backend) as run:
+        timings, timings_name = folder / "timings", f"{kind.backend}-sm{sm}-{kind.backend_version}.cache"
+        if not rtx and (measured := kept("timings", timings_name)):
+            timings.write_bytes(measured)
+        for graph, contract in files_of(manifest.graphs, dialect).items():
+            job = Job(
+                onnx=str(bundle.path(dialect.file.format(graph))),
+                engine=str(folder / f"{graph}.engine"),
+                native_layers=0 if dialect.padded else len(contract.layers),
+                profiles=[_shapes(manifest, contract, profile) for profile in profiles[graph]],
+                compute_capability=list(divmod(sm, 10)) if rtx else None,
+                workspace_bytes=kind.workspace_mb and kind.workspace_mb * 10**6,
+                load_timing_cache=str(timings) if timings.is_file() else None,
+                save_timing_cache=None if rtx else str(timings),
             )
-            write_hashed(folder / BUILD, [build.to_json().encode()])
-    finally:
-        with suppress(OSError):  # the first build of a bundle failed
-            destination.parent.rmdir()
+            start = time.monotonic()
+            built = run(job, partial(_report, progress, f"{graph} for SM {sm}"))
+            records[graph] = EngineRecord(
+                onnx_sha256[graph],
+                built.sha256,
+                built.bytes,
+                profiles[graph],
+                round(time.monotonic() - start, 3),
+                built.peak_memory_bytes,
+            )
+            if timings.is_file():
+                keep("timings", timings_name, timings.read_bytes())
+        for left in folder.glob("timings*"):
+            left.unlink()
+        build = Build(
+            build_version=BUILD_VERSION,
+            edgeskip_version=edgeskip.__version__,
+            backend=kind.backend,
+            backend_version=kind.backend_version,
+            compute_capability=sm,
+            gpu=gpu,
+            dtype=manifest.dtype,
+            dialect=kind.dialect,
+            workspace_mb=kind.workspace_mb,
+            source=manifest.source,
+            manifest_sha256=manifest_sha256(bundle),
+            engines=records,
+        )
+        write_hashed(folder / BUILD, [build.to_json().encode()])
     return Engines(destination, build)
-
-
-def _manifest_sha256(bundle: Bundle) -> str:
-    with open_plain(bundle.path(MANIFEST)) as file:
-        return sha256_of(file)
 
 
 def _report(progress: Progress, what: str, done: int) -> None:

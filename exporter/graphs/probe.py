@@ -53,7 +53,7 @@ class Probe:
         dialect: by default `ort`, or `standard` for fp32 on CUDA, where the fused attention has no fp32.
 
     Raises:
-        BundleError: the bundle is packed, so it does not have the weights.
+        BundleError: the weights file is not as its manifest says.
         BackendError: ONNX Runtime is missing or refuses the graph, or has to compute bf16 on a CPU.
     """
 
@@ -91,10 +91,8 @@ def check_probed(bundle: Bundle, device: Literal["cpu", "cuda"]) -> None:
     """Refuses a bundle that cannot be probed.
 
     Raises:
-        BundleError: it is packed.
         BackendError: ONNX Runtime is missing, or would have to compute bf16 on a CPU.
     """
-    bundle.require_graphs(fix="give the bundle that it was packed from")
     if not _on_gpu(device) and bundle.manifest.dtype == "bf16":
         found = "in bf16, which ONNX Runtime does not compute on a CPU"
         raise BackendError(bundle.folder, found, fix="export with --dtype fp16")

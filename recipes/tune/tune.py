@@ -178,7 +178,6 @@ def tune(
 
     Raises:
         RequestError: a setting that cannot be served, or prompts that are too long or give no text.
-        BundleError: the bundle is packed, so it does not have the weights.
         BackendError: ONNX Runtime is missing, or cannot run the probe.
     """
     for k in settings.grid:

@@ -34,7 +34,7 @@ def open_session(
 
     Args:
         bundle: what to load.
-        backend: `auto` takes TensorRT engines that fit this machine, else ONNX Runtime.
+        backend: `auto` takes TensorRT engines of the user's cache that fit this machine, else ONNX Runtime.
         device: ONNX Runtime's; `auto` takes the GPU if both library and machine have one, else the CPU. The session's
             description then says why.
         threads: CPU threads; 0 means one per core.
@@ -46,24 +46,22 @@ def open_session(
         BundleError: there are no engines for the backend, or they do not fit this machine.
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
-    from edgeskip.runtime.bundle.engines import find_engines
     from edgeskip.runtime.bundle.manifest import verify_hashes
+    from edgeskip.runtime.bundle.store import find_engines, not_loaded
 
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
         found, problems = find_engines(bundle)
-        refusals: list[EdgeskipError] = []
         for name in dict.fromkeys(engines.build.backend for engines in found):
             try:
                 return _open_engines(bundle, name, found, problems, exit_layer, progress)
             except EdgeskipError as error:
-                refusals.append(error)
                 why.append(f"not {name}: {error}")
         why += map(str, problems)
-        if bundle.manifest.packed:  # it has nothing else
-            raise next(iter([*refusals, *problems]), BundleError(bundle.folder, "packed, without engines"))
+        if not found and (came := not_loaded(bundle)):
+            why.append(str(came))
     verify_hashes(bundle, progress)
     session = _open_onnxruntime(bundle, device, threads, dialect, exit_layer, why)
     session.description = "; ".join([session.description, *why])
@@ -84,12 +82,14 @@ def _open_engines(
     from edgeskip.runtime.backends.trt_session import TrtSession, why_not
     from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
     from edgeskip.runtime.bundle.engines import build_command
+    from edgeskip.runtime.bundle.store import mark_used, not_loaded
 
     built = [engines for engines in found if engines.build.backend == backend]
     if not built:
-        raise next(
-            iter(problems), BundleError(bundle.folder, f"no {backend} engines", fix=build_command(bundle, backend))
+        none = BundleError(
+            bundle.folder, f"no {backend} engines for it in the cache", fix=build_command(bundle, backend)
         )
+        raise next(iter(problems), not_loaded(bundle, backend) or none)
     device = open_gpu()
     try:
         library = import_tensorrt(backend)
@@ -100,7 +100,9 @@ def _open_engines(
             folder, reason = next(iter(reasons.items()))
             raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
         kind = LayersSession if ENGINE_DIALECTS[fitting.build.dialect].in_parts else TrtSession
-        return kind(bundle, fitting, device, library, exit_layer, progress)
+        session = kind(bundle, fitting, device, library, exit_layer, progress)
+        mark_used(fitting)
+        return session
     except BaseException:
         device.close()
         raise

@@ -31,7 +31,6 @@ class OrtGraphs:
         self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
     ) -> None:
         manifest = bundle.manifest
-        bundle.require_graphs(fix="use the bundle that it was packed from, or --backend with its engines")
         self._table, self._dtype, self._dialect = manifest.graphs, manifest.dtype, DIALECTS[dialect]
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._weights = stored_arrays(bundle) if self._dialect.weights == "inputs" else {}

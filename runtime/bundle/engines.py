@@ -1,17 +1,17 @@
-"""A bundle's TensorRT engines: what build.json says of them, and whether they are what it says and fit this machine.
+"""TensorRT engines on disk: what build.json says of a set of them, and whether they are what it says.
 
-    bundle/engines/
-      tensorrt-rtx-sm86-1.7.1.116/   {draft,verify,head}.engine, build.json
-      tensorrt-sm87-10.16.0.72/      ...
+    tensorrt-rtx-sm86-1.7.1.116-0123456789abcdef/   {draft,verify,head}.engine, build.json
 
-An engine holds kernels, so it is code: it is loaded only if its sha256 is the one in build.json. Its weights are the
-bundle's, so an engine is stale as soon as the bundle's graphs or weights differ from those that it was built from.
+No weight is in an engine, so one set serves every bundle that has the same graphs. Its name ends in a key, a hash of
+all that decides what the engines are. An engine holds kernels, so it is code: it is loaded only if its sha256 is the
+one in build.json, and only from the user's own cache (store.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import (
+    MANIFEST,
     SEAL,
     Bundle,
     FileSize,
+    Manifest,
     Progress,
     Sha256,
     check_hash,
@@ -32,18 +34,23 @@ from edgeskip.runtime.bundle.manifest import (
     counted,
     sealed,
 )
-from edgeskip.runtime.bundle.profiles import EngineProfile
+from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.errors import BundleError, reason
-from edgeskip.runtime.files import open_plain, put_back, sha256_of
+from edgeskip.runtime.files import blocks_of, open_plain, sha256_of, shared, write_hashed
 from edgeskip.runtime.reading import read_json
-from edgeskip.runtime.structure import Range, structure
+from edgeskip.runtime.structure import Pattern, Range, structure
 
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = get_args(EngineBackend)
-
-FOLDER = "engines"
 BUILD = "build.json"
 BUILD_VERSION = 2
+
+SM = Annotated[int, Range(50, 999)]
+"""A compute capability as a number: 86 for 8.6."""
+
+EngineDialect = Annotated[str, Pattern("|".join(ENGINE_DIALECTS), " or ".join(map(repr, ENGINE_DIALECTS)))]
+Version = Annotated[str, Pattern("[0-9A-Za-z][0-9A-Za-z.+_-]{0,60}", "a version")]
+WorkspaceMB = Annotated[int, Range(1, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -62,24 +69,50 @@ class EngineRecord:
 
 
 @dataclass(frozen=True)
+class EngineKind:
+    """Which engines of a bundle: by which TensorRT, for which GPU, from the graphs of which dialect.
+
+    `workspace_mb` is the most device memory for a kernel's own use; null if there was no limit.
+    """
+
+    backend: EngineBackend
+    backend_version: str
+    compute_capability: int
+    dialect: str
+    workspace_mb: int | None = None
+
+
+@dataclass(frozen=True)
 class Build:
     """What build.json says: which TensorRT built these engines, for which GPU, from the graphs of which dialect.
 
-    `manifest_sha256` is the hash of the manifest.json of the bundle that they were built for first.
-    `compute_capability` is the SM as a number, 86 for 8.6; `gpu` is the name of the GPU that was present, or null if
-    they were built ahead of time for another machine.
+    `gpu` is the name of the GPU that was present, or null if they were built ahead of time for another machine.
+    `source` and `manifest_sha256` are those of the bundle that they were built for first, or came with: the name of its
+    checkpoint, and the hash of its manifest.json.
     """
 
     build_version: int
     edgeskip_version: str
     backend: EngineBackend
-    backend_version: str
-    compute_capability: Annotated[int, Range(50, 999)]
+    backend_version: Version
+    compute_capability: SM
     gpu: str | None
     dtype: DType
-    dialect: str
+    dialect: EngineDialect
+    workspace_mb: WorkspaceMB | None
+    source: str
     manifest_sha256: Sha256
     engines: dict[str, EngineRecord]
+
+    @property
+    def kind(self) -> EngineKind:
+        """What tells these engines from others of the same bundle."""
+        return EngineKind(self.backend, self.backend_version, self.compute_capability, self.dialect, self.workspace_mb)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all engines together."""
+        return sum(record.bytes for record in self.engines.values())
 
     def to_json(self) -> str:
         """The text of build.json."""
@@ -88,7 +121,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Engines:
-    """A folder of engines and its build.json, read and checked to belong to its bundle."""
+    """A folder of engines and its build.json, read and checked to belong to a bundle."""
 
     folder: Path
     build: Build
@@ -98,61 +131,94 @@ class Engines:
         return self.folder / f"{graph}.engine"
 
 
-def engines_folder(bundle: Bundle, backend: EngineBackend, compute_capability: int, version: str) -> Path:
-    """Where engines of this backend, GPU and version belong."""
-    return bundle.folder / FOLDER / f"{backend}-sm{compute_capability}-{version}"
+def engines_name(manifest: Manifest, kind: EngineKind) -> str:
+    """The name of a bundle's engines of a kind, which every bundle that they serve gives them, and no other.
+
+    Its key is a hash of all that decides what they are.
+    """
+    dialect = ENGINE_DIALECTS[kind.dialect]
+    profiles = engine_profiles(manifest, dialect)
+    decided_by = {
+        "build_version": BUILD_VERSION,
+        "kind": dataclasses.asdict(kind),
+        "dtype": manifest.dtype,
+        "graphs": manifest.graph_hashes(dialect),
+        "profiles": {graph: [dataclasses.astuple(one) for one in profiles[graph]] for graph in profiles},
+    }
+    key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{kind.backend}-sm{kind.compute_capability}-{kind.backend_version}-{key}"
 
 
 def build_command(bundle: Bundle, backend: EngineBackend, compute_capability: int | None = None) -> str:
-    """The command that builds engines again."""
+    """The command that builds engines."""
     target = f" --sm {compute_capability}" if backend == "tensorrt-rtx" and compute_capability else ""
     return f"edgeskip build {bundle.folder} --backend {backend}{target}"
 
 
-def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
-    """Every set of engines in a bundle, without looking into the engines themselves, and what is wrong with the others:
-    a malformed build.json, one for other graphs or weights than this bundle's, an engine that is missing or has another
-    size.
-    """
-    root = bundle.folder / FOLDER
-    found: list[Engines] = []
-    problems: list[BundleError] = []
-    try:
-        check_within(bundle, root)
-        put_back(root)
-        folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    except BundleError as error:
-        return [], [error]
-    except OSError as error:
-        return [], [BundleError(root, f"cannot be read ({reason(error)})")]
-    for folder in folders:
-        if folder.name.startswith("."):
-            continue  # a build under way, or one that was killed
-        try:
-            if (folder / BUILD).is_file():
-                found.append(_read(bundle, folder))
-        except BundleError as error:
-            problems.append(error)
-        except OSError as error:
-            problems.append(BundleError(folder, f"cannot be read ({reason(error)})"))
-    return found, problems
-
-
-def read_engines(bundle: Bundle) -> list[Engines]:
-    """Every set of engines in a bundle.
+def manifest_sha256(bundle: Bundle) -> str:
+    """The hash of the file manifest.json.
 
     Raises:
-        BundleError: something is wrong with one of them.
+        BundleError: it cannot be read.
     """
-    found, problems = find_engines(bundle)
-    if problems:
-        raise problems[0]
-    return found
+    path = bundle.path(MANIFEST)
+    try:
+        with open_plain(path) as file:
+            return sha256_of(file)
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({reason(error)})") from None
+
+
+def read_build(folder: Path) -> Build:
+    """What the build.json of a folder says.
+
+    Raises:
+        BundleError: it is missing, malformed, of another version, or was changed by accident.
+    """
+    path, fix = folder / BUILD, "build the engines again"
+    data = read_json(path, BundleError, fix=fix)
+    if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
+        found = data.get("build_version") if isinstance(data, dict) else data
+        raise BundleError(path, f"build version {found!r:.40}", wanted=f"{BUILD_VERSION}", fix=fix)
+    seal = data.pop(SEAL, None)
+    build = structure(Build, data, path, BundleError)
+    check_seal(path, data, seal, fix)
+    return build
+
+
+def check_engines(bundle: Bundle, folder: Path, build: Build) -> Engines:
+    """The engines of a folder, if they were built from this bundle's graphs and have the sizes that they had then.
+
+    Raises:
+        BundleError: they were not, or an engine is missing or has another size.
+    """
+    path, manifest = folder / BUILD, bundle.manifest
+    again = build_command(bundle, build.backend, build.compute_capability)
+    dialect = ENGINE_DIALECTS[build.dialect]
+    onnx_sha256, profiles = manifest.graph_hashes(dialect), engine_profiles(manifest, dialect)
+    if set(build.engines) != set(onnx_sha256):
+        found = f"engines of {', '.join(build.engines) or 'nothing'}"
+        raise BundleError(path, found, wanted=", ".join(onnx_sha256), fix=again)
+    if build.dtype != manifest.dtype:
+        raise BundleError(path, f"engines in {build.dtype}", wanted=manifest.dtype, fix=again)
+    for graph, record in build.engines.items():
+        if record.onnx_sha256 != onnx_sha256[graph]:
+            raise BundleError(path, f"built from another {graph} graph", fix=again)
+        if record.profiles != profiles[graph]:
+            raise BundleError(path, f"{graph} built for other numbers of rows", fix=again)
+        engine = folder / f"{graph}.engine"
+        size = engine.stat().st_size if engine.is_file() else None
+        if size != record.bytes:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise BundleError(engine, found, wanted=f"{record.bytes} bytes, as built", fix=again)
+    return Engines(folder, build)
 
 
 @contextmanager
 def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iterator[dict[GraphName, IO[bytes]]]:
     """Opens the engines and compares each with its sha256, so that what is read from them later is what was compared.
+
+    Meanwhile nobody else removes them.
 
     Raises:
         BundleError: an engine was cut short or changed.
@@ -161,6 +227,10 @@ def open_engines(engines: Engines, progress: Progress = lambda *_: None) -> Iter
     count = counted("checking the engines", sum(record.bytes for record in records.values()), progress)
     files: dict[GraphName, IO[bytes]] = {}
     with ExitStack() as stack:
+        try:
+            stack.enter_context(shared(engines.folder))
+        except OSError as error:
+            raise BundleError(engines.folder, f"cannot be opened ({reason(error)})", fix="try again") from None
         for graph in records:
             path = engines.path(graph)
             try:
@@ -182,43 +252,16 @@ def check_engine(path: Path, found: str, record: EngineRecord) -> None:
     check_hash(path, found, record.sha256, "as built", "copy it again or build it again")
 
 
-def check_within(bundle: Bundle, path: Path) -> None:
-    """Checks that a file or folder of the bundle is not a link to elsewhere.
+def copy_engines(engines: Engines, folder: Path, manifest_hash: str, progress: Progress = lambda *_: None) -> None:
+    """Copies engines into an empty folder, as those of the bundle whose manifest.json has this hash.
 
     Raises:
-        BundleError: it leads out of the bundle.
+        BundleError: an engine was cut short or changed.
+        OSError: the folder cannot be written.
     """
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle.folder)):
-        raise BundleError(path, "leads out of the bundle", fix="do not use this bundle")
-
-
-def _read(bundle: Bundle, folder: Path) -> Engines:
-    path = folder / BUILD
-    for own in (folder, path, *(folder / f"{graph}.engine" for graph in bundle.manifest.graphs)):
-        check_within(bundle, own)
-    data = read_json(path, BundleError, fix="build the engines again")
-    if not isinstance(data, dict) or data.get("build_version") != BUILD_VERSION:
-        found = data.get("build_version") if isinstance(data, dict) else data
-        raise BundleError(
-            path, f"build version {found!r:.40}", wanted=f"{BUILD_VERSION}", fix="build the engines again"
-        )
-    seal = data.pop(SEAL, None)
-    build = structure(Build, data, path, BundleError)
-    onnx_sha256 = bundle.manifest.graph_hashes(ENGINE_DIALECTS[build.dialect])
-    graphs = list(onnx_sha256)
-    if set(build.engines) != set(graphs):
-        raise BundleError(path, f"engines of {', '.join(build.engines) or 'nothing'}", wanted=", ".join(graphs))
-    again = build_command(bundle, build.backend, build.compute_capability)
-    for graph in graphs:
-        record = build.engines[graph]
-        if record.onnx_sha256 != onnx_sha256[graph]:
-            raise BundleError(path, f"built from another {graph} graph", fix=again)
-        engine = folder / f"{graph}.engine"
-        size = engine.stat().st_size if engine.is_file() else None
-        if size != record.bytes:
-            found = "no such file" if size is None else f"{size} bytes"
-            raise BundleError(
-                engine, found, wanted=f"{record.bytes} bytes, as built", fix=f"copy it again or run {again}"
-            )
-    check_seal(path, data, seal, f"copy it again or run {again}")
-    return Engines(folder, build)
+    with open_engines(engines, progress) as files:
+        for graph, file in files.items():
+            _, copied = write_hashed(folder / engines.path(graph).name, blocks_of(file))
+            check_engine(engines.path(graph), copied, engines.build.engines[graph])
+    build = dataclasses.replace(engines.build, manifest_sha256=manifest_hash)
+    write_hashed(folder / BUILD, [build.to_json().encode()])

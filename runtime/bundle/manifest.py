@@ -69,17 +69,6 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """What a packed bundle, which has engines and no graphs, was before: hashes of its weights and, by graph, of the
-    graphs that its engines were built from; and the bytes of weights that one call of each has to read.
-    """
-
-    weights_sha256: Sha256
-    onnx_sha256: dict[GraphName, Sha256]
-    read_bytes: dict[GraphName, FileSize]
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds.
 
@@ -111,7 +100,6 @@ class Manifest:
     files: dict[str, FileRecord]
     synthetic: bool = False
     split_special_tokens: bool = False
-    packed: Packed | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -152,17 +140,8 @@ class Bundle:
         """Where a file of the bundle is."""
         return self.folder / name
 
-    def require_graphs(self, fix: str) -> None:
-        """Checks that the bundle has graphs and all weights, not just engines.
-
-        Raises:
-            BundleError: it is packed; `fix` says what to do instead.
-        """
-        if self.manifest.packed:
-            raise BundleError(self.folder, "packed: it has engines, no graphs and not all weights", fix=fix)
-
     def graph_path(self, graph: GraphName, dialect: str) -> Path:
-        """Where a graph is, in a dialect (`standard` or `ort`)."""
+        """Where a graph is, in a dialect: a key of DIALECTS."""
         return self.folder / DIALECTS[dialect].file.format(graph)
 
 
@@ -353,14 +332,10 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         raise BundleError(
             path, "its graphs are not those of this version", fix="export the bundle again with this version"
         )
-    if manifest.packed and not set(manifest.packed.onnx_sha256) == set(manifest.packed.read_bytes) == set(table):
-        raise BundleError(path, "packed: not of every graph", wanted=", ".join(table), fix="pack the bundle again")
     if manifest.formats and (problem := formats_problem(manifest.formats, manifest.tensors, manifest.dtype)):
         raise BundleError(path, f"formats: {problem}", fix="export the bundle again")
-    wanted = [WEIGHTS, "tokenizer.json"]
-    if not manifest.packed:
-        wanted += [dialect.file.format(graph) for dialect in DIALECTS.values() for graph in files_of(table, dialect)]
-    for name in wanted:
+    graphs = (dialect.file.format(graph) for dialect in DIALECTS.values() for graph in files_of(table, dialect))
+    for name in (WEIGHTS, "tokenizer.json", *graphs):
         if name not in manifest.files:
             raise BundleError(path, f"lists no {name}", fix="export the bundle again")
 

@@ -84,8 +84,7 @@ def stored_arrays(bundle: Bundle) -> dict[str, StoredArray]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise BundleError(path, f"__metadata__ is {metadata!r:.60}", wanted="a table of texts", fix=_FIX)
-    tensors = manifest.tensors
-    arrays = lay_out([tensors[EMBEDDINGS]] if manifest.packed else tensors.values(), manifest.dtype)
+    arrays = lay_out(manifest.tensors.values(), manifest.dtype)
     last = start + max(array.offset + array.bytes for array in arrays.values())
     if last != end:
         raise BundleError(path, f"{end} bytes", wanted=f"{last}, by its manifest", fix=_FIX)
@@ -169,8 +168,6 @@ def held_bytes(bundle: Bundle) -> int:
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
     """Bytes of weights that one call of each graph has to read, however few its rows."""
     manifest = bundle.manifest
-    if manifest.packed:
-        return {graph: manifest.packed.read_bytes[graph] for graph in manifest.graphs}
     return bytes_by_graph(manifest.architecture, manifest.graphs, manifest.tensors, manifest.dtype)
 
 

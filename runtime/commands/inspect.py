@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_r
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from edgeskip.runtime.bundle.engines import Build
     from edgeskip.runtime.bundle.manifest import Bundle
 
 
@@ -34,20 +35,29 @@ def inspect(bundle: Path, json_path: Path | None) -> None:
 
 
 def _print_engines(bundle: Bundle, console: Console) -> None:
-    """Each set of engines, whether it runs on this machine, and what is wrong with the rest."""
+    """Each set of engines for the bundle in the user's cache, whether it runs on this machine, and what is wrong with
+    the rest; then those that came with the bundle.
+    """
     from edgeskip.runtime.backends.choice import why_not_here
-    from edgeskip.runtime.bundle.engines import find_engines
+    from edgeskip.runtime.bundle.store import add_command, engines_that_came, find_engines
     from edgeskip.runtime.terminal import shown
 
-    found, problems = find_engines(bundle)
-    if not found and not problems:
+    (found, problems), (came, wrong) = find_engines(bundle), engines_that_came(bundle)
+    if not (found or problems or came or wrong):
         console.print("engines: none")
     for engines in found:
-        build, why = engines.build, why_not_here(engines)
-        size = sum(record.bytes for record in build.engines.values()) / 1e6
-        console.print(
-            f"engines: {build.backend} {shown(build.backend_version)}, SM {build.compute_capability}, {build.dtype}, "
-            f"{size:.2f} MB; " + (f"not for this machine: {shown(why)}" if why else "they fit this machine")
-        )
-    for problem in problems:
+        why = why_not_here(engines)
+        fits = f"not for this machine: {shown(why)}" if why else "they fit this machine"
+        console.print(f"engines: {shown(_about(engines.build))}; {fits}")
+    for engines in came:
+        add = f"came with the bundle, and are not loaded unless added: {add_command(bundle)}"
+        console.print(f"engines: {shown(_about(engines.build))}; {shown(add)}")
+    for problem in (*problems, *wrong):
         console.print(f"engines: [bold]of no use[/bold]: {shown(problem)}")
+
+
+def _about(build: Build) -> str:
+    return (
+        f"{build.backend} {build.backend_version}, SM {build.compute_capability}, {build.dialect}, {build.dtype}, "
+        f"{build.bytes / 1e6:.2f} MB"
+    )

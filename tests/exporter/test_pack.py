@@ -1,128 +1,134 @@
-"""What a device gets: engines, and of the bundle only what they cannot do without."""
+"""What a device gets: the bundle as it is, and the engines that were built for it."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import shutil
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import load_file
-from tests.conftest import edit_json
-from tests.standin import HostDevice, StandInTensorRT, with_engines
+from tests.standin import VERSION, HostDevice, StandInTensorRT, put_engines
 
 from edgeskip.cli import main
 from edgeskip.exporter.pack import pack
-from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.trt_session import TrtSession
-from edgeskip.runtime.bundle.engines import BUILD, read_engines
+from edgeskip.runtime.bundle.engines import BUILD, EngineKind
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle, verify_hashes
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS
-from edgeskip.runtime.bundle.weights import embedding_table, read_bytes
+from edgeskip.runtime.bundle.store import add_engines, engines_that_came, read_engines
 from edgeskip.runtime.decoding.model import Model
-from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.errors import BundleError
 
 PROMPT = list(range(40, 60))
+ORIN = EngineKind("tensorrt", VERSION, 87, "standard")
 
 
 @pytest.fixture
 def bundle(bundles, tmp_path):
-    return with_engines(bundles("llama-tied", exit_layer=2), tmp_path / "whole")
+    return read_bundle(shutil.copytree(bundles("llama-tied", exit_layer=2).folder, tmp_path / "whole"))
 
 
-def packed(bundle, folder):
-    pack(bundle, read_engines(bundle), folder)
-    made = read_bundle(folder)
+@pytest.fixture
+def folder(bundle):
+    return put_engines(bundle, ORIN)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_it_is_the_bundle_byte_for_byte_and_its_engines(bundle, folder, tmp_path):
+    made = pack(bundle, read_engines(bundle), tmp_path / "p")
+    assert made == read_bundle(made.folder)
     verify_hashes(made)
-    return made
+    engines = {f"engines/{folder.name}/{name}": data for name, data in contents(folder).items()}
+    assert contents(made.folder) == contents(bundle.folder) | engines
+    assert contents(made.folder)[MANIFEST] == (bundle.folder / MANIFEST).read_bytes()
+    assert [one.build for one in engines_that_came(made)[0]] == [one.build for one in read_engines(bundle)]
 
 
-def test_no_graph_and_no_weight_but_the_embeddings_is_in_it(bundle, tmp_path):
-    made = packed(bundle, tmp_path / "p")
-    files = {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
-    (engines,) = read_engines(made)
-    name = engines.folder.name
-    assert files == {
-        MANIFEST,
-        WEIGHTS,
-        "tokenizer.json",
-        "config.json",
-        *(f"engines/{name}/{file}" for file in ("draft.engine", "verify.engine", "head.engine", BUILD)),
-    }
-    tensors = load_file(made.path(WEIGHTS))
-    assert list(tensors) == [EMBEDDINGS]
-    np.testing.assert_array_equal(tensors[EMBEDDINGS], embedding_table(bundle)[:])
-    np.testing.assert_array_equal(embedding_table(made)[:], embedding_table(bundle)[:])
-    assert read_bytes(made) == read_bytes(bundle)
+def test_the_engines_of_another_bundle_of_its_structure_are_its_own_when_packed(bundle, folder, tmp_path):
+    """A fine-tune is packed with the engines that the first one built."""
+    manifest = dataclasses.replace(bundle.manifest, source="tuned")
+    bundle.path(MANIFEST).write_text(manifest.to_json())
+    tuned = read_bundle(bundle.folder)
+    made = pack(tuned, read_engines(tuned), tmp_path / "p")
+    (came,) = engines_that_came(made)[0]
+    assert came.build.manifest_sha256 == hashlib.sha256(tuned.path(MANIFEST).read_bytes()).hexdigest()
+    assert json.loads((folder / BUILD).read_text())["manifest_sha256"] != came.build.manifest_sha256
+    shutil.rmtree(folder)
+    assert len(add_engines(made.folder).engines) == 1
 
 
-def test_it_decodes_as_the_whole_bundle_does(bundle, tmp_path):
-    made = packed(bundle, tmp_path / "p")
-    bundle.folder.rename(tmp_path / "elsewhere")  # nothing of it is needed but what the stand-in engines point to
-    (tmp_path / "whole").symlink_to(tmp_path / "elsewhere")
-    texts = []
-    for one in (made, read_bundle(tmp_path / "elsewhere")):
-        session = TrtSession(one, read_engines(one)[0], HostDevice(), StandInTensorRT())
-        with Model(one, session) as model:
-            texts.append(model.complete(PROMPT, max_new_tokens=30).text)
-    assert texts[0] == texts[1] != ""
+def test_added_on_a_device_it_decodes_as_the_bundle_does(bundle, folder, tmp_path):
+    def text(one):
+        with Model(one, TrtSession(one, read_engines(one)[0], HostDevice(), StandInTensorRT())) as model:
+            return model.complete(PROMPT, max_new_tokens=30).text
+
+    made, wanted = pack(bundle, read_engines(bundle), tmp_path / "p"), text(bundle)
+    shutil.rmtree(folder)
+    add_engines(made.folder)
+    assert text(made) == wanted != ""
 
 
-def test_onnxruntime_says_that_it_has_no_graphs(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgeskip.runtime.backends.device.CudaDevice", HostDevice)
-    made = packed(bundle, tmp_path / "p")
-    with pytest.raises(BundleError, match="packed: it has engines, no graphs"):
-        open_session(made, backend="onnxruntime", device="cpu")
-    with pytest.raises(BackendError, match="tensorrt: not usable"):
-        open_session(made)
+def test_a_packed_bundle_is_built_and_packed_like_any(bundle, folder, tmp_path):
+    made = pack(bundle, read_engines(bundle), tmp_path / "p")
+    again = pack(made, read_engines(made), tmp_path / "again")
+    assert contents(again.folder) == contents(made.folder)
 
 
-def test_engines_of_other_weights_do_not_belong_to_it(bundle, bundles, tmp_path):
-    made = packed(bundle, tmp_path / "p")
-    other = with_engines(bundles("llama-gqa", exit_layer=2), tmp_path / "other")
-    (engines,), (target,) = read_engines(other), read_engines(made)
-    (target.folder / BUILD).write_text((engines.folder / BUILD).read_text())
-    with pytest.raises(BundleError, match="built from another draft graph or other weights"):
-        read_engines(made)
-
-
-def test_damaged_engines_are_not_packed(bundle, tmp_path):
-    (engines,) = read_engines(bundle)
-    path = engines.path("head")
+def test_damaged_engines_are_not_packed(bundle, folder, tmp_path):
+    path = folder / "head.engine"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"head\.engine: sha256 is"):
         pack(bundle, read_engines(bundle), tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
-def test_damaged_weights_are_not_packed(bundle, tmp_path):
-    path = bundle.path(WEIGHTS)
-    data = bytearray(path.read_bytes())
+@pytest.mark.parametrize("name", [WEIGHTS, "draft.onnx", "tokenizer.json"])
+def test_a_damaged_bundle_is_not_packed(name, bundle, folder, tmp_path):
+    verify_hashes(bundle)
+    data = bytearray(bundle.path(name).read_bytes())
     data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(BundleError, match="weights.safetensors: sha256 is".replace(".", r"\.")):
+    bundle.path(name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name}: sha256 is .*, as exported"):
         pack(bundle, read_engines(bundle), tmp_path / "p")
     assert not (tmp_path / "p").exists()
 
 
-def test_a_manifest_that_misses_a_graph_is_refused(bundle, tmp_path):
-    made = packed(bundle, tmp_path / "p")
-    edit_json(made.path(MANIFEST), lambda m: m["packed"]["read_bytes"].pop("head"))
-    with pytest.raises(BundleError, match="packed: not of every graph; wanted draft, verify, head"):
-        read_bundle(made.folder)
+def test_a_bundle_without_engines_is_not_packed(bundle, tmp_path):
+    with pytest.raises(BundleError, match="no engines to pack; build them: edgeskip build"):
+        pack(bundle, [], tmp_path / "p")
 
 
-def test_the_command_packs_what_was_asked_for(bundle, tmp_path):
-    with_engines(bundle, bundle.folder, sm=86)
-    run = lambda *arguments: CliRunner().invoke(main, ["pack", str(bundle.folder), *arguments])  # noqa: E731
-    result = run(str(tmp_path / "one"), "--sm", "86")
-    assert result.exit_code == 0, result.output
-    assert [one.build.compute_capability for one in read_engines(read_bundle(tmp_path / "one"))] == [86]
-    assert run(str(tmp_path / "all")).exit_code == 0
-    assert len(read_engines(read_bundle(tmp_path / "all"))) == 2
-    result = run(str(tmp_path / "none"), "--sm", "75")
-    assert result.exit_code == 4
-    assert "no engines for SM 75; wanted SM 86, 87" in result.output
-    result = run(str(tmp_path / "one"))
+def test_the_command_packs_what_was_asked_for(bundle, folder, tmp_path):
+    put_engines(bundle, dataclasses.replace(ORIN, compute_capability=86))
+    put_engines(bundle, dataclasses.replace(ORIN, dialect="primitive"))
+
+    def run(name, *arguments):
+        return CliRunner().invoke(main, ["pack", str(bundle.folder), str(tmp_path / name), *arguments])
+
+    def packed(name, *arguments):
+        result = run(name, *arguments)
+        assert result.exit_code == 0, result.output
+        builds = [one.build for one in engines_that_came(read_bundle(tmp_path / name))[0]]
+        return sorted((build.compute_capability, build.dialect) for build in builds)
+
+    assert packed("all") == [(86, "standard"), (87, "primitive"), (87, "standard")]
+    assert packed("one", "--sm", "86") == [(86, "standard")]
+    assert packed("two", "--sm", "87") == [(87, "primitive"), (87, "standard")]
+    assert packed("three", "--sm", "87", "--dialect", "primitive") == [(87, "primitive")]
+    for arguments, message in (
+        (["--sm", "75"], "no engines for SM 75; wanted SM 86, 87"),
+        (["--sm", "86", "--dialect", "primitive"], "no engines for SM 86; wanted SM 87"),
+    ):
+        result = run("none", *arguments)
+        assert (result.exit_code, message in result.output) == (4, True)
+    result = run("one")
     assert (result.exit_code, "already exists" in result.output) == (4, True)
-    assert json.loads((tmp_path / "one" / MANIFEST).read_text())["packed"]["weights_sha256"]
+    for one in read_engines(bundle):
+        if one.build.dialect == "primitive":
+            shutil.rmtree(one.folder)
+    result = run("none", "--dialect", "primitive")
+    assert (result.exit_code, "no engines of the primitive dialect" in result.output) == (4, True)

@@ -18,12 +18,16 @@ from edgeskip.runtime.errors import BundleError, RecipeError
 from edgeskip.runtime.files import (
     InUseError,
     cache_folder,
+    discard,
     keep,
     kept,
     locked,
     put_back,
     scratch_folder,
     sha256_of,
+    shared,
+    sweep,
+    trusted_folder,
     user_cache,
     whole_file,
     whole_folder,
@@ -310,6 +314,85 @@ def test_a_scratch_folder_goes_away(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_a_folder_has_the_mode_that_was_asked_for(tmp_path):
+    for mode in (0o755, 0o700):
+        with whole_folder(tmp_path / "x", 0, replace=True, mode=mode) as folder:
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # until it is whole
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == mode
+
+
+# Removing
+
+
+def test_what_is_shared_is_not_discarded_and_may_be_shared_again(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y").touch()
+    with shared(tmp_path / "x"):
+        with shared(tmp_path / "x"):
+            assert not discard(tmp_path / "x")
+        assert not discard(tmp_path / "x")
+        with pytest.raises(InUseError), locked(tmp_path / "x"):
+            pass
+    assert names(tmp_path) == ["x", "x/y"]
+    with locked(tmp_path / "x"), pytest.raises(InUseError), shared(tmp_path / "x"):
+        pass
+    assert discard(tmp_path / "x")
+    assert names(tmp_path) == []
+
+
+def test_what_is_discarded_may_be_a_file_and_need_not_be_there(tmp_path):
+    (tmp_path / "x").write_text("x")
+    (tmp_path / "link").symlink_to("x")
+    assert [discard(tmp_path / name) for name in ("link", "x", "x")] == [False, True, False]
+    assert names(tmp_path) == ["link"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_not_gone(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError
+
+    (tmp_path / "x").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        assert not discard(tmp_path / "x")
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.usefixtures("renames")
+def test_a_folder_that_is_read_is_replaced_and_its_reader_keeps_what_it_opened(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y").write_text("old")
+    with shared(tmp_path / "x"), (tmp_path / "x" / "y").open() as file:
+        with whole_folder(tmp_path / "x", 0, replace=True) as folder:
+            (folder / "y").write_text("new")
+        assert file.read() == "old"
+        assert discard(tmp_path / "x")  # the new one, which nobody reads
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_was_replaced_while_it_was_opened_is_told(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    right = os.open
+
+    def slow(path, *arguments):
+        descriptor = right(path, *arguments)
+        (tmp_path / "x").rename(tmp_path / "y")
+        return descriptor
+
+    monkeypatch.setattr(os, "open", slow)
+    with pytest.raises(InUseError, match="another process has replaced it"), shared(tmp_path / "x"):
+        pass
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    left, owned = tmp_path / ".x.01234567.edgeskip", tmp_path / ".y.01234567.edgeskip"
+    for path in (left, owned, tmp_path / "z"):
+        path.mkdir()
+    with locked(owned):
+        sweep(tmp_path)
+        assert names(tmp_path) == [owned.name, "z"]
+
+
 # The user's cache
 
 
@@ -341,6 +424,16 @@ def test_a_cache_that_others_can_write_is_not_believed(part, mode, cache):
     keep("kernels", "y", b"code")
     (cache / part).chmod(0o700)
     assert (kept("kernels", "x"), kept("kernels", "y")) == (b"code", None)
+
+
+def test_what_needs_a_cache_says_that_there_is_none(cache):
+    assert trusted_folder("engines") == cache / "engines"
+    (cache / "engines").chmod(0o777)
+    message = (
+        rf"^{cache}/engines: cannot be made, or others can write it, .*; set XDG_CACHE_HOME to a folder of your own$"
+    )
+    with pytest.raises(BundleError, match=message):
+        trusted_folder("engines")
 
 
 def test_a_cache_of_another_user_is_not_believed(cache, monkeypatch):

@@ -32,7 +32,7 @@ from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.rounds import View
-from edgeskip.runtime.errors import BundleError, RequestError
+from edgeskip.runtime.errors import RequestError
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
@@ -313,17 +313,6 @@ def test_long_prompts_are_cut_and_empty_ones_refused(bundles, tmp_path):
 def test_the_smallest_bundle_passes(checkpoints, tmp_path):
     settings = ExportSettings(1, max_length=2)
     assert_healthy(check(export_bundle(open_checkpoint(str(checkpoints("llama-gqa"))), tmp_path / "b", settings)))
-
-
-def test_a_packed_bundle_needs_a_checkpoint_and_cannot_be_narrowed(bundles):
-    bundle = bundles("llama-gqa")
-    packed = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, packed=object()))
-    with pytest.raises(BundleError, match=r"packed: .* give --reference"):
-        Golden(packed)
-    with edgeskip.load(bundle.folder, device="cpu") as model:
-        model.bundle = packed
-        with pytest.raises(BundleError, match=r"packed: .* narrow down"):
-            run_check(model, Golden(bundle), PROMPTS, layers=True)
 
 
 @pytest.mark.parametrize("missing", ["polygraphy", "torch"])

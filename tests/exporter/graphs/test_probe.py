@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -14,8 +12,8 @@ from tests.conftest import VARIANTS
 
 import edgeskip
 from edgeskip.exporter.graphs.probe import Probe, probe_graph
-from edgeskip.runtime.bundle.manifest import WEIGHTS, Packed
-from edgeskip.runtime.errors import BackendError, BundleError
+from edgeskip.runtime.bundle.manifest import WEIGHTS
+from edgeskip.runtime.errors import BackendError
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
@@ -95,13 +93,6 @@ def test_the_graph_holds_no_weights_and_each_once(bundles):
     assert len(model.SerializeToString()) < 200_000
     tables = [t for t in stored.values() if t.dims[:1] == [300]]
     assert [t.name for t in tables] == ["model.embed_tokens.weight"]
-
-
-def test_a_packed_bundle_is_refused(bundles):
-    bundle = bundles("llama-gqa")
-    manifest = dataclasses.replace(bundle.manifest, packed=Packed("", {}, {}))
-    with pytest.raises(BundleError, match=r"packed: .* give the bundle"):
-        Probe(dataclasses.replace(bundle, manifest=manifest))
 
 
 def test_bf16_on_a_cpu_is_refused(bundles):

@@ -25,8 +25,9 @@ from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.trt_session import TrtSession
 from edgeskip.runtime.bench.measure import tie_gap
-from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS, read_engines
+from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS
 from edgeskip.runtime.bundle.manifest import read_bundle
+from edgeskip.runtime.bundle.store import read_engines
 from edgeskip.runtime.decoding.rounds import speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError, RequestError
 
@@ -102,10 +103,10 @@ def test_drafts_that_are_looked_at_one_by_one_are_no_rounds_of_their_own(bundle,
 def test_stale_engines_do_not_keep_a_bundle_from_onnxruntime(bundle, tmp_path):
     copied = with_engines(bundle, tmp_path / "b")
     (engines,) = read_engines(copied)
-    edit_json(engines.folder / BUILD, lambda build: build.update(weights_sha256="0" * 64))
+    edit_json(engines.folder / BUILD, lambda build: build["engines"]["draft"].update(onnx_sha256="0" * 64))
     with open_session(copied) as session:
         assert session.device == "cpu"
-        assert "built from another draft graph or other weights" in session.description
+        assert "built from another draft graph; edgeskip build" in session.description
     with pytest.raises(BundleError, match="built from another draft graph"):
         open_session(copied, backend="tensorrt")
 
@@ -167,9 +168,10 @@ def test_what_tensorrt_says_is_one_line_and_leaves_nothing_behind(fault, message
 
 
 def test_engines_of_another_gpu_or_version_name_the_command_that_rebuilds_them(bundle, tmp_path):
-    copied = with_engines(bundle, tmp_path / "a", sm=86)
+    copied = with_engines(bundle, tmp_path / "b", sm=86)
     message = refused(copied)
     assert "built for SM 86, this GPU is SM 87; edgeskip build" in message
+    shutil.rmtree(read_engines(copied)[0].folder)
     copied = with_engines(bundle, tmp_path / "b", version="10.16.0")
     assert f"built by tensorrt 10.16.0, {VERSION} is installed; edgeskip build" in refused(copied)
 
@@ -197,7 +199,7 @@ def test_engines_of_other_tensors_are_refused(bundle, bundles, tmp_path):
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundle):
-    with pytest.raises(BundleError, match=r"no tensorrt-rtx engines; edgeskip build .* --backend tensorrt-rtx"):
+    with pytest.raises(BundleError, match=r"no tensorrt-rtx engines for it in the cache; edgeskip build .* --backend"):
         open_session(bundle, backend="tensorrt-rtx")
 
 
@@ -216,10 +218,12 @@ def standin_machine(monkeypatch, device):
 
 def test_auto_takes_engines_that_fit_and_else_says_why_not(bundle, tmp_path, monkeypatch):
     standin_machine(monkeypatch, HostDevice())
-    fits, other = with_engines(bundle, tmp_path / "fits"), with_engines(bundle, tmp_path / "other", sm=86)
-    with open_session(fits) as session:
-        assert session.description == f"tensorrt {VERSION}, host memory, fp32"
-    with open_session(other) as session:
+    copied = with_engines(bundle, tmp_path / "b")
+    with open_session(copied) as session:
+        assert session.description == f"tensorrt {VERSION}, host memory, standard dialect, fp32"
+    shutil.rmtree(read_engines(copied)[0].folder)
+    with_engines(bundle, tmp_path / "b", sm=86)
+    with open_session(copied) as session:
         assert session.device == "cpu"
         assert "not tensorrt" in session.description
         assert "built for SM 86, this GPU is SM 87" in session.description
@@ -227,11 +231,14 @@ def test_auto_takes_engines_that_fit_and_else_says_why_not(bundle, tmp_path, mon
 
 def test_of_several_engines_the_fitting_one_is_taken(bundle, tmp_path, monkeypatch):
     standin_machine(monkeypatch, HostDevice())
-    copied = with_engines(bundle, tmp_path / "b", sm=86)
-    with_engines(bundle, tmp_path / "b", sm=87)
+    copied = with_engines(bundle, tmp_path / "b", sm=87)
+    (fitting,) = read_engines(copied)
+    with_engines(bundle, tmp_path / "b", sm=86)
+    assert read_engines(copied)[0] != fitting
     with open_session(copied, backend="tensorrt") as session:
         assert session.description.startswith("tensorrt ")
-    shutil.rmtree(next(copied.folder.glob("engines/*sm87*")))
+    assert read_engines(copied)[0] == fitting  # the last used
+    shutil.rmtree(fitting.folder)
     with pytest.raises(BundleError, match="built for SM 86, this GPU is SM 87"):
         open_session(copied, backend="tensorrt")
 
