@@ -22,8 +22,8 @@ import onnxruntime
 
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
-from edgeskip.runtime.backends.trt_layers import LayersSession
-from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.backends.engines.layers import LayersSession
+from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,

@@ -22,7 +22,7 @@ import edgeskip
 from edgeskip.cli import main
 from edgeskip.exporter.pack import pack
 from edgeskip.runtime import terminal
-from edgeskip.runtime.backends import trt
+from edgeskip.runtime.backends.engines import library as trt
 from edgeskip.runtime.bench import validity
 from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.manifest import MANIFEST

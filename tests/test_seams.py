@@ -18,7 +18,7 @@ from edgeskip.exporter.graphs import dialects as exporter_dialects
 from edgeskip.exporter.graphs import pickers as exporter_pickers
 from edgeskip.exporter.graphs.dialects import Standard
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
-from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle import dialects, formats, graphs
 from edgeskip.runtime.bundle.dialects import Dialect
 from edgeskip.runtime.bundle.formats import Format, Part

@@ -24,7 +24,8 @@ from typing import IO, Any
 import edgeskip
 from edgeskip.exporter.engines.process import PROGRESS_STEPS, Built, Job
 from edgeskip.runtime.backends.device import no_gpu, open_gpu
-from edgeskip.runtime.backends.targets import (
+from edgeskip.runtime.backends.engines.library import MODULES, import_tensorrt, served_by
+from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     VERSIONS,
     dialect_for,
@@ -32,7 +33,6 @@ from edgeskip.runtime.backends.targets import (
     heads_problem,
     versions_text,
 )
-from edgeskip.runtime.backends.trt import MODULES, import_tensorrt, served_by
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,

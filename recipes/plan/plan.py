@@ -27,8 +27,7 @@ from edgeskip.recipes.plan.cost import (
     tokens_per_round,
 )
 from edgeskip.runtime.backends.choice import Backend
-from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.backends.targets import (
+from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     RTX_SERVES,
     dialect_for,
@@ -36,6 +35,7 @@ from edgeskip.runtime.backends.targets import (
     heads_problem,
     versions_text,
 )
+from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType

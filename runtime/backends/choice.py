@@ -77,9 +77,9 @@ def _open_engines(
     progress: Progress,
 ) -> MeasuredSession:
     from edgeskip.runtime.backends.device import open_gpu
-    from edgeskip.runtime.backends.trt import import_tensorrt
-    from edgeskip.runtime.backends.trt_layers import LayersSession
-    from edgeskip.runtime.backends.trt_session import TrtSession, why_not
+    from edgeskip.runtime.backends.engines.layers import LayersSession
+    from edgeskip.runtime.backends.engines.library import import_tensorrt
+    from edgeskip.runtime.backends.engines.session import TrtSession, why_not
     from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
     from edgeskip.runtime.bundle.engines import build_command
     from edgeskip.runtime.bundle.store import mark_used, not_loaded
@@ -111,8 +111,8 @@ def _open_engines(
 def why_not_here(engines: Engines) -> str:
     """What keeps engines from running on this machine; empty if nothing does."""
     from edgeskip.runtime.backends.device import open_gpu
-    from edgeskip.runtime.backends.trt import import_tensorrt
-    from edgeskip.runtime.backends.trt_session import why_not
+    from edgeskip.runtime.backends.engines.library import import_tensorrt
+    from edgeskip.runtime.backends.engines.session import why_not
 
     try:
         with open_gpu() as device:

@@ -15,9 +15,9 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS, files_of, has_products
 from edgeskip.runtime.bundle.manifest import Manifest
 
-EXACT_ROWS = (1, 8, HEAD_ROWS)
-"""Rows of a round that there are kernels for, where calls are padded. On an H100 a product of 8 rows takes as long as
-one of a single row, and one of 4 rows a fifth more.
+EXACT_ROWS = (8, 24)
+"""Rows of a round that there are kernels for, where calls are padded. On
+an H100 a product of 8 rows takes as long as one of a single row, and one of 4 rows a fifth more.
 """
 
 
@@ -46,13 +46,13 @@ def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tup
             profiles[name] = (EngineProfile(1, chunk, chunk),)
             continue
         many = name in verifies or name in PARTS
-        tuned = rows if many else 1
         if not dialect.padded:
-            decode = [EngineProfile(1, tuned, most)]
+            decode = [EngineProfile(1, rows if many else 1, most)]
         else:
-            exact = [n for n in EXACT_ROWS if n < most] + [most] if many else [1]
+            # a head takes as long for 8 rows as for one, and a row's logits are then the same in all rounds
+            exact = (*(() if graph.head else (1,)), *(EXACT_ROWS if many else EXACT_ROWS[: bool(graph.head)]))
             decode = [EngineProfile(n, n, n) for n in exact]
-        shortest = decode[-1].max_rows + 1 if dialect.padded else 1
-        longest = not graph.head and (chunk > decode[-1].max_rows)
-        profiles[name] = (*decode, *([EngineProfile(shortest, chunk, chunk)] if longest else []))
+        longest = 1 if not dialect.padded else decode[-1].max_rows + 1
+        prefill = [] if graph.head or chunk < max(longest, most + 1) else [EngineProfile(longest, chunk, chunk)]
+        profiles[name] = (*decode, *prefill)
     return profiles

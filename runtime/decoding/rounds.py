@@ -25,6 +25,9 @@ from typing import Literal, get_args
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Graph, GraphName, Head, Link, Split
 
 Mode = Literal["self-speculative", "autoregressive", "early-exit"]
+SPARE_ROWS = 7
+"""Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
+
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Ways of decoding: rounds with drafts, rounds without, and the draft subgraph alone."""
 
@@ -85,21 +88,22 @@ class Round:
 
 def workspace(graphs: Iterable[Graph], chunk: int) -> dict[str, tuple[str | None, str, int]]:
     """Buffers: the dimension of a row (None for a single number), dtype and rows, for prefill chunks of `chunk`."""
-    rows = max(chunk, HEAD_ROWS)
+    rows = max(chunk, HEAD_ROWS) + SPARE_ROWS
     buffers: dict[str, tuple[str | None, str, int]] = {"position_ids": (None, "int64", rows)}
     for graph in graphs:
         if graph.head:
             buffers |= {tensor.name: (None, tensor.dtype, rows) for tensor in graph.inputs[1:]}
         else:
             buffers |= dict.fromkeys((graph.reads, graph.writes), ("H", "float", rows))
+    picked = HEAD_ROWS + SPARE_ROWS
     return buffers | {
-        "draft_logits": ("V", "float", HEAD_ROWS),
-        "target_logits": ("V", "float", HEAD_ROWS),
-        "draft_token_ids": (None, "int64", HEAD_ROWS),
-        "target_token_ids": (None, "int64", HEAD_ROWS),
-        "draft_token_logits": (None, "float", HEAD_ROWS),
-        "target_token_logits": (None, "float", HEAD_ROWS),
-        "target_embeds": ("H", "float", HEAD_ROWS),
+        "draft_logits": ("V", "float", picked),
+        "target_logits": ("V", "float", picked),
+        "draft_token_ids": (None, "int64", picked),
+        "target_token_ids": (None, "int64", picked),
+        "draft_token_logits": (None, "float", picked),
+        "target_token_logits": (None, "float", picked),
+        "target_embeds": ("H", "float", picked),
     }
 
 

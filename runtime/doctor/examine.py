@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import edgeskip
-from edgeskip.runtime.backends.targets import RTX_SERVES
+from edgeskip.runtime.backends.engines.targets import RTX_SERVES
 from edgeskip.runtime.bundle.engines import ENGINE_BACKENDS, EngineBackend
 from edgeskip.runtime.doctor.hardware import Hardware, Jetson, check_base, error_line, read_hardware
 from edgeskip.runtime.errors import BackendError
@@ -262,7 +262,7 @@ def _tensorrt(backend: EngineBackend, hardware: Hardware, refusal: BackendError 
     check_base()
     _check_gpu(hardware, refusal)
     from edgeskip.runtime.backends.device import INSTALL as CUDA
-    from edgeskip.runtime.backends.trt import INSTALL, MODULES, import_tensorrt, served_by
+    from edgeskip.runtime.backends.engines.library import INSTALL, MODULES, import_tensorrt, served_by
 
     module, fix = MODULES[backend], INSTALL[backend]
     try:

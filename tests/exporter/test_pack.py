@@ -13,7 +13,7 @@ from tests.standin import VERSION, HostDevice, StandInTensorRT, put_engines
 
 from edgeskip.cli import main
 from edgeskip.exporter.pack import pack
-from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.engines import BUILD, EngineKind
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle, verify_hashes
 from edgeskip.runtime.bundle.store import add_engines, engines_that_came, read_engines

@@ -19,7 +19,7 @@ from edgeskip.recipes.plan import plan as planning
 from edgeskip.recipes.plan.cost import fit_cost, samples_of_report
 from edgeskip.recipes.plan.plan import PlanSettings, make_plan
 from edgeskip.recipes.shape import load_shape
-from edgeskip.runtime.backends.targets import RTX_SERVES
+from edgeskip.runtime.backends.engines.targets import RTX_SERVES
 from edgeskip.runtime.bench.measure import read_report
 from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.errors import RequestError

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 import edgeskip
 from edgeskip.cli import main
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.backends.targets import RTX_SERVES
+from edgeskip.runtime.backends.engines.targets import RTX_SERVES
 from edgeskip.runtime.doctor import examine as doctor
 from edgeskip.runtime.doctor import hardware
 from edgeskip.runtime.doctor.examine import LEAST_SM, BackendState, Doctor, Software, Verb, examine

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
-from edgeskip.runtime.backends.device_weights import weights_on_device
-from edgeskip.runtime.backends.row_writer import RowsLayout, row_writer
-from edgeskip.runtime.backends.trt import make_logger
+from edgeskip.runtime.backends.engines.library import make_logger
+from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
+from edgeskip.runtime.backends.engines.weights import weights_on_device
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines

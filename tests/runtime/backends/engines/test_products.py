@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cuda.core import Program, ProgramOptions
-from tests.runtime.backends.test_attention import KINDS, architecture, fetched, place
+from tests.runtime.backends.engines.test_attention import KINDS, architecture, fetched, place
 from tests.standin import HostDevice
 
-from edgeskip.runtime.backends import products
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.backends.products import Product, enqueued, serves
+from edgeskip.runtime.backends.engines import products
+from edgeskip.runtime.backends.engines.products import Product, enqueued, serves
 
 KIND_OF = {"plain": {}, "bias": {"bias": 1}, "norm": {"norm": 1}, "residual": {"residual": 1}, "gated": {"gated": True}}
 KIND_OF["all"] = {"bias": 1, "norm": 1, "gated": True}

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from edgeskip.runtime.backends.attention import Attention, Operands
-from edgeskip.runtime.backends.products import Product, enqueued, serves
-from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.backends.engines.attention import Attention, Operands
+from edgeskip.runtime.backends.engines.products import Product, enqueued, serves
+from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS

@@ -66,8 +66,11 @@ def macros(product: Product, dtype: DType, rows: int) -> dict[str, str]:
 
 
 def warps(product: Product) -> int:
-    """Warps of a block, which share the sum: enough of them to have memory busy, and to hold what is normalized."""
-    return 8 if product.inputs <= 4096 else 16
+    """Warps of a block, which share the sum: enough of them to have memory busy, and to hold what is normalized.
+
+    It does not depend on the rows, so that a row's sum is added in one order, however many rows there are.
+    """
+    return 8 if product.inputs < 2048 else 16
 
 
 def enqueued(

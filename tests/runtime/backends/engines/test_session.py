@@ -20,10 +20,10 @@ from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, sta
 import edgeskip
 from edgeskip.exporter.engines.build import BuildSettings, build_engines
 from edgeskip.runtime.backends import choice as backends
-from edgeskip.runtime.backends import trt
 from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.backends.trt_session import TrtSession
+from edgeskip.runtime.backends.engines import library as trt
+from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bench.measure import tie_gap
 from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS
 from edgeskip.runtime.bundle.manifest import read_bundle

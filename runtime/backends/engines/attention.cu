@@ -207,19 +207,27 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     __threadfence();
     if (threadIdx.x == 0) counters[pair] = 0;
     const float* all = partials + (size)pair * gridDim.y * TILE_ROWS * (HEAD + 2);
+#pragma unroll
     for (int r = 0; r < ROWS; r++) {
         unsigned row = first_row + warp * ROWS + r;
         if (row >= query_rows) continue;
+        const float* part = all + (warp * ROWS + r) * (HEAD + 2);
+        const size stride = TILE_ROWS * (HEAD + 2);
         float top = LOW, weight = 0, sum[COLUMNS];
+        for (unsigned s = lane; s < splits; s += 32) top = fmaxf(top, __ldcg(part + s * stride + HEAD));
+        top = warp_max(top);
         for (int c = 0; c < COLUMNS; c++) sum[c] = 0;
-        for (unsigned s = 0; s < splits; s++)
-            top = fmaxf(top, __ldcg(all + ((size)s * TILE_ROWS + warp * ROWS + r) * (HEAD + 2) + HEAD));
-        for (unsigned s = 0; s < splits; s++) {
-            const float* part = all + ((size)s * TILE_ROWS + warp * ROWS + r) * (HEAD + 2);
-            float share = __expf(__ldcg(part + HEAD) - top);
-            weight += share * __ldcg(part + HEAD + 1);
-            for (int c = 0; c < COLUMNS; c++)
-                if (lane + 32 * c < HEAD) sum[c] += share * __ldcg(part + lane + 32 * c);
+        for (unsigned start = 0; start < splits; start += 32) {  // a lane looks at a split, then all add it
+            unsigned mine = start + lane;
+            float share = mine < splits ? __expf(__ldcg(part + mine * stride + HEAD) - top) : 0;
+            weight += warp_sum(mine < splits ? share * __ldcg(part + mine * stride + HEAD + 1) : 0);
+            unsigned count = min(splits - start, 32u);
+#pragma unroll 8
+            for (unsigned s = 0; s < count; s++) {
+                float its = __shfl_sync(~0u, share, s);
+                for (int c = 0; c < COLUMNS; c++)
+                    if (lane + 32 * c < HEAD) sum[c] += its * __ldcg(part + (start + s) * stride + lane + 32 * c);
+            }
         }
         store* to = out + ((size)(row / group) * num_heads + kv * group + row % group) * HEAD;
         for (int c = 0; c < COLUMNS; c++)

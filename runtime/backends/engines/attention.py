@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray
-from edgeskip.runtime.backends.products import STORES, source
+from edgeskip.runtime.backends.engines.products import STORES, source
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS

@@ -12,9 +12,9 @@ import pytest
 from cuda.core import Program, ProgramOptions
 from tests.standin import HostDevice
 
-from edgeskip.runtime.backends import attention, products
-from edgeskip.runtime.backends.attention import Attention, Operands, tiling
 from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.engines import attention, products
+from edgeskip.runtime.backends.engines.attention import Attention, Operands, tiling
 from edgeskip.runtime.bundle.architecture import Architecture, Rope
 
 KINDS = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
