@@ -6,6 +6,7 @@ Everything that a session does on the device is enqueued on one stream, in order
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.errors import BackendError, reason
+from edgeskip.runtime.files import keep, kept
 from edgeskip.runtime.host import has_nvidia_gpu
 from edgeskip.runtime.packages import install
 
@@ -188,14 +190,11 @@ class CudaDevice:
         Raises:
             BackendError: there is no NVRTC, or it refuses the source.
         """
-        key = (source, name, tuple(sorted(macros.items())), self.compute_capability)
+        arch = f"sm_{self.compute_capability}"
+        key = (source, name, tuple(sorted(macros.items())), arch)
         if key not in _KERNELS:
-            core = self._core
-            settings = core.ProgramOptions(
-                arch=f"sm_{self.compute_capability}", std="c++17", define_macro=[*macros.items()]
-            )
             try:
-                _KERNELS[key] = core.Program(source, "c++", settings).compile("cubin").get_kernel(name)
+                _KERNELS[key] = self._core.ObjectCode.from_cubin(self._compiled(key)).get_kernel(name)
             except Exception as error:  # no library, or its complaint about the source
                 raise BackendError("NVRTC", f"does not compile {name} ({reason(error)})", fix=INSTALL) from None
         kernel, launch, config, stream = _KERNELS[key], self._core.launch, self._core.LaunchConfig, self.stream
@@ -204,6 +203,17 @@ class CudaDevice:
             launch(stream, config(grid=grid, block=block), kernel, *arguments)
 
         return enqueue
+
+    def _compiled(self, key: tuple[str, str, tuple[tuple[str, str], ...], str]) -> bytes:
+        """The code of a kernel, from the user's cache if it has been compiled before."""
+        source, _, macros, arch = key
+        version = self._core.__version__
+        name = f"{hashlib.sha256(repr((source, macros, arch, version)).encode()).hexdigest()[:32]}.cubin"
+        if (code := kept("kernels", name)) is None:
+            settings = self._core.ProgramOptions(arch=arch, std="c++17", define_macro=[*macros])
+            code = bytes(self._core.Program(source, "c++", settings).compile("cubin").code)
+            keep("kernels", name, code)
+        return code
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """A zeroed array in page-locked host memory, which the device copies from and to without the host's help."""

@@ -206,31 +206,43 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     if (ended != splits - 1) return;
     __threadfence();
     if (threadIdx.x == 0) counters[pair] = 0;
-    const float* all = partials + (size)pair * gridDim.y * TILE_ROWS * (HEAD + 2);
+    const float* all = partials + ((size)pair * gridDim.y * TILE_ROWS + warp * ROWS) * (HEAD + 2);
+    const size stride = TILE_ROWS * (HEAD + 2);
+    for (int r = 0; r < ROWS; r++) {
+        most[r] = LOW, total[r] = 0;
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = 0;
+    }
+    for (unsigned start = 0; start < splits; start += 32) {  // a lane looks at a split, then all lanes add it
+        unsigned count = min(splits - start, 32u);
+        const float* part = all + start * stride;
+        float top[ROWS], weight[ROWS], share[ROWS];
 #pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            top[r] = lane < count ? __ldcg(part + lane * stride + r * (HEAD + 2) + HEAD) : LOW;
+            weight[r] = lane < count ? __ldcg(part + lane * stride + r * (HEAD + 2) + HEAD + 1) : 0;
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float newest = fmaxf(most[r], warp_max(top[r])), kept = __expf(most[r] - newest);
+            share[r] = __expf(top[r] - newest);
+            most[r] = newest, total[r] = total[r] * kept + warp_sum(weight[r] * share[r]);
+            for (int c = 0; c < COLUMNS; c++) sums[r][c] *= kept;
+        }
+#pragma unroll 4
+        for (unsigned s = 0; s < count; s++)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float its = __shfl_sync(~0u, share[r], s);
+                for (int c = 0; c < COLUMNS; c++)
+                    if (lane + 32 * c < HEAD)
+                        sums[r][c] += its * __ldcg(part + s * stride + r * (HEAD + 2) + lane + 32 * c);
+            }
+    }
     for (int r = 0; r < ROWS; r++) {
         unsigned row = first_row + warp * ROWS + r;
         if (row >= query_rows) continue;
-        const float* part = all + (warp * ROWS + r) * (HEAD + 2);
-        const size stride = TILE_ROWS * (HEAD + 2);
-        float top = LOW, weight = 0, sum[COLUMNS];
-        for (unsigned s = lane; s < splits; s += 32) top = fmaxf(top, __ldcg(part + s * stride + HEAD));
-        top = warp_max(top);
-        for (int c = 0; c < COLUMNS; c++) sum[c] = 0;
-        for (unsigned start = 0; start < splits; start += 32) {  // a lane looks at a split, then all add it
-            unsigned mine = start + lane;
-            float share = mine < splits ? __expf(__ldcg(part + mine * stride + HEAD) - top) : 0;
-            weight += warp_sum(mine < splits ? share * __ldcg(part + mine * stride + HEAD + 1) : 0);
-            unsigned count = min(splits - start, 32u);
-#pragma unroll 8
-            for (unsigned s = 0; s < count; s++) {
-                float its = __shfl_sync(~0u, share, s);
-                for (int c = 0; c < COLUMNS; c++)
-                    if (lane + 32 * c < HEAD) sum[c] += its * __ldcg(part + (start + s) * stride + lane + 32 * c);
-            }
-        }
         store* to = out + ((size)(row / group) * num_heads + kv * group + row % group) * HEAD;
         for (int c = 0; c < COLUMNS; c++)
-            if (lane + 32 * c < HEAD) to[lane + 32 * c] = narrow(sum[c] / weight);
+            if (lane + 32 * c < HEAD) to[lane + 32 * c] = narrow(sums[r][c] / total[r]);
     }
 }
