@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_session
-from edgeskip.runtime.bundle.manifest import Progress, read_bundle
-from edgeskip.runtime.bundle.weights import stored_arrays
+from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
 
 
@@ -37,7 +36,7 @@ def load(
         BackendError: no backend can run it here.
     """
     opened = read_bundle(bundle)
-    stored_arrays(opened)  # a header that does not fit is found before any memory is taken by it
+    verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
     opened.manifest.split(exit_layer)  # an exit that it lacks, likewise
     session = open_session(
         opened,

@@ -48,6 +48,7 @@ def open_session(
     """
     from edgeskip.runtime.bundle.manifest import verify_hashes
     from edgeskip.runtime.bundle.store import find_engines, not_loaded
+    from edgeskip.runtime.bundle.weights import stored_arrays
 
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
@@ -63,6 +64,7 @@ def open_session(
         if not found and (came := not_loaded(bundle)):
             why.append(str(came))
     verify_hashes(bundle, progress)
+    stored_arrays(bundle)  # a header that does not fit is found before any memory is taken by it
     session = _open_onnxruntime(bundle, device, threads, dialect, exit_layer, why)
     session.description = "; ".join([session.description, *why])
     return session

@@ -42,7 +42,7 @@ def why_not(engines: Engines, compute_capability: int, version: str) -> str:
 class TrtSession(CudaSession):
     """TensorRT engines on a stream of ours.
 
-    There is an execution context for each graph and optimization profile; they run in turn, so all share one block of
+    There is an execution context for each graph and number of rows of a round; they run in turn, so all share one block of
     scratch memory. Caches are bound, past and present, to one address, which the engine itself must expect, or the new
     rows that a graph hands back are written into the caches after it.
 
@@ -74,7 +74,7 @@ class TrtSession(CudaSession):
         dialect = ENGINE_DIALECTS[self.dialect]
         self._files, self._new_rows = files_of(bundle.manifest.graphs, dialect), dialect.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
-        self._contexts: dict[tuple[GraphName, int], Any] = {}
+        self._contexts: dict[tuple[GraphName, int, int], Any] = {}
         self._aligned: dict[tuple[View, int], DeviceArray] = {}
         self._runtime_caches: dict[str, Any] = {}
         self._rows: tuple[DeviceArray, RowsLayout] | None = None
@@ -217,7 +217,11 @@ class TrtSession(CudaSession):
         """Binds an engine to addresses and, if it is a part of layers, to the weights of these: the one that ends and
         the one that comes. Calling the result enqueues it.
         """
-        engine, context, stream = self._engines[graph], self._context(graph, profile), int(self._device.stream.handle)
+        engine, context, stream = (
+            self._engines[graph],
+            self._context(graph, profile, rows),
+            int(self._device.stream.handle),
+        )
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if (weight := weight_of(name, *layers)) in self._weights.arrays:
@@ -236,14 +240,15 @@ class TrtSession(CudaSession):
 
         return enqueue
 
-    def _context(self, graph: GraphName, profile: int) -> Any:
-        key = (graph, profile)
+    def _context(self, graph: GraphName, profile: int, rows: int) -> Any:
+        """The context of a graph for this many rows; prompts, which can have any length, share one."""
+        key = (graph, profile, rows if rows <= HEAD_ROWS else 0)
         if key not in self._contexts:
-            engine, record = self._engines[graph], self._build.engines[graph].profiles[profile]
+            engine = self._engines[graph]
             strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
             if hasattr(engine, "create_runtime_config"):
-                fixed = record.max_rows <= HEAD_ROWS
-                context = engine.create_execution_context(self._runtime_config(graph, strategy, is_fixed=fixed))
+                config = self._runtime_config(graph, strategy, is_fixed=bool(key[-1]))
+                context = engine.create_execution_context(config)
             else:
                 context = engine.create_execution_context(strategy)
             if context is None:
@@ -321,7 +326,7 @@ class TrtSession(CudaSession):
 
     def _is_capturable(self, round_: Round) -> bool:
         names = {(graph, call.rows) for call in round_.calls for graph in self._engines_of(call)}
-        contexts = [self._context(graph, self._profile(graph, rows)[0]) for graph, rows in names]
+        contexts = [self._context(graph, *self._profile(graph, rows)) for graph, rows in names]
         stream = int(self._device.stream.handle)
         return all(getattr(c, "is_stream_capturable", lambda _: True)(stream) for c in contexts)
 

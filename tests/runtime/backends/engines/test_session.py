@@ -189,13 +189,13 @@ def test_a_changed_byte_is_noticed(bundle, tmp_path):
 def test_engines_of_other_tensors_are_refused(bundle, bundles, tmp_path):
     copied = with_engines(bundle, tmp_path / "b")
     (engines,) = read_engines(copied)
-    other = bundles("llama-gqa", exit_layer=2).graph_path("draft", "standard")
+    other = bundles("llama-gqa", exit_layer=2).path("draft.inputs.onnx")
     path = engines.path("draft")
     made = json.loads(path.read_text()) | {"onnx": str(other)}
     path.write_text(json.dumps(made))
     record = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
     edit_json(engines.folder / BUILD, lambda build: build["engines"]["draft"].update(record))
-    assert "draft.engine: its tensors are not those of the manifest" in refused(copied)
+    assert "draft.engine: its tensor " in refused(copied)
 
 
 def test_a_bundle_without_engines_says_how_to_build_them(bundle):
