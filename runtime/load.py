@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_session
+from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, cut_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
 
@@ -27,7 +27,8 @@ def load(
         device: ONNX Runtime's: `cpu`, `cuda`, or `auto`, which takes the GPU where there is one.
         threads: CPU threads; 0 means one per core.
         dialect: `ort` or `standard`; by default what suits the device.
-        exit_layer: the exit that drafts, where the bundle has several; by default its own.
+        exit_layer: the exit that drafts; by default the bundle's own. It must be one that the bundle was cut at, except
+            where engines of the `layers` dialect run, which serve any.
         progress: called while the files are checked.
 
     Raises:
@@ -37,7 +38,9 @@ def load(
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
-    opened.manifest.split(exit_layer)  # an exit that it lacks, likewise
+    anywhere = exit_layer is not None and exit_layer not in opened.manifest.exit_layers
+    if exit_layer is not None and anywhere:
+        opened, backend = cut_elsewhere(opened, exit_layer, backend)
     session = open_session(
         opened,
         backend=backend,
@@ -45,6 +48,7 @@ def load(
         threads=threads,
         dialect=dialect,
         exit_layer=exit_layer,
+        in_parts=anywhere,
         progress=progress,
     )
     try:

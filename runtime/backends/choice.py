@@ -28,6 +28,7 @@ def open_session(
     threads: int = 0,
     dialect: str | None = None,
     exit_layer: int | None = None,
+    in_parts: bool = False,
     progress: Progress = lambda *_: None,
 ) -> MeasuredSession:
     """Loads a bundle on a device.
@@ -40,6 +41,7 @@ def open_session(
         threads: CPU threads; 0 means one per core.
         dialect: that of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
         exit_layer: the exit that drafts, for what a device compiles beforehand; by default the bundle's own.
+        in_parts: whether only engines of parts of layers will do, of a `backend` that is named.
         progress: called while engines are checked.
 
     Raises:
@@ -51,7 +53,9 @@ def open_session(
     from edgeskip.runtime.bundle.weights import stored_arrays
 
     if backend in ("tensorrt", "tensorrt-rtx"):
-        return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
+        found, problems = find_engines(bundle)
+        found = [engines for engines in found if not in_parts or engines.dialect.in_parts]
+        return _open_engines(bundle, backend, found, problems, exit_layer, progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
         found, problems = find_engines(bundle)
@@ -70,6 +74,23 @@ def open_session(
     return session
 
 
+def cut_elsewhere(bundle: Bundle, exit_layer: int, backend: BackendChoice) -> tuple[Bundle, EngineBackend]:
+    """The bundle cut at an exit that it has no graphs for, and the backend of the engines that do without them.
+
+    Raises:
+        RequestError: the model cannot exit there, or there are no such engines.
+    """
+    from edgeskip.runtime.bundle.manifest import Bundle
+    from edgeskip.runtime.bundle.store import find_engines
+
+    cut = Bundle(bundle.folder, bundle.manifest.cut_at(exit_layer))
+    for engines in find_engines(cut)[0]:
+        if engines.dialect.in_parts and backend in ("auto", engines.build.backend):
+            return cut, engines.build.backend
+    bundle.manifest.split(exit_layer)
+    raise AssertionError("an exit that the bundle has no graphs for was found in it")
+
+
 def _open_engines(
     bundle: Bundle,
     backend: EngineBackend,
@@ -82,7 +103,6 @@ def _open_engines(
     from edgeskip.runtime.backends.engines.layers import LayersSession
     from edgeskip.runtime.backends.engines.library import import_tensorrt
     from edgeskip.runtime.backends.engines.session import TrtSession, why_not
-    from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
     from edgeskip.runtime.bundle.engines import build_command
     from edgeskip.runtime.bundle.store import mark_used, not_loaded
 
@@ -101,7 +121,7 @@ def _open_engines(
         if fitting is None:
             folder, reason = next(iter(reasons.items()))
             raise BundleError(folder, reason, fix=build_command(bundle, backend, sm))
-        kind = LayersSession if ENGINE_DIALECTS[fitting.build.dialect].in_parts else TrtSession
+        kind = LayersSession if fitting.dialect.in_parts else TrtSession
         session = kind(bundle, fitting, device, library, exit_layer, progress)
         mark_used(fitting)
         return session

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Literal, get_args
 
-from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS, Dialect
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import (
@@ -125,6 +125,11 @@ class Engines:
 
     folder: Path
     build: Build
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect of the graphs that they were built from."""
+        return ENGINE_DIALECTS[self.build.dialect]
 
     def path(self, graph: GraphName) -> Path:
         """Where a graph's engine is."""

@@ -33,6 +33,7 @@ from edgeskip.runtime.bundle.graphs import (
     GraphName,
     HeadRecord,
     Split,
+    check_exit_layer,
     graph_table,
     split_at,
 )
@@ -113,6 +114,17 @@ class Manifest:
             RequestError: the model is not cut there, or has no head that picks in this way.
         """
         return split_at(self.graphs, self.exit_layer if exit_layer is None else exit_layer, picker)
+
+    def cut_at(self, exit_layer: int) -> Manifest:
+        """The manifest of the same model cut after this layer alone, for a session that needs no graphs of the cut.
+
+        Raises:
+            RequestError: the model cannot exit there.
+        """
+        check_exit_layer(exit_layer, self.architecture.num_layers)
+        graphs, exits = graph_table(self.architecture.num_layers, (exit_layer,), self.heads), (exit_layer,)
+        chains = chains_of(graphs, exits)
+        return dataclasses.replace(self, exit_layer=exit_layer, exit_layers=exits, graphs=graphs, chains=chains)
 
     @property
     def tensors(self) -> dict[str, TensorRecord]:

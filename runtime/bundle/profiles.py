@@ -52,7 +52,8 @@ def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tup
             # a head takes as long for 8 rows as for one, and a row's logits are then the same in all rounds
             exact = (*(() if graph.head else (1,)), *(EXACT_ROWS if many else EXACT_ROWS[: bool(graph.head)]))
             decode = [EngineProfile(n, n, n) for n in exact]
-        longest = 1 if not dialect.padded else decode[-1].max_rows + 1
-        prefill = [] if graph.head or chunk < max(longest, most + 1) else [EngineProfile(longest, chunk, chunk)]
-        profiles[name] = (*decode, *prefill)
+        after = decode[-1].max_rows
+        if chunk > after and not graph.head:
+            decode.append(EngineProfile(after + 1 if dialect.padded else 1, chunk, chunk))
+        profiles[name] = tuple(decode)
     return profiles

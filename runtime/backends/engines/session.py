@@ -42,9 +42,9 @@ def why_not(engines: Engines, compute_capability: int, version: str) -> str:
 class TrtSession(CudaSession):
     """TensorRT engines on a stream of ours.
 
-    There is an execution context for each graph and number of rows of a round; they run in turn, so all share one block of
-    scratch memory. Caches are bound, past and present, to one address, which the engine itself must expect, or the new
-    rows that a graph hands back are written into the caches after it.
+    There is an execution context for each graph and number of rows of a round; they run in turn, so all share one block
+    of scratch memory. Caches are bound, past and present, to one address, which the engine itself must expect, or the
+    new rows that a graph hands back are written into the caches after it.
 
     Args:
         bundle: the bundle whose graphs the engines were built from.

@@ -1,0 +1,70 @@
+"""Engines of parts of layers, with our kernels between them: on stand-ins here, and on a GPU as they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.conftest import VARIANTS
+from tests.standin import HostDevice, StandInTensorRT, put_engines, standin_model, with_engines
+
+import edgeskip
+from edgeskip.runtime.backends import device as devices
+from edgeskip.runtime.backends.engines import library
+from edgeskip.runtime.bundle.layers import has_products
+from edgeskip.runtime.bundle.store import EngineKind
+from edgeskip.runtime.errors import RequestError
+
+PROMPTS = [
+    list(map(int, np.random.default_rng(seed).integers(2, 300, length))) for seed, length in enumerate((5, 40, 61))
+]
+
+
+@pytest.mark.parametrize("dialect", ["layers", "primitive"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_decodes_as_on_a_cpu(variant, dialect, bundles, tmp_path):
+    bundle = bundles(variant)
+    with (
+        edgeskip.load(bundle.folder, device="cpu") as plain,
+        standin_model(bundle, tmp_path / "b", HostDevice(), dialect) as model,
+    ):
+        for prompt in PROMPTS:
+            wanted = plain.complete(prompt, confidence_threshold=0, max_new_tokens=25).token_ids
+            for k in (1, 3, 8):
+                assert model.complete(prompt, num_speculations=k, max_new_tokens=25).token_ids == wanted
+            assert model.complete(prompt, mode="autoregressive", max_new_tokens=25).token_ids == wanted
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernels_for_few_rows_give_the_logits_of_the_graphs(variant, bundles, tmp_path):
+    bundle = bundles(variant, dtype="fp16")
+    with (
+        edgeskip.load(bundle.folder, device="cpu") as plain,
+        standin_model(bundle, tmp_path / "b", HostDevice(), "layers") as model,
+    ):
+        assert model.session._has_products == has_products(bundle.manifest.architecture, "fp16")
+        for prompt in PROMPTS:
+            logits = []
+            for one in (plain, model):
+                one.complete(prompt, num_speculations=3, confidence_threshold=0, max_new_tokens=4)
+                logits.append(one.session.read_logits(1))
+            np.testing.assert_allclose(*logits, atol=0.15)
+
+
+def test_a_model_exits_after_any_layer(bundles, tmp_path, monkeypatch):
+    cut_at_3, cut_at_1 = bundles("llama-gqa", exit_layer=3), bundles("llama-gqa", exit_layer=1)
+    copied = with_engines(cut_at_3, tmp_path / "b", dialect="layers")
+    put_engines(copied, EngineKind("tensorrt", "10.99.1", 87, "standard"))
+    monkeypatch.setattr(devices, "open_gpu", lambda *_: HostDevice())
+    monkeypatch.setattr(library, "import_tensorrt", lambda _: StandInTensorRT())
+    with edgeskip.load(copied.folder, exit_layer=1) as model, edgeskip.load(cut_at_1.folder, device="cpu") as wanted:
+        for prompt in PROMPTS:
+            ours = model.complete(prompt, num_speculations=3, confidence_threshold=0, max_new_tokens=25)
+            theirs = wanted.complete(prompt, num_speculations=3, confidence_threshold=0, max_new_tokens=25)
+            assert ours.token_ids == theirs.token_ids
+            assert ours.statistics.accepted == theirs.statistics.accepted
+            early = model.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
+            assert early == wanted.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
+    with pytest.raises(RequestError, match="exit layer: 9"):
+        edgeskip.load(copied.folder, exit_layer=9)
+    with pytest.raises(RequestError, match="exit layer: 1; wanted 3: the bundle is cut there"):
+        edgeskip.load(copied.folder, exit_layer=1, backend="onnxruntime")
