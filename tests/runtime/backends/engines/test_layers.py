@@ -45,7 +45,7 @@ def test_kernels_for_few_rows_give_the_logits_of_the_graphs(variant, bundles, tm
         for prompt in PROMPTS:
             logits = []
             for one in (plain, model):
-                one.complete(prompt, num_speculations=3, confidence_threshold=0, max_new_tokens=4)
+                one.complete(prompt, max_new_tokens=1)  # prompts in chunks of 8 rows
                 logits.append(one.session.read_logits(1))
             np.testing.assert_allclose(*logits, atol=0.15)
 

@@ -24,12 +24,14 @@ from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.engines import library as trt
 from edgeskip.runtime.backends.engines.session import TrtSession
+from edgeskip.runtime.backends.engines.targets import VERSIONS
 from edgeskip.runtime.bench.measure import tie_gap
 from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS
 from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.bundle.store import read_engines
 from edgeskip.runtime.decoding.rounds import speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError, RequestError
+from edgeskip.runtime.packages import version_numbers
 
 PROMPT = list(range(40, 60))
 KINDS = ["host", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -265,19 +267,44 @@ def served_backends():
     return found
 
 
+FAMILIES = (
+    "llama-gqa",
+    "llama-mqa",
+    "llama-tied",
+    "llama-odd-head-dim",
+    "llama-attention-bias",
+    "llama-mlp-bias",
+    "qwen2",
+)
+
+
+def served():
+    """What real engines can be built and run here: backend, dialect, family and dtype."""
+    cases = []
+    for backend in served_backends():
+        version = trt.import_tensorrt(backend).__version__
+        dialects = [name for name, least in VERSIONS[backend].items() if version_numbers(version) >= least]
+        cases += [
+            (backend, dialect, variant, "fp16") for dialect in dialects for variant in ("llama-llama3-rope", "qwen3")
+        ]
+        cases += [(backend, dialects[0], variant, "fp16") for variant in FAMILIES]
+        cases += [(backend, dialects[0], "llama-gqa", "bf16")]
+    return cases
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", served_backends())
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "llama-attention-bias", "llama-llama3-rope"])
-def test_real_engines_give_the_tokens_of_onnxruntime(backend, variant, bundles, tmp_path):
-    """fp16 against fp32, up to the first place where rounding may decide."""
-    source = bundles(variant, dtype="fp16", exit_layer=3, prefill_chunk=32)
+@pytest.mark.parametrize(("backend", "dialect", "variant", "dtype"), served())
+def test_real_engines_give_the_tokens_of_onnxruntime(backend, dialect, variant, dtype, bundles, tmp_path):
+    """Two bytes against fp32, up to the first place where rounding may decide."""
+    source = bundles(variant, dtype=dtype, exit_layer=3, prefill_chunk=32)
     shutil.copytree(source.folder, tmp_path / "b")
-    build_engines(read_bundle(tmp_path / "b"), BuildSettings(backend))
-    compared = 0
+    build_engines(read_bundle(tmp_path / "b"), BuildSettings(backend, dialect=dialect))
+    compared, tie = 0, 0.1 if dtype == "fp16" else 0.5
     with (
         edgeskip.load(tmp_path / "b", backend=backend) as model,
         edgeskip.load(bundles(variant, exit_layer=3).folder, device="cpu") as judge,
     ):
+        assert model.session.dialect == dialect
         for prompt in (PROMPT, PROMPT * 2, PROMPT[:1]):
             wanted = judge.complete(prompt, mode="autoregressive", max_new_tokens=30).token_ids
             for k in (0, 1, 4, 8):
@@ -286,6 +313,6 @@ def test_real_engines_give_the_tokens_of_onnxruntime(backend, variant, bundles, 
                 parted = next((i for i, (a, b) in enumerate(zip(ours.token_ids, wanted)) if a != b), len(wanted))  # noqa: B905
                 if parted < len(wanted):
                     gap = tie_gap(judge, [*prompt, *wanted[:parted]], ours.token_ids[parted], wanted[parted])
-                    assert gap < 0.1
+                    assert gap < tie
                 compared += parted
     assert compared > 100
