@@ -20,6 +20,7 @@ from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import (
+    DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
     PICKERS,
     GraphName,
@@ -68,7 +69,7 @@ class ExportSettings:
     dtype: DType = "fp32"
     max_length: int | None = None
     num_speculations: int = DEFAULT_SPECULATIONS
-    prefill_chunk: int = 128
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     other_exits: tuple[int, ...] = ()
     draft_vocabulary: int | None = None
     picker: str = "greedy"

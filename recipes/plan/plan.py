@@ -39,7 +39,13 @@ from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
-from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, GraphName, check_exit_layer, single_exit
+from edgeskip.runtime.bundle.graphs import (
+    DEFAULT_PREFILL_CHUNK,
+    DEFAULT_SPECULATIONS,
+    GraphName,
+    check_exit_layer,
+    single_exit,
+)
 from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
@@ -49,7 +55,7 @@ GRID = tuple(range(1, 9))
 """Speculation lengths that are considered."""
 
 MATCH_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
-PREFILL_CHUNK = 128
+
 
 CONTEXT_BYTES = 500_000_000
 """A CUDA context: an H100 with 0.5 GB free refuses one, and with 0.6 GB has room for it."""
@@ -354,7 +360,7 @@ def _memory(
     shared: bool,
 ) -> dict[str, int]:
     """Device memory at run time by kind; the caches are the same wherever the model is split."""
-    a, graphs, chunk = architecture, single_exit(architecture, 1), min(PREFILL_CHUNK, capacity)
+    a, graphs, chunk = architecture, single_exit(architecture, 1), min(DEFAULT_PREFILL_CHUNK, capacity)
     memory = {f"{graph} weights": size for graph, size in held.items()}
     memory["caches"] = sum(cache_sizes(a, graphs, dtype, capacity).values())
     memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, graphs, dtype, chunk).values())
@@ -514,8 +520,8 @@ def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: 
 
 def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
     """Time of a prompt of this many tokens, in chunks, and of its first new token."""
-    chunks = range(0, max(tokens, 1), PREFILL_CHUNK)
-    rows = min(max(tokens, 1), PREFILL_CHUNK)
+    chunks = range(0, max(tokens, 1), DEFAULT_PREFILL_CHUNK)
+    rows = min(max(tokens, 1), DEFAULT_PREFILL_CHUNK)
     return sum(
         call_ms(cost, sizes[call.graph], call.rows, start + rows)
         for start in chunks

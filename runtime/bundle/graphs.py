@@ -33,6 +33,12 @@ DEFAULT_SPECULATIONS = 4
 """K of a bundle for which no other was asked."""
 
 
+DEFAULT_PREFILL_CHUNK = 512
+"""Prompt tokens of one call. On an H100, a 1B shape and a prompt of 384 tokens, ONNX Runtime gives the first token
+after 4.4 ms in one chunk, and after 7.4 ms in chunks of 128.
+"""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An input or an output; dtype `float` is the bundle's own."""
