@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tests.conftest import edit_json
+from tests.conftest import VARIANTS, edit_json
 
 import edgeskip
 from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
@@ -97,6 +97,19 @@ def test_tokens_equal_transformers_for_every_family(variant, backend, bundles, g
                 ours = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=40)
                 compared += assert_same_tokens(ours.token_ids, wanted, gaps, backend.tie)
     assert compared >= COMPARED[backend.dtype]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_of_the_primitives_equal_transformers(variant, bundles, greedy):
+    """The graphs for TensorRT 10.3, in ONNX Runtime."""
+    compared = 0
+    with edgeskip.load(bundles(variant).folder, device="cpu", dialect="primitive") as model:
+        for prompt in prompts(4, seed=4):
+            wanted, gaps = greedy(variant, prompt, 30)
+            for mode in ("autoregressive", "self-speculative"):
+                ours = model.complete(prompt, mode=mode, max_new_tokens=30)
+                compared += assert_same_tokens(ours.token_ids, wanted, gaps, 2e-4)
+    assert compared >= 60
 
 
 def test_the_texts_of_these_tests_do_not_loop(bundles):
