@@ -34,6 +34,7 @@ from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.backends import device
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import BUILD, EngineKind, open_engines
+from edgeskip.runtime.bundle.layers import files_of
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.bundle.store import LIMIT, engines_place, read_engines, stored_sets
@@ -110,28 +111,28 @@ def parsed(path):
     return Counter(layer.type.name for layer in network), list(LOG.kept)
 
 
-def assert_engines_are_whole(bundle, sm):
+def assert_engines_are_whole(bundle, sm, dialect="standard"):
     """They are read back, hold no weights, and nothing else is there."""
-    (engines,) = (found for found in read_engines(bundle) if found.build.compute_capability == sm)
+    kinds = (sm, dialect)
+    (engines,) = (f for f in read_engines(bundle) if (f.build.compute_capability, f.build.dialect) == kinds)
     with open_engines(engines):
         pass
-    wanted = {BUILD, *(f"{graph}.engine" for graph in bundle.manifest.graphs)}
+    wanted = {BUILD, *(f"{graph}.engine" for graph in files_of(bundle.manifest.graphs, ENGINE_DIALECTS[dialect]))}
     assert {path.name for path in engines.folder.iterdir()} == wanted
-    # an engine holds its kernels' sources: for a layer, and once for a graph
-    assert engines.build.bytes <= 1.5e6 * bundle.manifest.architecture.num_layers + 6e6
+    assert engines.build.bytes <= engine.KERNEL_BYTES_PER_LAYER * (bundle.manifest.architecture.num_layers + 4)
     for graph, record in engines.build.engines.items():
-        assert record.profiles == engine_profiles(bundle.manifest, ENGINE_DIALECTS["standard"])[graph]
+        assert record.profiles == engine_profiles(bundle.manifest, ENGINE_DIALECTS[dialect])[graph]
         assert record.seconds > 0
-        assert 50e6 < record.peak_memory_bytes < 4e9
+        assert 50e6 < record.peak_memory_bytes < 0.8e9
     assert (engines.build.backend, engines.build.backend_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
     assert (engines.build.gpu, engines.build.dtype) == (None, bundle.manifest.dtype)
     assert engines.build.manifest_sha256 == hashlib.sha256(bundle.path(MANIFEST).read_bytes()).hexdigest()
-    assert engines.folder == place(bundle, sm)
+    assert engines.folder == place(bundle, sm, dialect)
 
 
-def place(bundle, sm):
+def place(bundle, sm, dialect="standard"):
     """Where engines of TensorRT-RTX belong."""
-    return engines_place(bundle, EngineKind("tensorrt-rtx", tensorrt_rtx.__version__, sm, "standard"))
+    return engines_place(bundle, EngineKind("tensorrt-rtx", tensorrt_rtx.__version__, sm, dialect))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,6 +149,16 @@ def test_every_gpu_builds(dtype, sms, bundles, tmp_path):
     assert [made.build.compute_capability for made in build(bundle, *sms)] == list(sms)
     for sm in sms:
         assert_engines_are_whole(bundle, sm)
+
+
+@pytest.mark.parametrize("dialect", ["layers", "primitive"])
+def test_every_gpu_builds_the_dialects_for_older_versions(dialect, tmp_path):
+    save_checkpoint(make_model("llama-gqa", num_hidden_layers=2), tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(1, "fp16", prefill_chunk=8))
+    build(bundle, *TARGETS, dialect=dialect)
+    for sm in TARGETS:
+        assert_engines_are_whole(bundle, sm, dialect)
 
 
 def test_the_targets_are_the_librarys_own():
@@ -420,7 +431,7 @@ HEADS = {
     "too large": ({"head_dim": 264}, "4 attention heads of 264; wanted a head size of 16 to 256"),
     "one": (
         {"num_attention_heads": 1, "num_key_value_heads": 1},
-        "one head of 64; wanted two attention heads or more, for TensorRT; run it in ONNX Runtime",
+        "one head of 64; wanted two attention heads or more, for TensorRT's attention; give --dialect primitive",
     ),
 }
 
@@ -435,7 +446,9 @@ def test_attention_heads_that_tensorrt_does_not_compute_are_refused_by_name(name
     )
     with pytest.raises(RequestError, match=message):
         build(bundle, 86)
-    monkeypatch.setattr(engine, "heads_problem", lambda _: "")
+    build(bundle, 86, dialect="primitive")
+    assert_engines_are_whole(bundle, 86, "primitive")
+    monkeypatch.setattr(engine, "heads_problem", lambda *_: "")
     with pytest.raises(BackendError, match=r"draft\.inputs\.onnx: "):
         build(bundle, 86)
 
@@ -466,12 +479,25 @@ def test_tensorrt_without_the_library(bundle, monkeypatch):
     assert 'polygraphy not installed; pip install "edgeskip[build]"' in result.stderr
 
 
-def test_tensorrt_without_the_operators(bundle, monkeypatch):
-    old = types.SimpleNamespace(__version__="10.3.0", LayerType=types.SimpleNamespace(ATTENTION_INPUT=1))
-    monkeypatch.setitem(sys.modules, "tensorrt", old)
-    message = r"tensorrt 10.3.0: has no KV_CACHE_UPDATE, ROTARY_EMBEDDING, ATTENTION_OUTPUT; wanted TensorRT 10.15 or"
-    with pytest.raises(BackendError, match=message):
-        build(bundle, backend="tensorrt")
+@pytest.mark.parametrize(
+    ("version", "dialect", "message"),
+    [
+        ("10.2.0", None, "tensorrt 10.2.0: too old; wanted TensorRT 10.3 or later"),
+        (
+            "10.3.0",
+            "standard",
+            "10.3.0: does not read the standard dialect; wanted 10.15 or later; give --dialect layers",
+        ),
+        ("10.14.1", "standard", "10.14.1: does not read the standard dialect; wanted 10.15 or later"),
+        ("10.3.0", None, "GPU: there is no NVIDIA GPU in this machine"),  # which is looked for next
+        ("10.15.1", "standard", "GPU: there is no NVIDIA GPU in this machine"),
+    ],
+)
+def test_tensorrt_by_version_and_dialect(version, dialect, message, bundle, monkeypatch):
+    monkeypatch.setattr(device, "CudaDevice", no_gpu)
+    monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(__version__=version))
+    with pytest.raises(BackendError, match=re.escape(message)):
+        build(bundle, backend="tensorrt", dialect=dialect)
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_exit_logits_are_the_shared_head_on_the_early_layers(dialect, bundles, r
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_graphs_are_valid_and_declare_every_tensor_of_the_contract(dialect, bundles):
-    """Weights that are inputs come after the contract's, under their names in the weights file and with their shapes."""
+    """Weights that are inputs come after the contract's, under their names in the weights file, in their shapes."""
     bundle, of = bundles("qwen3"), DIALECTS[dialect]
     sizes, arrays = dimensions(bundle.manifest.architecture, bundle.manifest.max_length), stored_arrays(bundle)
     for name, contract in files_of(bundle.manifest.graphs, of).items():
