@@ -46,7 +46,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
 @click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
-@click.option("--jetpack", help="The Jetson's JetPack.  [default: the newest]")
+@click.option("--jetpack", help="The Jetson's JetPack, such as 6 or 6.2.  [default: the newest]")
 @click.option("--position", type=click.IntRange(0), help="Tokens in the caches when a round is timed.")
 @click.option(
     "--calibrate",

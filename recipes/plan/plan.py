@@ -27,10 +27,13 @@ from edgeskip.recipes.plan.cost import (
     tokens_per_round,
 )
 from edgeskip.runtime.backends.choice import Backend
+from edgeskip.runtime.backends.engines.attention import tiling
 from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     RTX_SERVES,
+    VERSIONS,
     dialect_for,
+    dialect_text,
     dtype_problem,
     heads_problem,
     versions_text,
@@ -38,10 +41,13 @@ from edgeskip.runtime.backends.engines.targets import (
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.engines import EngineBackend
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
+    HEAD_ROWS,
     GraphName,
     check_exit_layer,
     single_exit,
@@ -49,13 +55,12 @@ from edgeskip.runtime.bundle.graphs import (
 from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.packages import LEAST_VERSIONS, version_numbers
+from edgeskip.runtime.packages import version_numbers
 
 GRID = tuple(range(1, 9))
 """Speculation lengths that are considered."""
 
 MATCH_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
-
 
 CONTEXT_BYTES = 500_000_000
 """A CUDA context: an H100 with 0.5 GB free refuses one, and with 0.6 GB has room for it."""
@@ -69,12 +74,13 @@ HOST_BYTES = 200_000_000
 TEXT_BYTES = 20_000_000
 """Graphs, manifest and tokenizer on disk, at most."""
 
-ENGINE_BYTES, ENGINE_LAYER_BYTES = 5_000_000, 700_000
-"""Kernels that engines hold besides their weights: in all, and for each layer (TensorRT-RTX 1.7.1)."""
+ENGINE_BYTES, ENGINE_LAYER_BYTES = 6_000_000, 720_000
+"""Kernels that engines hold: in all, and for each layer of a graph. TensorRT-RTX 1.7.1: 16.7 MB for the 16 layers of a
+1B, 28.1 MB for the 32 of an 8B; the parts of layers, which serve every layer, 3.3 MB for either."""
 
-BUILD_BYTES, BUILD_PER_WEIGHT = 230_000_000, 3.1
-"""Host memory at the peak of a graph's build: a fixed part, and a multiple of its weights. TensorRT-RTX 1.7.1 took
-1.77, 4.76 and 1.84 GB for the 0.49, 1.47 and 0.53 GB of a 1B's graphs, and 0.23 to 0.34 GB for the shipped model's."""
+BUILD_BYTES, BUILD_LAYER_BYTES = 230_000_000, 8_000_000
+"""Host memory at the peak of a build: in all, and for each layer of the longest graph. TensorRT-RTX 1.7.1 took 258, 319
+and 444 MB for graphs of 4, 12 and 28 layers, whatever the width, and 222 MB for the parts of layers."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class PlanSettings:
         backend: one of the device's.
         dtype: that of weights, activations and caches.
         max_length: cache capacity in tokens.
-        jetpack: JetPack's version, on a Jetson; None takes the TensorRT that the device's table names.
+        jetpack: JetPack's version or the first numbers of it, on a Jetson; None takes the TensorRT that the device's
+            table names.
         position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
     """
 
@@ -159,7 +166,8 @@ class ExitPlan:
 class Plan:
     """The whole plan.
 
-    Sizes are in bytes, by kind. `build` is the host's memory while each graph's engine is built, null where none is;
+    Sizes are in bytes, by kind. `dialect` is what engines are built from, and `build` the host's memory while they are;
+    null where none are.
     `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
     those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
     the fastest of the exits whose match rate is known.
@@ -168,6 +176,7 @@ class Plan:
     model: str
     device: str
     backend: Backend
+    dialect: str | None
     dtype: DType
     exit_layer: int
     num_layers: int
@@ -177,7 +186,7 @@ class Plan:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     disk: dict[str, int]
-    build: dict[GraphName, int] | None
+    build: int | None
     memory: dict[str, int]
     available: int
     largest_max_length: int
@@ -219,19 +228,20 @@ def make_plan(
     settings = replace(settings, backend=backend, dtype=dtype, max_length=capacity)
     _check(a, device, settings)
     _check_reports(device, reports)
+    dialect = None if backend == "onnxruntime" else _dialect(backend, _version(device, settings))
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
 
     def memory_of(tokens: int) -> dict[str, int]:
-        return _memory(a, held, dtype, tokens, backend, libraries, shared=device.shared_memory)
+        memory = _memory(a, held, dtype, tokens, libraries, shared=device.shared_memory)
+        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect)
 
     held = held_bytes(a, settings.exit_layer, dtype)
-    build = None
-    if backend != "onnxruntime":
-        build = {graph: int(BUILD_BYTES + BUILD_PER_WEIGHT * size) for graph, size in held.items()}
+    longest = max(settings.exit_layer, a.num_layers - settings.exit_layer)
+    build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
     largest = _largest(context, lambda tokens: sum(memory_of(tokens).values()) <= available)
     problems = (
-        *_software_problems(a, device, settings),
+        *_software_problems(a, device, settings, dialect),
         *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
     )
     cost = _cost(device, reports)
@@ -251,6 +261,7 @@ def make_plan(
         model=model,
         device=device.name,
         backend=backend,
+        dialect=dialect,
         dtype=dtype,
         exit_layer=settings.exit_layer,
         num_layers=a.num_layers,
@@ -258,8 +269,8 @@ def make_plan(
         max_length=capacity,
         works=not problems,
         problems=problems,
-        notes=tuple(_notes(device, backend, reports)),
-        disk=_disk(a, dtype, capacity, engines=build is not None),
+        notes=tuple(_notes(device, settings, reports)),
+        disk=_disk(a, dtype, capacity, dialect),
         build=build,
         memory=memory_of(capacity),
         available=available,
@@ -334,9 +345,31 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
     if settings.backend not in device.backends:
         found = f"{settings.backend} does not serve {device.name}"
         raise RequestError("backend", found, wanted=" or ".join(device.backends))
-    if settings.jetpack is not None and settings.jetpack not in device.jetpacks:
+    if settings.jetpack is not None and _jetpack(device, settings.jetpack) is None:
         wanted = " or ".join(device.jetpacks) or "none, as it is not a Jetson"
         raise RequestError("JetPack", f"{settings.jetpack}, which is not in the table of {device.name}", wanted=wanted)
+
+
+def _jetpack(device: Device, version: str) -> str | None:
+    """The JetPack of the device's table that a version names: itself, the newest of those that it begins (6), or the
+    one that begins it (6.2.1).
+    """
+    later = [known for known in device.jetpacks if f"{known}.".startswith(f"{version}.")]
+    earlier = [known for known in device.jetpacks if f"{version}.".startswith(f"{known}.")]
+    return max(later or earlier, key=version_numbers, default=None)
+
+
+def _version(device: Device, settings: PlanSettings) -> str | None:
+    """The version of TensorRT that is planned with, where it is known."""
+    if settings.backend != "tensorrt":
+        return None
+    jetpack = settings.jetpack and _jetpack(device, settings.jetpack)
+    return device.jetpacks[jetpack] if jetpack else device.tensorrt
+
+
+def _dialect(backend: EngineBackend, version: str | None) -> str:
+    """What engines are built from: the best that this version reads, that of new ones where it is not known."""
+    return (version and dialect_for(backend, version)) or next(iter(VERSIONS[backend]))
 
 
 def _check_reports(device: Device, reports: Sequence[BenchReport]) -> None:
@@ -354,7 +387,6 @@ def _memory(
     held: Mapping[GraphName, int],
     dtype: DType,
     capacity: int,
-    backend: Backend,
     libraries: int,
     *,
     shared: bool,
@@ -364,15 +396,29 @@ def _memory(
     memory = {f"{graph} weights": size for graph, size in held.items()}
     memory["caches"] = sum(cache_sizes(a, graphs, dtype, capacity).values())
     memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, graphs, dtype, chunk).values())
-    if backend != "onnxruntime":
-        memory["kernels"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
-        values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, besides the mask
-        memory["scratch"] = chunk * (values * ITEMSIZE[dtype] + capacity)
     memory["libraries"] = libraries
     memory["CUDA context"] = CONTEXT_BYTES
     if shared:
         memory["host"] = HOST_BYTES
     return memory
+
+
+def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dialect: str) -> dict[str, int]:
+    """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
+    a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
+    values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, besides the mask
+    scratch = chunk * (values * ITEMSIZE[dtype] + capacity)
+    if ENGINE_DIALECTS[dialect].in_parts:  # what lies between the parts, and the attention's partial sums
+        tiles = tiling(a, capacity, HEAD_ROWS, 1)
+        scratch += chunk * (values - a.qkv_rows) * ITEMSIZE[dtype]
+        scratch += math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4
+    kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
+    return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
+
+
+def _layers_of_a_graph(dialect: str, layers: int) -> int:
+    """How many layers an engine has for so many of the model: parts of layers serve them all."""
+    return 0 if ENGINE_DIALECTS[dialect].in_parts else layers
 
 
 def _largest(context: int, fits: Callable[[int], bool]) -> int:
@@ -384,51 +430,40 @@ def _largest(context: int, fits: Callable[[int], bool]) -> int:
     return low if low >= 2 else 0
 
 
-def _disk(architecture: Architecture, dtype: DType, capacity: int, *, engines: bool) -> dict[str, int]:
+def _disk(architecture: Architecture, dtype: DType, capacity: int, dialect: str | None) -> dict[str, int]:
     a, itemsize = architecture, ITEMSIZE[dtype]
     weights = sum(math.prod(tensor.shape) for tensor in bundle_tensors(a, 0, dtype).values()) * itemsize
     disk = {"weights": weights + capacity * a.head_dim * itemsize, "graphs and texts": TEXT_BYTES}
-    if engines:
-        disk["engines"] = weights + ENGINE_BYTES + ENGINE_LAYER_BYTES * a.num_layers
+    if dialect is not None:
+        disk["engines"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
     return disk
 
 
-def _software_problems(architecture: Architecture, device: Device, settings: PlanSettings) -> Iterator[Problem]:
+def _software_problems(
+    architecture: Architecture, device: Device, settings: PlanSettings, dialect: str | None
+) -> Iterator[Problem]:
     """What the device's TensorRT refuses."""
-    backend, sm = settings.backend, device.compute_capability
-    if backend == "tensorrt":
-        version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
-        if version is not None and version_numbers(version) < LEAST_VERSIONS["tensorrt"]:
-            newer = _jetpacks(device)
-            place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
-            fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
-            yield Problem("build", f"{place} has TensorRT {version}; wanted {versions_text('tensorrt')}", fix)
+    backend, sm, version = settings.backend, device.compute_capability, _version(device, settings)
+    if version is not None and dialect_for("tensorrt", version) is None:
+        newer = _jetpacks(device)
+        place = f"JetPack {settings.jetpack}" if settings.jetpack else device.name
+        fix = f"install JetPack {newer[-1]}" if newer else "install a newer TensorRT"
+        yield Problem("build", f"{place} has TensorRT {version}; wanted {versions_text('tensorrt')}", fix)
     if backend == "tensorrt-rtx" and sm not in RTX_SERVES:
         yield Problem("build", f"TensorRT-RTX does not serve SM {sm}", RTX_REFUSED)
     assert settings.dtype is not None
-    dialect = _dialect(device, settings)
-    if backend != "onnxruntime" and (wanted := dtype_problem(settings.dtype, sm, dialect)):
+    if dialect is not None and (wanted := dtype_problem(settings.dtype, sm, dialect)):
         yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
-    if backend != "onnxruntime" and (wanted := heads_problem(architecture, dialect)):
+    if dialect is not None and (wanted := heads_problem(architecture, dialect)):
         found = f"TensorRT does not compute its attention heads ({architecture.num_heads} of {architecture.head_dim})"
-        other = "onnxruntime" in device.backends
-        fix = "give --backend onnxruntime" if other else "take another model, or a device that ONNX Runtime serves"
-        yield Problem("build", f"{found}; wanted {wanted}", fix)
-
-
-def _dialect(device: Device, settings: PlanSettings) -> str:
-    """The dialect that the device's TensorRT reads best."""
-    version = device.tensorrt if settings.jetpack is None else device.jetpacks[settings.jetpack]
-    if settings.backend != "tensorrt" or version is None:
-        return "standard"
-    return dialect_for(settings.backend, version) or "primitive"
+        yield Problem("build", f"{found}; wanted {wanted}", "build its engines with --dialect primitive")
 
 
 def _memory_problems(
     device: Device,
     settings: PlanSettings,
     memory: Mapping[str, int],
-    build: Mapping[GraphName, int] | None,
+    build: int | None,
     available: int,
     largest: int,
 ) -> Iterator[Problem]:
@@ -443,26 +478,35 @@ def _memory_problems(
             half = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
             fix = f"no length fits: choose {half}a smaller model or a larger device"
         yield Problem("run", found, fix)
-    if build and settings.backend == "tensorrt" and device.shared_memory:
-        peak, graph = max((size, graph) for graph, size in build.items())
-        if peak > available:
-            swap = math.ceil((peak - available) / 1e9)
-            fix = f"add {swap} GB of swap for the build, or move the exit layer so that no graph is as large"
-            yield Problem("build", f"about {peak / 1e9:.1f} GB are needed to build {graph}'s engine, {free}", fix)
+    if build and settings.backend == "tensorrt" and device.shared_memory and build > available:
+        fix = f"add {math.ceil((build - available) / 1e9)} GB of swap for the build"
+        yield Problem("build", f"about {build / 1e9:.1f} GB are needed to build engines, {free}", fix)
 
 
-def _notes(device: Device, backend: Backend, reports: Sequence[BenchReport]) -> Iterator[str]:
+def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport]) -> Iterator[str]:
     """What to know besides the figures."""
     if not reports:
         yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
     for name in dict.fromkeys(report.hardware.device for report in reports):
         if not _words(name) - {"nvidia"} <= _words(device.name):
             yield f"Calibrated by a report from {name}: see that it is this device."
-    if backend == "tensorrt" and device.jetpacks:
-        served = _jetpacks(device)
-        yield f"Needs JetPack {' or '.join(served)}." if served else "No JetPack has a TensorRT that is new enough yet."
-    if backend != "onnxruntime":
-        yield "Engines have been built for RTX GPUs and have not run on any GPU yet."
+    backend, version = settings.backend, _version(device, settings)
+    if version is not None:
+        jetpack = settings.jetpack and f"JetPack {_jetpack(device, settings.jetpack)} has "
+        yield f"{jetpack or ''}TensorRT {version}: engines of {dialect_text('tensorrt', version)}."
+    if backend == "tensorrt" and device.jetpacks and settings.jetpack is None:
+        yield f"JetPack {' or '.join(_jetpacks(device))} will do; --jetpack plans with one."
+    if backend == "tensorrt":
+        yield (
+            "TensorRT 10.6 has run engines of layers and primitive on an H100; those of standard, which TensorRT reads "
+            "from 10.15 on, have been built and not run."
+        )
+        yield (
+            "Memory to build was measured with TensorRT-RTX. TensorRT 10.6 for x86-64, which brings kernels for every "
+            "GPU, takes 6.4 GB and 0.2 to 0.45 GB for the engines; what a Jetson's takes is not known."
+        )
+    if backend == "tensorrt-rtx":
+        yield "Engines of TensorRT-RTX have been built for all its GPUs and have not run on any."
 
 
 def _words(name: str) -> set[str]:
@@ -471,7 +515,7 @@ def _words(name: str) -> set[str]:
 
 def _jetpacks(device: Device) -> list[str]:
     """Those whose TensorRT is new enough."""
-    return [jetpack for jetpack, its in device.jetpacks.items() if version_numbers(its) >= LEAST_VERSIONS["tensorrt"]]
+    return [jetpack for jetpack, version in device.jetpacks.items() if dialect_for("tensorrt", version)]
 
 
 def _copy_bytes_per_ms(device: Device, reports: Sequence[BenchReport]) -> float:

@@ -20,13 +20,14 @@ _EXITS = 6
 def print_plan(plan: Plan, console: Console) -> None:
     """Memory as a bar, times as tables, and the verdict."""
     console.print(
-        f"[bold]{shown(plan.model)}[/bold] on [bold]{shown(plan.device)}[/bold]: {plan.backend}, {plan.dtype}, "
+        f"[bold]{shown(plan.model)}[/bold] on [bold]{shown(plan.device)}[/bold]: {plan.backend}"
+        f"{f' ({plan.dialect} dialect)' if plan.dialect else ''}, {plan.dtype}, "
         f"exit layer {plan.exit_layer} of {plan.num_layers}, K = {plan.num_speculations}, {plan.max_length} tokens\n"
     )
     _print_memory(plan, console)
     console.print(f"On disk: {_sizes(plan.disk)}.")
     if plan.build:
-        console.print(f"Building engines takes at most this much of the builder's memory: {_sizes(plan.build)}.")
+        console.print(f"Building engines takes about {plan.build / 1e9:.2f} GB of the builder's memory.")
     console.print(f"\nTimes on the device with {plan.position} tokens in the caches; {shown(plan.efficiency)}:")
     _print_times(plan, console)
     for note in plan.notes:

@@ -24,6 +24,16 @@ def dialect_for(backend: EngineBackend, version: str) -> str | None:
     return next(reads, None)
 
 
+def dialect_text(backend: EngineBackend, version: str) -> str:
+    """Which dialect engines of this TensorRT are best built from, and why no better one, for people."""
+    best = dialect_for(backend, version)
+    if best is None:
+        return f"no dialect; wanted {versions_text(backend)}"
+    newer = {dialect: least for dialect, least in VERSIONS[backend].items() if version_numbers(version) < least}
+    why = ", ".join(f"{dialect} needs {'.'.join(map(str, least))}" for dialect, least in newer.items())
+    return f"the {best} dialect" + (f", as {why}" if why else "")
+
+
 def versions_text(backend: EngineBackend) -> str:
     """The least version of a backend that reads any dialect, for people."""
     return f"{NAMES[backend]} {'.'.join(map(str, min(VERSIONS[backend].values())))} or later"

@@ -85,7 +85,7 @@ def test_memory_is_counted_as_a_session_takes_it(variant, bundles):
     m = bundle.manifest
     settings = PlanSettings(m.exit_layer, dtype="fp32", max_length=m.max_length)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "PREFILL_CHUNK", m.prefill_chunk)
+        patch.setattr(planning, "DEFAULT_PREFILL_CHUNK", m.prefill_chunk)
         plan = make_plan("", m.architecture, load_device("h100"), settings)
     with load(bundle.folder, device="cpu") as model:
         memory = model.session.memory()
@@ -150,7 +150,6 @@ def test_below_the_break_even_rate_speculation_loses():
 @pytest.mark.parametrize(
     ("device", "changes", "found", "fix"),
     [
-        ("orin-nano-8gb", {"jetpack": "6.2"}, "JetPack 6.2 has TensorRT 10.3", "install JetPack 7.2"),
         ("orin-nano-8gb", {"dtype": "fp32"}, "fp32 on SM 87; wanted fp16 or bf16", "give --dtype fp16"),
         ("rtx-4060", {"dtype": "fp32"}, "fp32 on SM 89", "give --dtype fp16"),
         ("orin-nano-8gb", {"max_length": 131072}, "GB are needed to run", "give --max-length"),
@@ -162,6 +161,15 @@ def test_what_does_not_work_is_said_with_what_to_change(device, changes, found, 
     assert any(found in problem.found and fix in problem.fix for problem in plan.problems), plan.problems
 
 
+def test_heads_that_need_another_dialect():
+    odd = replace(ONE_B, head_dim=20)
+    (problem,) = make_plan("", odd, load_device("rtx-4060"), PlanSettings(4)).problems
+    assert "does not compute its attention heads (32 of 20)" in problem.found
+    assert problem.fix == "build its engines with --dialect primitive"
+    assert make_plan("", odd, load_device("orin-nano-8gb"), PlanSettings(4, jetpack="6")).works
+    assert make_plan("", ONE_B, load_device("orin-nano-8gb"), PlanSettings(4, jetpack="6", dtype="fp32")).works
+
+
 def test_an_old_gpu_has_no_bf16():
     old = replace(load_device("rtx-4060"), compute_capability=75)
     plan = make_plan("", ONE_B, old, PlanSettings(4, dtype="bf16"))
@@ -170,11 +178,58 @@ def test_an_old_gpu_has_no_bf16():
     assert "does not serve SM 90" in make_plan("", ONE_B, unserved, PlanSettings(4)).problems[0].found
 
 
+@pytest.mark.parametrize(
+    ("jetpack", "version", "dialect", "why"),
+    [
+        (None, "10.16", "standard", ""),
+        ("7", "10.16", "standard", ""),
+        ("6", "10.3", "layers", ", as standard needs 10.15"),
+        ("6.1", "10.3", "layers", ", as standard needs 10.15"),
+        ("6.2.1", "10.3", "layers", ", as standard needs 10.15"),  # of which the table has 6.2
+    ],
+)
+def test_a_jetpack_decides_the_dialect(jetpack, version, dialect, why):
+    plan = make_plan("", ONE_B, load_device("orin-nano-8gb"), PlanSettings(4, jetpack=jetpack))
+    assert (plan.works, plan.dialect) == (True, dialect)
+    (note,) = (note for note in plan.notes if "engines of the" in note)
+    assert note.endswith(f"TensorRT {version}: engines of the {dialect} dialect{why}.")
+    assert note.startswith("JetPack " if jetpack else "TensorRT ")
+
+
+@pytest.mark.parametrize("jetpack", ["5", "6.9", "60", "6.20", ""])
+def test_a_jetpack_that_a_device_does_not_have_is_refused(jetpack):
+    with pytest.raises(
+        RequestError, match=f"JetPack: {jetpack}, which is not in the table .*; wanted 6.1 or 6.2 or 7.2"
+    ):
+        make_plan("", ONE_B, load_device("orin-nano-8gb"), PlanSettings(4, jetpack=jetpack))
+
+
+def test_a_jetpack_whose_tensorrt_reads_no_dialect():
+    old = replace(load_device("orin-nano-8gb"), jetpacks={"6.0": "8.6", "7.2": "10.16"})
+    plan = make_plan("", ONE_B, old, PlanSettings(4, jetpack="6.0"))
+    problem = planning.Problem(
+        "build", "JetPack 6.0 has TensorRT 8.6; wanted TensorRT 10.3 or later", "install JetPack 7.2"
+    )
+    assert plan.problems == (problem,)
+
+
+def test_engines_hold_no_weights():
+    """They are a few MB on disk and on the device; the parts of layers are the same for any number of layers."""
+    nano = load_device("orin-nano-8gb")
+    for jetpack in ("6", "7"):
+        plan = make_plan("", ONE_B, nano, PlanSettings(4, jetpack=jetpack))
+        assert plan.disk["engines"] < 20e6
+        assert plan.memory["tables and kernels"] + plan.memory["scratch"] < 50e6
+        assert plan.build < 0.8e9
+    deep, shallow = (make_plan("", replace(ONE_B, num_layers=n), nano, PlanSettings(2, jetpack="6")) for n in (16, 4))
+    assert (deep.disk["engines"], deep.build) == (shallow.disk["engines"], shallow.build)
+
+
 def test_a_build_that_needs_more_than_the_device_has_is_said():
-    machine = replace(load_device("orin-nano-8gb"), memory_gb=5.6)
-    (problem,) = make_plan("", ONE_B, machine, PlanSettings(4)).problems
+    machine = replace(load_device("orin-nano-8gb"), memory_gb=1.2)
+    *_, problem = make_plan("", ONE_B, machine, PlanSettings(4)).problems
     assert problem.at == "build"
-    assert "needed to build verify's engine" in problem.found
+    assert "about 0.3 GB are needed to build engines, 0.3 GB are free" in problem.found
     assert "1 GB of swap" in problem.fix
 
 
