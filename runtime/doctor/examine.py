@@ -14,13 +14,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import edgeskip
-from edgeskip.runtime.backends.engines.targets import RTX_SERVES
+from edgeskip.runtime.backends.engines.targets import RTX_SERVES, dialect_for, dialect_text
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import ENGINE_BACKENDS, EngineBackend
 from edgeskip.runtime.doctor.hardware import Hardware, Jetson, check_base, error_line, read_hardware
 from edgeskip.runtime.errors import BackendError
@@ -36,13 +37,13 @@ from edgeskip.runtime.packages import (
 )
 
 LEAST_SM = 75
-"""The oldest GPUs that TensorRT 10.15 and the libraries of CUDA 13 serve."""
+"""The oldest GPUs that TensorRT 10 and the libraries of CUDA 13 serve."""
 
 _WHEEL_CUDA, _WHEEL_PYTHON = 13, (3, 11)
 """What the wheels of onnxruntime-gpu are built for."""
 
-_LEAST_L4T = (39, 2)
-"""JetPack 7.2's, the first whose TensorRT has the operators: it has 10.16, while 7.1 has 10.13 and 6 has 10.3."""
+_LEAST_L4T = (36, 4)
+"""JetPack 6.1's, the first whose TensorRT reads a dialect: 6.1 and 6.2 have 10.3, 7.1 has 10.13 and 7.2 has 10.16."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Software:
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a backend works on a device; if not, the reason, and the command that mends it, if there is one."""
+    """Whether a backend works on a device; if not, the reason, and the command that mends it, if there is one.
+
+    `engines` says which dialect they are best built from by the TensorRT that works here, and why.
+    """
 
     name: str
     device: str
@@ -64,6 +68,7 @@ class BackendState:
     version: str | None
     reason: str | None
     fix: str | None
+    engines: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def examine(root: Path = Path("/")) -> Doctor:
         backends = (
             _judged("onnxruntime", "cpu", _onnxruntime_cpu),
             _judged("onnxruntime", "cuda", partial(_onnxruntime_cuda, hardware, refusal)),
-            *(_judged(name, "cuda", partial(_tensorrt, name, hardware, refusal, root)) for name in ENGINE_BACKENDS),
+            *(_with_engines(name, hardware, refusal, root) for name in ENGINE_BACKENDS),
         )
         verbs = _verbs(hardware, backends)
         found = versions(PACKAGES)
@@ -190,7 +195,7 @@ def _check_sm(hardware: Hardware, what: str) -> None:
 def _check_driver(hardware: Hardware, wanted: int, whose: str) -> None:
     found = _driver_cuda(hardware)
     if found is not None and version_numbers(found)[0] < wanted:
-        fix = "install JetPack 7.2" if hardware.jetson else "upgrade the NVIDIA driver"
+        fix = "take JetPack's own" if hardware.jetson else "upgrade the NVIDIA driver"
         raise BackendError("CUDA", f"a driver for CUDA {found}", wanted=f"one for {whose} CUDA {wanted}", fix=fix)
 
 
@@ -248,6 +253,9 @@ def _onnxruntime_cuda(hardware: Hardware, refusal: BackendError | None) -> str:
 
 def _check_wheel(hardware: Hardware) -> None:
     """Looks for what would keep onnxruntime-gpu from working once it is installed."""
+    if hardware.jetson is not None:
+        fix = "use TensorRT, which comes with JetPack"
+        raise BackendError("onnxruntime-gpu", "its wheels have no kernels that a Jetson runs", fix=fix)
     _check_sm(hardware, "the libraries of CUDA 13 serve")
     _check_driver(hardware, _WHEEL_CUDA, "onnxruntime-gpu, which is for")
     if sys.version_info < _WHEEL_PYTHON:
@@ -258,13 +266,19 @@ def _check_wheel(hardware: Hardware) -> None:
 # TensorRT
 
 
+def _with_engines(backend: EngineBackend, hardware: Hardware, refusal: BackendError | None, root: Path) -> BackendState:
+    """A TensorRT, and the dialect of its engines."""
+    state = _judged(backend, "cuda", partial(_tensorrt, backend, hardware, refusal, root))
+    return replace(state, engines=dialect_text(backend, state.version)) if state.version else state
+
+
 def _tensorrt(backend: EngineBackend, hardware: Hardware, refusal: BackendError | None, root: Path) -> str:
     check_base()
     _check_gpu(hardware, refusal)
     from edgeskip.runtime.backends.device import INSTALL as CUDA
-    from edgeskip.runtime.backends.engines.library import INSTALL, MODULES, import_tensorrt, served_by
+    from edgeskip.runtime.backends.engines.library import INSTALL, MODULES, check_nvrtc, import_tensorrt, served_by
 
-    module, fix = MODULES[backend], INSTALL[backend]
+    module, fix, is_jetson = MODULES[backend], INSTALL[backend], hardware.jetson is not None
     try:
         library = _loaded(module, partial(import_tensorrt, backend), _installed(backend), fix)
     except BackendError as error:
@@ -274,11 +288,14 @@ def _tensorrt(backend: EngineBackend, hardware: Hardware, refusal: BackendError 
         raise
     version = str(library.__version__)
     _check_served(backend, hardware, served_by(library) if backend == "tensorrt-rtx" else ())
-    _check_version(module, backend, version, "JetPack 7.2 has 10.16" if hardware.jetson else fix)
+    _check_version(module, backend, version, "JetPack 6.1 has 10.3, 7.2 has 10.16" if is_jetson else fix)
     if refusal is not None:
-        raise BackendError(refusal.place, refusal.found, fix=fix if refusal.fix == CUDA else refusal.fix)
+        extra = install("jetson") if is_jetson else fix
+        raise BackendError(refusal.place, refusal.found, fix=extra if refusal.fix == CUDA else refusal.fix)
     if wheel := re.search(r"_cu(\d+)", " ".join(_requirements(backend))):
         _check_driver(hardware, int(wheel[1]), f"{backend}, which is for")
+    if (dialect := dialect_for(backend, version)) and ENGINE_DIALECTS[dialect].padded:  # with kernels of ours
+        check_nvrtc(_sm(hardware), is_jetson)
     return version
 
 
@@ -310,7 +327,7 @@ def _without_jetpacks(error: BackendError, jetson: Jetson, root: Path) -> Backen
     if jetson.l4t is not None and version_numbers(jetson.l4t) < _LEAST_L4T:
         least = ".".join(map(str, LEAST_VERSIONS["tensorrt"]))
         found = f"{error.found}, and {least} or later is not in JetPack {jetson.jetpack or f'of L4T {jetson.l4t}'}"
-        return BackendError(error.place, found, wanted="JetPack 7.2, which has 10.16")
+        return BackendError(error.place, found, wanted="JetPack 6.1 or later")
     if sys.prefix != sys.base_prefix and any((root / "usr/lib").glob("python3*/dist-packages/tensorrt")):
         fix = f"python3 -m venv --system-site-packages {shlex.quote(sys.prefix)}"
         return BackendError(error.place, f"JetPack's cannot be seen from {sys.prefix}", fix=fix)
@@ -327,9 +344,12 @@ def _verbs(hardware: Hardware, backends: Sequence[BackendState]) -> tuple[Verb, 
     others = {name: _verb(name, need.modules, need.fix) for name, need in NEEDS.items()}
     if not any(_is_there(name.replace("-", "_")) for name in ENGINE_BACKENDS):
         sm = _sm(hardware)
-        here = "rtx" if sm in RTX_SERVES or (sm is None and hardware.jetson is None) else "tensorrt"
+        here = "build,rtx" if sm in RTX_SERVES or (sm is None and hardware.jetson is None) else "build,tensorrt"
         missing = (*others["build"].missing, "tensorrt or tensorrt_rtx")
-        others["build"] = Verb("build", False, missing, install(f"build,{here}"))
+        fix = "sudo apt install nvidia-jetpack" if hardware.jetson else install(here)
+        others["build"] = Verb("build", False, missing, fix)
+    elif hardware.jetson is not None and others["build"].missing:
+        others["build"] = replace(others["build"], fix=install("jetson"))
     return (runs, *others.values())
 
 

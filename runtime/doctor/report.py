@@ -20,7 +20,8 @@ def print_doctor(report: Doctor, console: Console) -> None:
         _line(console, label, text)
     console.print()
     for backend in report.backends:
-        _judgement(console, _backend_name(backend), backend.works, backend.version or backend.reason or "", backend.fix)
+        said = f"{backend.version}: engines of {backend.engines}" if backend.engines else backend.version
+        _judgement(console, _backend_name(backend), backend.works, said or backend.reason or "", backend.fix)
     console.print()
     for verb in report.verbs:
         _judgement(console, verb.name, verb.works, _missing(verb), verb.fix)

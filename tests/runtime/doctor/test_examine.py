@@ -6,6 +6,7 @@ What is here is looked at as it is. GPUs that are not here are descriptions, jud
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -18,15 +19,18 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import edgeskip
 from edgeskip.cli import main
 from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.engines import library
 from edgeskip.runtime.backends.engines.targets import RTX_SERVES
 from edgeskip.runtime.doctor import examine as doctor
 from edgeskip.runtime.doctor import hardware
 from edgeskip.runtime.doctor.examine import LEAST_SM, BackendState, Doctor, Software, Verb, examine
 from edgeskip.runtime.doctor.hardware import Gpu, Hardware, Jetson, read_hardware
+from edgeskip.runtime.doctor.report import print_doctor
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.host import Disk, HostMemory
 from edgeskip.runtime.packages import NEEDS, install
@@ -316,6 +320,13 @@ def shown(monkeypatch, gpu=None, jetson=None, refusal=None):
     return examine()
 
 
+def printed(report):
+    """The report as people read it."""
+    console = Console(file=io.StringIO(), width=200)
+    print_doctor(report, console)
+    return console.file.getvalue()
+
+
 def board_of(l4t, jetpack):
     return Jetson("NVIDIA Jetson AGX Orin", l4t, jetpack, "MAXN", 306.0, 1300.5)
 
@@ -391,7 +402,11 @@ def test_what_no_command_mends_of_onnxruntime_on_cuda(gpu, changes, reason, monk
     ("gpu", "jetson", "reason"),
     [
         ({"driver_cuda_version": "12.6"}, None, r"CUDA: a driver for CUDA 12.6; .*; upgrade the NVIDIA driver"),
-        ({"driver_cuda_version": "12.6"}, board_of("36.4.3", "6.2"), r"CUDA: a driver for CUDA 12.6; .* JetPack 7.2"),
+        (
+            {"driver_cuda_version": "12.6"},
+            board_of("36.4.3", "6.2"),
+            "onnxruntime-gpu: its wheels have no kernels that a Jetson runs; use TensorRT",
+        ),
         ({"compute_capability": 61}, None, r"GPU: SM 61 is too old"),
     ],
 )
@@ -468,19 +483,26 @@ def test_engines_are_built_with_the_tensorrt_that_serves_the_gpu(sm, extra, monk
 
 
 @pytest.mark.parametrize(
-    ("version", "sm", "reason"),
+    ("version", "sm", "reason", "engines"),
     [
-        ("10.16.0.72", 87, None),
-        ("10.15.1.29", 75, None),
-        ("10.13.3.9", 110, "tensorrt: 10.13.3.9 is too old; wanted 10.15 or later"),
-        ("10.3.0", 87, "tensorrt: 10.3.0 is too old; wanted 10.15 or later"),
-        ("9.16.0", 87, "tensorrt: 9.16.0 is too old; wanted 10.15 or later"),
-        ("10.16.0.72", 72, "GPU: SM 72 is too old; TensorRT serves 75 and later"),
+        ("10.16.0.72", 87, None, "the standard dialect"),
+        ("10.15.1.29", 75, None, "the standard dialect"),
+        ("10.13.3.9", 110, None, "the layers dialect, as standard needs 10.15"),
+        ("10.3.0", 87, None, "the layers dialect, as standard needs 10.15"),
+        ("10.2.0", 87, "tensorrt: 10.2.0 is too old; wanted 10.3 or later", None),
+        ("9.16.0", 87, "tensorrt: 9.16.0 is too old; wanted 10.3 or later", None),
+        ("10.16.0.72", 72, "GPU: SM 72 is too old; TensorRT serves 75 and later", None),
     ],
 )
-def test_tensorrt_by_version_and_gpu(version, sm, reason, monkeypatch):
+def test_tensorrt_by_version_and_gpu(version, sm, reason, engines, monkeypatch):
+    monkeypatch.setattr(library, "check_nvrtc", lambda *_: None)
     loaded(monkeypatch, "tensorrt", __version__=version)
-    backend = judged(shown(monkeypatch, gpu=described(compute_capability=sm)), "tensorrt")
+    report = shown(monkeypatch, gpu=described(compute_capability=sm))
+    backend = judged(report, "tensorrt")
+    assert backend.engines == engines
+    if engines:
+        lines = printed(report).splitlines()
+        assert f"tensorrt             yes {version}: engines of {engines}" in lines
     assert (backend.works, backend.version, backend.reason) == (
         reason is None,
         version if reason is None else None,
@@ -505,17 +527,71 @@ def test_tensorrt_that_is_missing_off_a_jetson(monkeypatch):
 
 
 def test_on_a_jetson_tensorrt_is_jetpacks(monkeypatch, tmp_path):
-    gpu = described(name="Orin", compute_capability=87)
+    monkeypatch.setattr(library, "check_nvrtc", lambda *_: None)
+    gpu = described(name="Orin", compute_capability=87, driver_cuda_version="12.6")
     loaded(monkeypatch, "tensorrt", __version__="10.3.0")
-    backend = judged(shown(monkeypatch, gpu=gpu, jetson=board_of("36.4.3", "6.2")), "tensorrt")
-    assert backend.reason == "tensorrt: 10.3.0 is too old; wanted 10.15 or later; JetPack 7.2 has 10.16"
+    report = shown(monkeypatch, gpu=gpu, jetson=board_of("36.4.3", "6.2"))
+    backend = judged(report, "tensorrt")
+    assert (backend.works, backend.engines) == (True, "the layers dialect, as standard needs 10.15")
+    assert "bundles run on the GPU (Orin) with tensorrt 10.3.0" in report.now
+    missing = BackendError("cuda-core", "not usable (No module named 'cuda')", fix='pip install "edgeskip[cuda]"')
+    report = shown(monkeypatch, gpu=gpu, jetson=board_of("36.4.3", "6.2"), refusal=missing)
+    assert judged(report, "tensorrt").fix == 'pip install "edgeskip[jetson]"'
+    loaded(monkeypatch, "tensorrt", __version__="8.6.2")
+    backend = judged(shown(monkeypatch, gpu=gpu, jetson=board_of("36.3.0", "6.0")), "tensorrt")
+    assert backend.reason == "tensorrt: 8.6.2 is too old; wanted 10.3 or later; JetPack 6.1 has 10.3, 7.2 has 10.16"
     assert backend.fix is None
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    old = judged(shown(monkeypatch, gpu=gpu, jetson=board_of("38.4.0", "7.1")), "tensorrt")
-    assert "10.15 or later is not in JetPack 7.1; wanted JetPack 7.2, which has 10.16" in old.reason
+    old = judged(shown(monkeypatch, gpu=gpu, jetson=board_of("36.3.0", "6.0")), "tensorrt")
+    assert "10.3 or later is not in JetPack 6.0; wanted JetPack 6.1 or later" in old.reason
     assert old.fix is None
-    new = judged(shown(monkeypatch, gpu=gpu, jetson=board_of("39.2.0", "7.2")), "tensorrt")
-    assert new.fix == "sudo apt install nvidia-jetpack"
+    for l4t, jetpack in (("36.4.0", "6.1"), ("38.4.0", "7.1"), ("39.2.0", "7.2")):
+        new = judged(shown(monkeypatch, gpu=gpu, jetson=board_of(l4t, jetpack)), "tensorrt")
+        assert new.fix == "sudo apt install nvidia-jetpack"
+
+
+def test_what_builds_on_a_jetson(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    gpu, board = described(name="Orin", compute_capability=87), board_of("36.4.3", "6.2")
+    assert verb(shown(monkeypatch, gpu=gpu, jetson=board), "build").fix == "sudo apt install nvidia-jetpack"
+    loaded(monkeypatch, "tensorrt", __version__="10.3.0", __spec__=object())
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    assert verb(shown(monkeypatch, gpu=gpu, jetson=board), "build").fix == 'pip install "edgeskip[jetson]"'
+
+
+def nvrtc(monkeypatch, version=None, architectures=(87,)):
+    """NVRTC as cuda-bindings shows it, or none."""
+
+    def get_version():
+        if version is None:
+            raise RuntimeError("Failed to dlopen libnvrtc.so.12")
+        return (0, *version)
+
+    found = types.ModuleType("cuda.bindings.nvrtc")
+    found.nvrtcVersion, found.nvrtcGetSupportedArchs = get_version, lambda: (0, list(architectures))
+    monkeypatch.setattr(sys.modules["cuda.bindings"], "nvrtc", found)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", found)
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "version", "jetson", "reason", "fix"),
+    [
+        ("10.3.0", (12, 6), board_of("36.4.3", "6.2"), None, None),
+        ("10.16.0", None, board_of("39.2.0", "7.2"), None, None),  # which needs no kernels of ours
+        ("10.3.0", None, board_of("36.4.3", "6.2"), "NVRTC: not found (Failed to", "sudo apt install nvidia-jetpack"),
+        ("10.6.0", None, None, "NVRTC: not found (Failed to dlopen", 'pip install "cuda-core[cu13]"'),
+        ("10.6.0", (11, 1), None, "NVRTC: 11.1 has no SM 90; install a newer CUDA toolkit", None),
+    ],
+)
+def test_the_compiler_of_our_kernels_is_looked_for(tensorrt, version, jetson, reason, fix, monkeypatch):
+    nvrtc(monkeypatch, version)
+    loaded(monkeypatch, "tensorrt", __version__=tensorrt)
+    monkeypatch.setattr(library, "versions", lambda _: {"cuda-bindings": "13.5.0"})
+    gpu = described(compute_capability=87 if jetson or version is None else 90)
+    backend = judged(shown(monkeypatch, gpu=gpu, jetson=jetson), "tensorrt")
+    assert (backend.works, backend.fix) == (reason is None, fix)
+    assert reason is None or backend.reason.startswith(reason)
 
 
 def test_a_virtual_environment_that_does_not_see_jetpacks_tensorrt(monkeypatch, tmp_path):
