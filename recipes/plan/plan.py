@@ -406,12 +406,15 @@ def _memory(
 def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dialect: str) -> dict[str, int]:
     """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
-    values = 2 * a.qkv_rows + 3 * a.intermediate_size + 4 * a.hidden_size  # of a layer, besides the mask
-    scratch = chunk * (values * ITEMSIZE[dtype] + capacity)
+    hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
+    values, sums = 3 * ffn + 4 * hidden, 0  # of a row within a layer, less attention
     if ENGINE_DIALECTS[dialect].in_parts:  # what lies between the parts, and the attention's partial sums
+        values += qkv + 2 * attended + 2 * hidden + ffn
         tiles = tiling(a, capacity, HEAD_ROWS, 1)
-        scratch += chunk * (values - a.qkv_rows) * ITEMSIZE[dtype]
-        scratch += math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4
+        sums = math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4
+    else:
+        values, sums = values + 2 * qkv, chunk * capacity  # with a mask
+    scratch = chunk * values * ITEMSIZE[dtype] + sums
     kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
     return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
 
