@@ -32,7 +32,8 @@ from edgeskip.runtime.commands.options import bundle_argument, require, say
 @click.option(
     "--dialect",
     type=click.Choice(tuple(ENGINE_DIALECTS)),
-    help="standard: TensorRT's own attention, from 10.15 on; primitive: attention in parts, from 10.3 (JetPack 6) on.  "
+    help="standard: TensorRT's own attention, from 10.15 on; layers: an attention of ours between engines of parts of "
+    "layers, from 10.3 (JetPack 6) on; primitive: attention in parts, likewise.  "
     "[default: the best that the installed version reads]",
 )
 @click.option(

@@ -75,7 +75,7 @@ class BuildSettings:
         backend: the kind of TensorRT.
         compute_capabilities: SMs to build for, 86 for 8.6; empty means the GPU present.
         workspace_mb: device memory that a kernel may use besides weights and activations; by default all there is.
-        dialect: `standard` or `primitive`; by default the best that the installed version reads.
+        dialect: `standard`, `layers` or `primitive`; by default the best that the installed version reads.
         force: whether engines that the cache has already are built again.
     """
 

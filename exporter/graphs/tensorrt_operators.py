@@ -1,8 +1,8 @@
 """What the ONNX parser of TensorRT 10.3 reads, as far as graphs for it need it; tests hold every node to this table.
 
 The source is the page "Supported ONNX Operators" of github.com/onnx/onnx-tensorrt in its release 10.1-GA ("opset 9 to
-opset 20"), the last before 10.3 that was at hand. By the changelog there, 10.2 and 10.3 only added to it: errors,
-changes within `GRU`, `Squeeze` and `ScatterElements`, and `axes` of `Slice` that are no constants.
+opset 20"), the last before 10.3 that was at hand. By the changelog there, 10.2 and 10.3 took nothing away: they brought
+clearer errors, changes within `GRU`, `Squeeze` and `ScatterElements`, and `axes` of `Slice` that are no constants.
 """
 
 from __future__ import annotations
