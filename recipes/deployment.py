@@ -70,6 +70,8 @@ class Kernels:
     Attributes:
         call_us: for each call of a graph, whatever is in it.
         layer_us: for each decoder layer, apart from its products.
+        launch_us: for each kernel of a layer where all of them are ours, as in engines of the `layers` dialect; in
+            place of `layer_us`.
         several_us: what is added to that where there is more than one row.
         row_us: for each row after the first, per layer.
         copy_share: rate at which products read weights, over that of a copy.
@@ -78,6 +80,7 @@ class Kernels:
 
     call_us: Microseconds = 13.1
     layer_us: Microseconds = 35.5
+    launch_us: Microseconds = 1.3
     several_us: Microseconds = 5.2
     row_us: Microseconds = 0.32
     copy_share: Part = 0.92

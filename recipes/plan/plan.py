@@ -28,6 +28,7 @@ from edgeskip.recipes.plan.cost import (
 )
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.backends.engines.attention import tiling
+from edgeskip.runtime.backends.engines.products import serves
 from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     RTX_SERVES,
@@ -77,6 +78,9 @@ TEXT_BYTES = 20_000_000
 ENGINE_BYTES, ENGINE_LAYER_BYTES = 6_000_000, 720_000
 """Kernels that engines hold: in all, and for each layer of a graph. TensorRT-RTX 1.7.1: 16.7 MB for the 16 layers of a
 1B, 28.1 MB for the 32 of an 8B; the parts of layers, which serve every layer, 3.3 MB for either."""
+
+LAYER_LAUNCHES = 6
+"""Kernels of a layer of few rows in the `layers` dialect: two for attention, four for linear layers and all else."""
 
 BUILD_BYTES, BUILD_LAYER_BYTES = 230_000_000, 8_000_000
 """Host memory at the peak of a build: in all, and for each layer of the longest graph. TensorRT-RTX 1.7.1 took 258, 319
@@ -244,7 +248,8 @@ def make_plan(
         *_software_problems(a, device, settings, dialect),
         *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
     )
-    cost = _cost(device, reports)
+    ours = dialect is not None and ENGINE_DIALECTS[dialect].in_parts and serves(a, dtype, device.compute_capability)
+    cost = _cost(device, reports, ours=ours)
     sizes = graph_sizes(a, settings.exit_layer, dtype)
     position = min(capacity // 2, 512) if settings.position is None else settings.position
     plain = round_ms(cost, sizes, 0, position)
@@ -527,8 +532,8 @@ def _copy_bytes_per_ms(device: Device, reports: Sequence[BenchReport]) -> float:
     return device.bandwidth_gb_per_s * device.copy_share * 1e6
 
 
-def _cost(device: Device, reports: Sequence[BenchReport]) -> Cost:
-    """What calls cost: as measured, else according to the device's table."""
+def _cost(device: Device, reports: Sequence[BenchReport], *, ours: bool) -> Cost:
+    """What calls cost: as measured, else according to the device's table, where the kernels are ours or not."""
     kernels = device.kernels
     flops_per_ms = device.fp16_tflops * 1e9 * kernels.flops_share
     if reports:
@@ -539,7 +544,7 @@ def _cost(device: Device, reports: Sequence[BenchReport]) -> Cost:
         return replace(fitted, flops_per_ms=flops_per_ms)
     return Cost(
         call_ms=kernels.call_us / 1e3,
-        layer_ms=kernels.layer_us / 1e3,
+        layer_ms=(LAYER_LAUNCHES * kernels.launch_us if ours else kernels.layer_us) / 1e3,
         several_ms=kernels.several_us / 1e3,
         row_ms=kernels.row_us / 1e3,
         row_byte_ms=0.0,
