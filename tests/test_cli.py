@@ -655,7 +655,9 @@ def test_inspect_shows_engines_and_what_is_wrong_with_them(bundles, tmp_path):
     assert [line in text for line in (f"{line}not for this machine", came)] == [False, True]
     next(packed.rglob("head.engine")).unlink()
     assert re.search(r"engines: of no use: .*head.engine: no such file", succeed("inspect", packed).stdout)
-    assert "engines: none" in succeed("inspect", whole.folder).stdout
+    text = succeed("inspect", whole.folder).stdout
+    assert "engines: none" in text
+    assert "engines can be built from standard with TensorRT 10.15 or later, layers with TensorRT 10.3 or later" in text
 
 
 def test_inspect_says_which_engines_fit(bundles, tmp_path, monkeypatch):

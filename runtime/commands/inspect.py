@@ -39,10 +39,12 @@ def _print_engines(bundle: Bundle, console: Console) -> None:
     the rest; then those that came with the bundle.
     """
     from edgeskip.runtime.backends.choice import why_not_here
+    from edgeskip.runtime.backends.engines.targets import readers_text
     from edgeskip.runtime.bundle.store import add_command, engines_that_came, find_engines
     from edgeskip.runtime.terminal import shown
 
     (found, problems), (came, wrong) = find_engines(bundle), engines_that_came(bundle)
+    console.print(f"engines can be built from {readers_text()}")
     if not (found or problems or came or wrong):
         console.print("engines: none")
     for engines in found:

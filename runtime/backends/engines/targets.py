@@ -34,6 +34,13 @@ def dialect_text(backend: EngineBackend, version: str) -> str:
     return f"the {best} dialect" + (f", as {why}" if why else "")
 
 
+def readers_text() -> str:
+    """Who reads which dialect, for people."""
+    least = ((dialect, ".".join(map(str, version))) for dialect, version in VERSIONS["tensorrt"].items())
+    listed = ", ".join(f"{dialect} with TensorRT {version} or later" for dialect, version in least)
+    return f"{listed}; {versions_text('tensorrt-rtx')} reads all"
+
+
 def versions_text(backend: EngineBackend) -> str:
     """The least version of a backend that reads any dialect, for people."""
     return f"{NAMES[backend]} {'.'.join(map(str, min(VERSIONS[backend].values())))} or later"
