@@ -506,8 +506,8 @@ def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport
         yield f"JetPack {' or '.join(_jetpacks(device))} will do; --jetpack plans with one."
     if backend == "tensorrt":
         yield (
-            "TensorRT 10.6 has run engines of layers and primitive on an H100; those of standard, which TensorRT reads "
-            "from 10.15 on, have been built and not run."
+            "TensorRT 10.6 has run engines of layers and primitive on an H100; those of standard have been built by "
+            "TensorRT-RTX alone, and not run."
         )
         yield (
             "Memory to build was measured with TensorRT-RTX. TensorRT 10.6 for x86-64, which brings kernels for every "
