@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, cut_elsewhere, open_session
+from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
 
@@ -38,19 +38,18 @@ def load(
     """
     opened = read_bundle(bundle)
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
-    anywhere = exit_layer is not None and exit_layer not in opened.manifest.exit_layers
-    if exit_layer is not None and anywhere:
-        opened, backend = cut_elsewhere(opened, exit_layer, backend)
-    session = open_session(
-        opened,
-        backend=backend,
-        device=device,
-        threads=threads,
-        dialect=dialect,
-        exit_layer=exit_layer,
-        in_parts=anywhere,
-        progress=progress,
-    )
+    if exit_layer is not None and exit_layer not in opened.manifest.exit_layers:
+        opened, session = open_elsewhere(opened, exit_layer, backend, progress)
+    else:
+        session = open_session(
+            opened,
+            backend=backend,
+            device=device,
+            threads=threads,
+            dialect=dialect,
+            exit_layer=exit_layer,
+            progress=progress,
+        )
     try:
         return Model(opened, session, exit_layer)
     except BaseException:

@@ -28,7 +28,6 @@ def open_session(
     threads: int = 0,
     dialect: str | None = None,
     exit_layer: int | None = None,
-    in_parts: bool = False,
     progress: Progress = lambda *_: None,
 ) -> MeasuredSession:
     """Loads a bundle on a device.
@@ -41,7 +40,6 @@ def open_session(
         threads: CPU threads; 0 means one per core.
         dialect: that of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
         exit_layer: the exit that drafts, for what a device compiles beforehand; by default the bundle's own.
-        in_parts: whether only engines of parts of layers will do, of a `backend` that is named.
         progress: called while engines are checked.
 
     Raises:
@@ -53,9 +51,7 @@ def open_session(
     from edgeskip.runtime.bundle.weights import stored_arrays
 
     if backend in ("tensorrt", "tensorrt-rtx"):
-        found, problems = find_engines(bundle)
-        found = [engines for engines in found if not in_parts or engines.dialect.in_parts]
-        return _open_engines(bundle, backend, found, problems, exit_layer, progress)
+        return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
     why: list[str] = []
     if backend == "auto" and device != "cpu" and dialect is None:
         found, problems = find_engines(bundle)
@@ -74,21 +70,25 @@ def open_session(
     return session
 
 
-def cut_elsewhere(bundle: Bundle, exit_layer: int, backend: BackendChoice) -> tuple[Bundle, EngineBackend]:
-    """The bundle cut at an exit that it has no graphs for, and the backend of the engines that do without them.
+def open_elsewhere(
+    bundle: Bundle, exit_layer: int, backend: BackendChoice, progress: Progress
+) -> tuple[Bundle, MeasuredSession]:
+    """The bundle cut at an exit that it has no graphs for, on engines of parts of layers, which do without them.
 
     Raises:
         RequestError: the model cannot exit there, or there are no such engines.
+        BundleError: they do not fit this machine.
+        BackendError: the backend or the device is missing, or lacks memory.
     """
     from edgeskip.runtime.bundle.manifest import Bundle
     from edgeskip.runtime.bundle.store import find_engines
 
     cut = Bundle(bundle.folder, bundle.manifest.cut_at(exit_layer))
-    for engines in find_engines(cut)[0]:
-        if engines.dialect.in_parts and backend in ("auto", engines.build.backend):
-            return cut, engines.build.backend
-    bundle.manifest.split(exit_layer)
-    raise AssertionError("an exit that the bundle has no graphs for was found in it")
+    found, problems = find_engines(cut)
+    serving = [one for one in found if one.dialect.in_parts and backend in ("auto", one.build.backend)]
+    if not serving:
+        bundle.manifest.split(exit_layer)  # says where it is cut
+    return cut, _open_engines(cut, serving[0].build.backend, serving, problems, exit_layer, progress)
 
 
 def _open_engines(

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from tests import standin
 from tests.conftest import VARIANTS, edit_json, make_model, save_checkpoint
 from tests.standin import HostDevice, standin_model
 
@@ -29,6 +30,7 @@ from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.bench.measure import TIE_GAP
 from edgeskip.runtime.bench.prompts import load_prompts
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.decoding.rounds import View
@@ -90,9 +92,10 @@ def test_every_output_is_compared_in_every_kind_of_call(bundles):
     assert report.agreed == {"autoregressive": 1, "self-speculative": 1}
 
 
-def test_any_session_will_do(bundles, tmp_path):
+@pytest.mark.parametrize("dialect", ENGINE_DIALECTS)
+def test_any_session_will_do(dialect, bundles, tmp_path):
     bundle = bundles("llama-gqa")
-    with standin_model(bundle, tmp_path / "b", HostDevice()) as model:
+    with standin_model(bundle, tmp_path / "b", HostDevice(), dialect) as model:
         report = run_check(model, Golden(bundle), PROMPTS)
     assert_healthy(report)
     assert "tensorrt" in report.backend
@@ -194,6 +197,30 @@ def test_positions_off_by_one_are_found(bundles, tmp_path):
     data = ir.to_proto(model).SerializeToString()
     report = check(copied(healthy, tmp_path / "b", "verify.onnx", data), dialect="standard", layers=True)
     assert departure(report) == ("verify", 2, "attention", "graph")
+
+
+def test_a_wrong_kernel_and_a_weight_bound_in_anothers_place_are_found_and_named(bundles, tmp_path, monkeypatch):
+    bundle, healthy = bundles("llama-gqa"), standin.rotate
+    for fault in ("rope", "binding"):
+        with monkeypatch.context() as patch, standin_model(bundle, tmp_path / fault, HostDevice(), "layers") as model:
+            if fault == "rope":  # cosines for sines
+                turned = lambda *a: healthy(*a[:9], a[8], *a[10:])  # noqa: E731
+                patch.setitem(standin.KERNELS, "rotate", turned)
+            else:
+                of = model.session._weights.address_of
+                swapped = {"model.layers.3.self_attn.o_proj.weight": "model.layers.2.self_attn.o_proj.weight"}
+                patch.setattr(
+                    model.session._weights, "address_of", lambda name, of=of, to=swapped: of(to.get(name, name))
+                )
+                model.session._bound.clear()
+            report = run_check(model, Golden(bundle), PROMPTS, layers=True)
+        assert not report.passed
+        if fault == "rope":
+            assert set(report.failed_graphs) == {"draft", "verify"}
+            found = report.departures["draft"]
+            assert (found.layer, found.part, found.seen_in) == (0, "attention", "session")
+        else:  # no cache is written after it, so the graph is named and no part of it
+            assert report.failed_graphs == ("verify",)
 
 
 def test_a_stale_cache_row_is_found_in_the_session(bundles):

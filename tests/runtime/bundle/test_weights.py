@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tests.conftest import edit_json
 
 import edgeskip
+from edgeskip.runtime.backends import cpu_session
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS
 from edgeskip.runtime.bundle.weights import embedding_table, stored_arrays
@@ -138,9 +139,7 @@ def test_another_dtype_in_the_manifest(folder):
 
 
 def test_a_header_is_looked_at_before_a_session_is_made(folder, monkeypatch):
-    from edgeskip.runtime import load
-
-    monkeypatch.setattr(load, "open_session", lambda *_, **__: pytest.fail("made"))
+    monkeypatch.setattr(cpu_session, "OrtCpuSession", lambda *_, **__: pytest.fail("made"))
     rewrite(folder, with_header(folder, lambda h: h.pop(NORM)))
     assert_refused(folder, f"{NORM} is missing")
     assert read_bundle(folder).manifest.exit_layer == 2
