@@ -11,7 +11,7 @@ from edgeskip.runtime.files import discard, trusted_folder, user_cache
 
 KINDS = {
     "engines": "TensorRT engines",
-    "kernels": "what TensorRT-RTX compiled for engines",
+    "kernels": "what TensorRT-RTX compiled, and kernels of ours",
     "timings": "what TensorRT timed while it built engines",
     "checked": "which bundles were checked",
     "inductor": "what torch compiled",

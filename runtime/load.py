@@ -39,7 +39,8 @@ def load(
     opened = read_bundle(bundle)
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
     if exit_layer is not None and exit_layer not in opened.manifest.exit_layers:
-        opened, session = open_elsewhere(opened, exit_layer, backend, progress)
+        usable = backend != "auto" or (device != "cpu" and dialect is None)
+        opened, session = open_elsewhere(opened, exit_layer, backend, engines=usable, progress=progress)
     else:
         session = open_session(
             opened,

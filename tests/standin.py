@@ -169,9 +169,9 @@ def rotate(
     macros, grid, block, qkv, keys, values, queries, positions, cos, sin, q_norm, k_norm, n_q, n_kv, capacity, eps
 ):
     """The first kernel of attention.cu."""
-    kind, size, rows = NUMBERS[macros["STORE"]], int(macros["HEAD"]), grid[1]
+    kind, size, rows = NUMBERS[macros["STORE"]], int(macros["HEAD"]), grid[0]
     n_q, n_kv, capacity, (first,) = int(n_q), int(n_kv), int(capacity), array_at(positions, [1], np.int64)
-    assert grid[0] * block[0] // 32 >= n_q + 2 * n_kv
+    assert grid[1] * block[0] // 32 >= n_q + 2 * n_kv
     heads = array_at(qkv, [rows, n_q + 2 * n_kv, size], kind).astype(np.float32)
     rows = min(rows, capacity - int(first))
     at = slice(int(first), int(first) + rows)

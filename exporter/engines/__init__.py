@@ -1,1 +1,1 @@
-"""TensorRT engines, each built in a process of its own."""
+"""TensorRT engines, built in a process of their own."""

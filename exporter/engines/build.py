@@ -193,9 +193,10 @@ def _check_heads(bundle: Bundle, dialect: str) -> None:
     """Refuses a bundle with attention heads that TensorRT does not compute."""
     a = bundle.manifest.architecture
     if wanted := heads_problem(a, dialect):
+        other = "layers" if dialect == "standard" and not heads_problem(a, "layers") else "primitive"
         found = f"{a.num_heads} attention heads of {a.head_dim}" if a.num_heads > 1 else f"one head of {a.head_dim}"
         raise RequestError(
-            bundle.folder, found, wanted=f"{wanted}, for TensorRT's attention", fix="give --dialect primitive"
+            bundle.folder, found, wanted=f"{wanted}, for the attention of {dialect}", fix=f"give --dialect {other}"
         )
 
 

@@ -6,8 +6,8 @@ two blocks, so that no cache is copied: the rows before this call and those of t
     q x cached keys (all C rows, hidden from the first position on) -+
     q x new keys (causal) -------------------------------------------+-> softmax -> x cached values + x new values
 
-Rows follow each other, and a row sees the new rows up to its own by their order, not by their positions: whatever the
-rows after those that are wanted hold, it does not reach them. So a session may pad a call.
+Rows follow each other, and a row sees the new rows up to its own by their order, not by their positions: whatever
+finite numbers the rows after those that are wanted hold, it does not reach them. So a session may pad a call.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, get_args
 
 from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
@@ -71,9 +72,10 @@ def open_session(
 
 
 def open_elsewhere(
-    bundle: Bundle, exit_layer: int, backend: BackendChoice, progress: Progress
+    bundle: Bundle, exit_layer: int, backend: BackendChoice, *, engines: bool, progress: Progress
 ) -> tuple[Bundle, MeasuredSession]:
-    """The bundle cut at an exit that it has no graphs for, on engines of parts of layers, which do without them.
+    """The bundle cut at an exit that it has no graphs for, on engines of parts of layers, which do without them;
+    `engines` says whether any may be used.
 
     Raises:
         RequestError: the model cannot exit there, or there are no such engines.
@@ -85,10 +87,14 @@ def open_elsewhere(
 
     cut = Bundle(bundle.folder, bundle.manifest.cut_at(exit_layer))
     found, problems = find_engines(cut)
-    serving = [one for one in found if one.dialect.in_parts and backend in ("auto", one.build.backend)]
+    serving = [one for one in found if engines and one.dialect.in_parts and backend in ("auto", one.build.backend)]
     if not serving:
         bundle.manifest.split(exit_layer)  # says where it is cut
-    return cut, _open_engines(cut, serving[0].build.backend, serving, problems, exit_layer, progress)
+    *others, last = dict.fromkeys(one.build.backend for one in serving)
+    for name in others:
+        with suppress(EdgeskipError):
+            return cut, _open_engines(cut, name, serving, problems, exit_layer, progress)
+    return cut, _open_engines(cut, last, serving, problems, exit_layer, progress)
 
 
 def _open_engines(

@@ -193,8 +193,12 @@ class CudaDevice:
         arch = f"sm_{self.compute_capability}"
         key = (source, name, tuple(sorted(macros.items())), arch)
         if key not in _KERNELS:
+            load = self._core.ObjectCode.from_cubin
             try:
-                _KERNELS[key] = self._core.ObjectCode.from_cubin(self._compiled(key)).get_kernel(name)
+                with suppress(Exception):  # the driver may refuse what is kept
+                    _KERNELS[key] = load(self._compiled(key)).get_kernel(name)
+                if key not in _KERNELS:
+                    _KERNELS[key] = load(self._compiled(key, anew=True)).get_kernel(name)
             except Exception as error:  # no library, or its complaint about the source
                 raise BackendError("NVRTC", f"does not compile {name} ({reason(error)})", fix=INSTALL) from None
         kernel, launch, config, stream = _KERNELS[key], self._core.launch, self._core.LaunchConfig, self.stream
@@ -204,12 +208,12 @@ class CudaDevice:
 
         return enqueue
 
-    def _compiled(self, key: tuple[str, str, tuple[tuple[str, str], ...], str]) -> bytes:
-        """The code of a kernel, from the user's cache if it has been compiled before."""
+    def _compiled(self, key: tuple[str, str, tuple[tuple[str, str], ...], str], *, anew: bool = False) -> bytes:
+        """The code of a kernel, from the user's cache if it has been compiled before, unless it is wanted `anew`."""
         source, _, macros, arch = key
         version = self._core.__version__
         name = f"{hashlib.sha256(repr((source, macros, arch, version)).encode()).hexdigest()[:32]}.cubin"
-        if (code := kept("kernels", name)) is None:
+        if anew or (code := kept("kernels", name)) is None:
             settings = self._core.ProgramOptions(arch=arch, std="c++17", define_macro=[*macros])
             code = bytes(self._core.Program(source, "c++", settings).compile("cubin").code)
             keep("kernels", name, code)
@@ -254,12 +258,15 @@ class CudaDevice:
         size = min(size, self.free_bytes() // 4)
         start = self.allocate(2 * size)
         copy, watch, seconds = self.copier(start + size, start, size), self.stopwatch(), []
-        for _ in range(repeats + 2):
-            watch.start()
-            copy()
-            watch.stop()
-            seconds.append(watch.elapsed_ns() / 1e9)
-        self.free(start)
+        try:
+            for _ in range(repeats + 2):
+                watch.start()
+                copy()
+                watch.stop()
+                seconds.append(watch.elapsed_ns() / 1e9)
+        finally:
+            with suppress(Exception):  # after an error that sticks, nothing can be freed
+                self.free(start)
         return 2 * size / float(np.median(seconds[2:]))
 
     def close(self) -> None:

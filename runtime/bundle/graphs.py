@@ -200,7 +200,7 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     Raises:
         RequestError: it cannot.
     """
-    if not 1 <= exit_layer < num_layers:
+    if not (type(exit_layer) is int and 1 <= exit_layer < num_layers):
         wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
         raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
 

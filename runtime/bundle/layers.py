@@ -36,7 +36,7 @@ ENDS, COMES = "layer.", "next."
 
 
 def has_products(architecture: Architecture, dtype: DType) -> bool:
-    """Whether a session computes the rows of a round without these engines: see backends/products.py."""
+    """Whether a session computes the rows of a round without these engines: see backends/engines/products.py."""
     a = architecture
     sizes = (a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim)
     return dtype != "fp32" and all(size % 8 == 0 for size in sizes)

@@ -16,8 +16,9 @@ from edgeskip.runtime.bundle.layers import PARTS, files_of, has_products
 from edgeskip.runtime.bundle.manifest import Manifest
 
 EXACT_ROWS = (8, 24)
-"""Rows of a round that there are kernels for, where calls are padded. On
-an H100 a product of 8 rows takes as long as one of a single row, and one of 4 rows a fifth more.
+"""Rows of a round that there are kernels for, where calls are padded.
+
+On an H100 a product of 8 rows takes as long as one of a single row, and one of 4 rows a fifth more.
 """
 
 
@@ -43,7 +44,7 @@ def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tup
     profiles: dict[GraphName, tuple[EngineProfile, ...]] = {}
     for name, graph in files_of(manifest.graphs, dialect).items():
         if name in PARTS and has_products(manifest.architecture, manifest.dtype):
-            profiles[name] = (EngineProfile(1, chunk, chunk),)
+            profiles[name] = (EngineProfile(1, chunk, max(chunk, most)),)
             continue
         many = name in verifies or name in PARTS
         if not dialect.padded:

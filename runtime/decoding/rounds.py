@@ -25,11 +25,11 @@ from typing import Literal, get_args
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Graph, GraphName, Head, Link, Split
 
 Mode = Literal["self-speculative", "autoregressive", "early-exit"]
-SPARE_ROWS = 7
-"""Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
-
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Ways of decoding: rounds with drafts, rounds without, and the draft subgraph alone."""
+
+SPARE_ROWS = 7
+"""Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
 
 
 @dataclass(frozen=True)

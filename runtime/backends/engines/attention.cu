@@ -63,13 +63,13 @@ struct Rows {
     }
 };
 
-// A warp for each head of each row. grid (heads / 4, T)
+// A warp for each head of each row. grid (T, heads / 4)
 extern "C" __global__ void rotate(
     const store* qkv, store* keys, store* values, store* queries, const position* positions, const store* cos_table,
     const store* sin_table, const store* q_norm, const store* k_norm, unsigned num_heads, unsigned num_kv_heads,
     unsigned capacity, float eps)
 {
-    unsigned lane = threadIdx.x % 32, head = blockIdx.x * WARPS + threadIdx.x / 32, row = blockIdx.y;
+    unsigned lane = threadIdx.x % 32, head = blockIdx.y * WARPS + threadIdx.x / 32, row = blockIdx.x;
     unsigned all = num_heads + 2 * num_kv_heads;
     if (head >= all) return;
     const store* from = qkv + ((size)row * all + head) * HEAD;

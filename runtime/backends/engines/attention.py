@@ -122,7 +122,7 @@ class Attention:
         attend = self._device.kernel(self._source, "attend", defined)
         block, queries = (32 * WARPS, 1, 1), np.uint64(self._queries.address)
         heads = np.uint32(a.num_heads), np.uint32(a.num_kv_heads), np.uint32(self._capacity)
-        rotate_grid = (-(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), rows, 1)
+        rotate_grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
         first = (np.uint64(at.qkv), np.uint64(at.keys), np.uint64(at.values), queries, np.uint64(at.positions))
         tables = (*map(np.uint64, self._tables), np.uint64(at.q_norm), np.uint64(at.k_norm))
         memory = (np.uint64(at.attended), np.uint64(self._partials.address), np.uint64(self._counters.address))

@@ -41,13 +41,18 @@ class LayersSession(TrtSession):
         }
 
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
-        return (call.graph,) if call.graph in self._engines else tuple(PARTS)
+        if call.graph in self._engines:
+            return (call.graph,)
+        return () if self._is_few(call) else tuple(PARTS)
+
+    def _is_few(self, call: Call) -> bool:
+        """Whether kernels of ours do all of a run of layers."""
+        return self._has_products and call.rows <= HEAD_ROWS
 
     def _enqueued(self, call: Call) -> Callable[[], None]:
         if call.graph in self._engines:
             return super()._enqueued(call)
-        few = self._has_products and call.rows <= HEAD_ROWS
-        steps = self._by_products(call) if few else self._by_engines(call)
+        steps = self._by_products(call) if self._is_few(call) else self._by_engines(call)
 
         def enqueue() -> None:
             for step in steps:

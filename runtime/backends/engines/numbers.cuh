@@ -20,6 +20,7 @@ __device__ inline store narrow(float x) {
 typedef unsigned short store;
 __device__ inline float load(store x) { return __uint_as_float((unsigned)x << 16); }
 __device__ inline store narrow(float x) {
+    if (x != x) return 0x7fc0;  // rounding would carry a NaN into the sign
     unsigned bits = __float_as_uint(x);
     return (store)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }

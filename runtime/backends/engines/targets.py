@@ -77,9 +77,11 @@ HEAD_SIZES = range(16, 257, 8)
 def heads_problem(architecture: Architecture, dialect: str) -> str:
     """What TensorRT wants in place of attention heads that it does not compute; empty if there is no problem.
 
-    An attention in parts takes heads of any size. Of one that is fused, TensorRT itself only reports a failed check in
-    one of its source files.
+    An attention in parts takes heads of any size, and ours what fits into a block's shared memory. Of one that is
+    fused, TensorRT itself only reports a failed check in one of its source files.
     """
+    if dialect == "layers" and architecture.head_dim > HEAD_SIZES[-1]:
+        return f"a head size of at most {HEAD_SIZES[-1]}"
     if dialect != "standard":
         return ""
     if architecture.head_dim not in HEAD_SIZES:

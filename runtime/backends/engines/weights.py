@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,8 @@ class DeviceWeights:
         self.users -= 1
         if not self.users:
             del _HELD[self.key]
-            device.free(self.address)
+            with suppress(Exception):  # after an error that sticks, nothing can be freed
+                device.free(self.address)
 
 
 _HELD: dict[tuple[str, int], DeviceWeights] = {}
@@ -57,19 +59,19 @@ _HELD: dict[tuple[str, int], DeviceWeights] = {}
 
 
 def weights_on_device(bundle: Bundle, device: CudaDevice, progress: Progress = lambda *_: None) -> DeviceWeights:
-    """The weights of a bundle on a device, to be closed when they are no longer used.
+    """The weights of a bundle on a device, to be closed when they are no longer used; for one thread at a time.
 
     Raises:
         BundleError: the file is not what was exported.
         BackendError: not enough device memory.
     """
     record = bundle.manifest.files[WEIGHTS]
-    key = (record.sha256, device.index)
+    key, arrays = (record.sha256, device.index), stored_arrays(bundle)
     if key in _HELD:
         verify_hashes(bundle, progress)  # prompts read their embeddings from this bundle's own file
         _HELD[key].users += 1
         return _HELD[key]
-    arrays, free = stored_arrays(bundle), device.free_bytes()
+    free = device.free_bytes()
     if record.bytes > free:
         raise out_of_memory(bundle.folder, record.bytes, free)
     verify_hashes(bundle, progress, weights=False)
@@ -78,7 +80,8 @@ def weights_on_device(bundle: Bundle, device: CudaDevice, progress: Progress = l
         check_file_hash(bundle, WEIGHTS, _copied(bundle, device, address, progress))
         keep_checked(bundle)
     except BaseException:
-        device.free(address)
+        with suppress(Exception):
+            device.free(address)
         raise
     _HELD[key] = DeviceWeights(address, record.bytes, arrays, key)
     return _HELD[key]

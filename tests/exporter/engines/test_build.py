@@ -425,13 +425,13 @@ def test_what_cannot_be_built_is_told_before_anything_is(
 HEADS = {
     "too small": (
         {"head_dim": 8},
-        "4 attention heads of 8; wanted a head size of 16 to 256 in steps of 8, for TensorRT",
+        "4 attention heads of 8; wanted a head size of 16 to 256 in steps of 8, for the attention of standard",
     ),
     "in between": ({"head_dim": 20}, "4 attention heads of 20; wanted a head size of 16 to 256"),
     "too large": ({"head_dim": 264}, "4 attention heads of 264; wanted a head size of 16 to 256"),
     "one": (
         {"num_attention_heads": 1, "num_key_value_heads": 1},
-        "one head of 64; wanted two attention heads or more, for TensorRT's attention; give --dialect primitive",
+        "one head of 64; wanted two attention heads or more, for the attention of standard; give --dialect layers",
     ),
 }
 

@@ -10,9 +10,10 @@ from tests.standin import HostDevice, StandInTensorRT, put_engines, standin_mode
 import edgeskip
 from edgeskip.runtime.backends import device as devices
 from edgeskip.runtime.backends.engines import library
+from edgeskip.runtime.backends.engines.layers import LayersSession
 from edgeskip.runtime.bundle.layers import has_products
-from edgeskip.runtime.bundle.store import EngineKind
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.bundle.store import EngineKind, read_engines
+from edgeskip.runtime.errors import BackendError, RequestError
 
 PROMPTS = [
     list(map(int, np.random.default_rng(seed).integers(2, 300, length))) for seed, length in enumerate((5, 40, 61))
@@ -64,7 +65,33 @@ def test_a_model_exits_after_any_layer(bundles, tmp_path, monkeypatch):
             assert ours.statistics.accepted == theirs.statistics.accepted
             early = model.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
             assert early == wanted.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
-    with pytest.raises(RequestError, match="exit layer: 9"):
-        edgeskip.load(copied.folder, exit_layer=9)
+    for layer in (9, 0, 1.5, "1"):
+        with pytest.raises(RequestError, match=f"exit layer: {layer}"):
+            edgeskip.load(copied.folder, exit_layer=layer)
+    with pytest.raises(RequestError, match="exit layer: 1; wanted 3: the bundle is cut there"):
+        edgeskip.load(copied.folder, exit_layer=1, device="cpu")
     with pytest.raises(RequestError, match="exit layer: 1; wanted 3: the bundle is cut there"):
         edgeskip.load(copied.folder, exit_layer=1, backend="onnxruntime")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_rounds_may_be_longer_than_chunks_of_a_prompt(dtype, bundles, tmp_path):
+    bundle = bundles("llama-gqa", dtype=dtype, prefill_chunk=2)
+    with standin_model(bundle, tmp_path / "b", HostDevice(), "layers") as model:
+        plain = model.complete(PROMPTS[0], mode="autoregressive", max_new_tokens=20)
+        assert plain.statistics.captured_rounds > 10
+        for k in (4, 16):
+            assert len(model.complete(PROMPTS[0], num_speculations=k, max_new_tokens=20).token_ids) > 0
+
+
+def test_weights_that_cannot_be_freed_do_not_hide_why(bundles, tmp_path, monkeypatch):
+    device = HostDevice()
+
+    def broken(*_):
+        raise RuntimeError("an error that sticks")
+
+    monkeypatch.setattr(device, "free", broken)
+    copied = with_engines(bundles("llama-gqa"), tmp_path / "b", dialect="layers")
+    (engines,) = read_engines(copied)
+    with pytest.raises(BackendError, match="no kernel image"):
+        LayersSession(copied, engines, device, StandInTensorRT(faults=["refuses"]))
