@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from edgeskip.exporter.formats import WRITERS as WRITERS_OF_FORMATS
 from edgeskip.exporter.formats import StoredValue
 from edgeskip.exporter.graphs.writer import DialectWriter, Heads, product_of_input
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -101,10 +100,8 @@ class Primitive(DialectWriter):
         out: Value = op.Mul(op.CastLike(normed, weight), weight)
         return out
 
-    def linear(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
-        """W x^T, transposed, or the format's own product."""
-        if WRITERS_OF_FORMATS[weight.format].products.get(self.name):
-            return super().linear(op, x, weight, bias)
+    def product(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
+        """W x^T, transposed."""
         return product_of_input(op, x, weight, bias)
 
     def _scores(self, op: OpBuilder, q: Value, k: Value) -> Value:

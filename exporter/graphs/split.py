@@ -17,7 +17,7 @@ from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS, Part
-from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, GraphName, Tensor, dimensions
+from edgeskip.runtime.bundle.graphs import Graph, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.layers import COMES, ENDS, PARTS
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord
@@ -44,8 +44,7 @@ def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir
     sizes = graph.dimensions(dimensions(model.architecture, model.capacity))
 
     def declared(tensor: Tensor, shape: tuple[str, ...]) -> tuple[ir.DataType, list[int | str]]:
-        number = model.dtype if tensor.dtype == "float" else tensor.dtype
-        return ONNX_DTYPES[number], [sizes.get(dim, dim) for dim in shape]
+        return ONNX_DTYPES[tensor.number_type(model.dtype)], [sizes.get(dim, dim) for dim in shape]
 
     inputs = {tensor.name: builder.input(tensor.name, *declared(tensor, tensor.shape)) for tensor in graph.inputs}
     if graph.head:
@@ -58,9 +57,8 @@ def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir
         pasts = {i: (inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"]) for i in graph.layers}
         hidden, presents = decoder.layers(inputs[graph.reads], graph.layers, pasts, places)
         outputs = [hidden, *presents]
-    in_place = DIALECTS[dialect].caches == "in-place"
     for tensor, value in zip(graph.outputs, outputs, strict=True):
-        element, shape = declared(tensor, tensor.shape if in_place or not tensor.is_cache else NEW_ROWS)
+        element, shape = declared(tensor, DIALECTS[dialect].output_shape(tensor))
         value.type, value.shape = ir.TensorType(element), ir.Shape(shape)
         builder.add_output(value, tensor.name)
     return writing.finished()

@@ -73,6 +73,6 @@ class StandardInputs(Standard):
 
     name = "standard-inputs"
 
-    def linear(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
+    def product(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
         """W x^T, transposed."""
         return product_of_input(op, x, weight, bias)

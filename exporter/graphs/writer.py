@@ -79,8 +79,12 @@ class DialectWriter(ABC):
         if product := WRITERS_OF_FORMATS[weight.format].products.get(self.name):
             out: Value = product(op, x, weight)
             return out if bias is None else op.Add(out, bias)
+        return self.product(op, x, weight, bias)
+
+    def product(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
+        """The same with the whole matrix."""
         inputs = (x, weight.whole(op)) if bias is None else (x, weight.whole(op), bias)
-        out = op.Gemm(*inputs, transB=1)
+        out: Value = op.Gemm(*inputs, transB=1)
         return out
 
     def gather(self, op: OpBuilder, table: StoredValue, rows: Value) -> Value:

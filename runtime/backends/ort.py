@@ -11,7 +11,7 @@ from typing import Any
 from edgeskip.runtime.backends.device import INSTALL
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
-from edgeskip.runtime.bundle.graphs import NEW_ROWS, GraphName, Tensor, dimensions, past_name
+from edgeskip.runtime.bundle.graphs import GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.bundle.weights import stored_arrays
@@ -47,10 +47,13 @@ class OrtGraphs:
         session, record = self._sessions[graph], self._table[graph]
         dims = record.dimensions(self._dims)
         wanted = [
-            {t.name: (NUMBER_TYPES[self._number(t)].ort, [dims.get(dim, dim) for dim in shape]) for t, shape in tensors}
+            {
+                t.name: (NUMBER_TYPES[t.number_type(self._dtype)].ort, [dims.get(dim, dim) for dim in shape])
+                for t, shape in tensors
+            }
             for tensors in (
                 [(t, t.shape) for t in record.inputs],
-                [(t, self._output_shape(t)) for t in record.outputs],
+                [(t, self._dialect.output_shape(t)) for t in record.outputs],
             )
         ]
         found = [
@@ -63,12 +66,6 @@ class OrtGraphs:
             wanted[0][name] = (number.ort, [rows, *array.shape[1:]])  # of a table, the rows that its head knows
         if found != wanted:
             raise BundleError(path, "its tensors are not those of the manifest", fix="export the bundle again")
-
-    def _number(self, tensor: Tensor) -> str:
-        return self._dtype if tensor.dtype == "float" else tensor.dtype
-
-    def _output_shape(self, tensor: Tensor) -> tuple[str, ...]:
-        return NEW_ROWS if tensor.is_cache and self._dialect.caches == "new-rows" else tensor.shape
 
     def bound(
         self, call: Call, device: str, address: Callable[[str | View], int], run_options: Any = None
@@ -89,7 +86,7 @@ class OrtGraphs:
         views = dict(call.inputs), dict(call.outputs)
 
         def bind(method: Callable[..., None], tensor: Tensor, shape: Sequence[str], place: str | View) -> None:
-            element = NUMBER_TYPES[self._number(tensor)].onnx
+            element = NUMBER_TYPES[tensor.number_type(self._dtype)].onnx
             method(tensor.name, device, 0, element, [dims[dim] for dim in shape], address(place))
 
         for tensor in graph.inputs:
@@ -98,7 +95,7 @@ class OrtGraphs:
             place: str | View = views[1].get(tensor.name) or call.cache(tensor.name)
             if tensor.is_cache and in_place:
                 place = past_name(str(place))
-            bind(binding.bind_output, tensor, self._output_shape(tensor), place)
+            bind(binding.bind_output, tensor, self._dialect.output_shape(tensor), place)
         for node in session.get_inputs():
             if node.name in self._weights:
                 element = NUMBER_TYPES[BY_SAFETENSORS[self._weights[node.name].dtype]].onnx

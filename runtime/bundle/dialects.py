@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edgeskip.runtime.bundle.graphs import NEW_ROWS, Tensor
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -31,6 +33,10 @@ class Dialect:
     def padded(self) -> bool:
         """Whether a call may have more rows than are wanted: the graphs themselves write nothing into the caches."""
         return self.in_parts or self.caches == "new-rows"
+
+    def output_shape(self, tensor: Tensor) -> tuple[str, ...]:
+        """The dimensions of an output: of a cache, those of what is handed back."""
+        return NEW_ROWS if tensor.is_cache and self.caches == "new-rows" else tensor.shape
 
 
 DIALECTS: dict[str, Dialect] = {

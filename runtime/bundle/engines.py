@@ -197,10 +197,9 @@ def check_engines(bundle: Bundle, folder: Path, build: Build) -> Engines:
     Raises:
         BundleError: they were not, or an engine is missing or has another size.
     """
-    path, manifest = folder / BUILD, bundle.manifest
+    path, manifest, engines = folder / BUILD, bundle.manifest, Engines(folder, build)
     again = build_command(bundle, build.backend, build.compute_capability)
-    dialect = ENGINE_DIALECTS[build.dialect]
-    onnx_sha256, profiles = manifest.graph_hashes(dialect), engine_profiles(manifest, dialect)
+    onnx_sha256, profiles = manifest.graph_hashes(engines.dialect), engine_profiles(manifest, engines.dialect)
     if set(build.engines) != set(onnx_sha256):
         found = f"engines of {', '.join(build.engines) or 'nothing'}"
         raise BundleError(path, found, wanted=", ".join(onnx_sha256), fix=again)
@@ -211,12 +210,12 @@ def check_engines(bundle: Bundle, folder: Path, build: Build) -> Engines:
             raise BundleError(path, f"built from another {graph} graph", fix=again)
         if record.profiles != profiles[graph]:
             raise BundleError(path, f"{graph} built for other numbers of rows", fix=again)
-        engine = folder / f"{graph}.engine"
+        engine = engines.path(graph)
         size = engine.stat().st_size if engine.is_file() else None
         if size != record.bytes:
             found = "no such file" if size is None else f"{size} bytes"
             raise BundleError(engine, found, wanted=f"{record.bytes} bytes, as built", fix=again)
-    return Engines(folder, build)
+    return engines
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Literal
 
 from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.errors import RequestError
 
 GraphName = str
@@ -51,6 +52,10 @@ class Tensor:
     def is_cache(self) -> bool:
         """Whether this is a KV cache, before or after the call."""
         return self.name.startswith(("past_key_values.", "present."))
+
+    def number_type(self, dtype: DType) -> str:
+        """The type of its numbers in a bundle with this dtype."""
+        return dtype if self.dtype == "float" else self.dtype
 
 
 NEW_ROWS = ("B", "N", "T", "D")

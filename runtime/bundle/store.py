@@ -33,6 +33,7 @@ from edgeskip.runtime.bundle.engines import (
     read_build,
 )
 from edgeskip.runtime.bundle.manifest import Bundle, Progress, read_bundle
+from edgeskip.runtime.cache import size_of
 from edgeskip.runtime.errors import BundleError, RequestError, reason
 from edgeskip.runtime.files import discard, put_back, sweep, trusted_folder, whole_folder
 
@@ -266,7 +267,7 @@ def stored_sets() -> list[StoredSet]:
     Raises:
         BundleError: there is no cache that can be trusted.
     """
-    sets = [StoredSet(folder, _bytes_in(folder), _last_used(folder)) for folder in _folders(trusted_folder(KIND))]
+    sets = [StoredSet(folder, size_of(folder), _last_used(folder)) for folder in _folders(trusted_folder(KIND))]
     return sorted(sets, key=lambda one: -one.last_used)
 
 
@@ -301,13 +302,6 @@ def _folders(root: Path) -> list[Path]:
         return []
     except OSError as error:
         raise BundleError(root, f"cannot be read ({reason(error)})") from None
-
-
-def _bytes_in(folder: Path) -> int:
-    try:
-        return sum(path.lstat().st_size for path in folder.iterdir())
-    except OSError:  # it went away
-        return 0
 
 
 def _last_used(folder: Path) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ LEAST_SM = 80
 """The first with these tensor cores' instructions for both fp16 and bf16."""
 
 
+@cache
 def source(name: str) -> str:
     """The source of a kernel file, with what all of them share before it."""
     return "".join((HERE / part).read_text(encoding="utf-8") for part in ("numbers.cuh", name))

@@ -17,10 +17,9 @@ from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray,
 from edgeskip.runtime.backends.engines.library import make_logger
 from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.engines.weights import weights_on_device
-from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, NEW_ROWS, GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.layers import files_of, weight_of
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.tensors import TABLES
@@ -70,9 +69,9 @@ class TrtSession(CudaSession):
         progress: Progress = lambda *_: None,
     ) -> None:
         self._library, self._build = library, engines.build
-        self.dialect = engines.build.dialect
-        dialect = ENGINE_DIALECTS[self.dialect]
-        self._files, self._new_rows = files_of(bundle.manifest.graphs, dialect), dialect.caches == "new-rows"
+        self.dialect, self._conventions = engines.build.dialect, engines.dialect
+        self._files = files_of(bundle.manifest.graphs, self._conventions)
+        self._new_rows = self._conventions.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int, int], Any] = {}
         self._aligned: dict[tuple[View, int], DeviceArray] = {}
@@ -128,7 +127,7 @@ class TrtSession(CudaSession):
             return getattr(dtypes, NUMBER_TYPES[number].tensorrt), shape
 
         wanted = {
-            tensor.name: expected(self._number(tensor), self._shape(graph, tensor, -1))
+            tensor.name: expected(tensor.number_type(self._dtype), self._shape(graph, tensor, -1))
             for tensor in (*record.inputs, *record.outputs)
         }
         for name in found:
@@ -145,12 +144,9 @@ class TrtSession(CudaSession):
             if alias != past:
                 raise BundleError(path, f"{present_name(past)} is not {past} updated in place but {alias}", fix=again)
 
-    def _number(self, tensor: Tensor) -> str:
-        return self._dtype if tensor.dtype == "float" else tensor.dtype
-
     def _shape(self, graph: GraphName, tensor: Tensor, rows: int) -> tuple[int, ...]:
         record = self._files[graph]
-        shape = NEW_ROWS if self._new_rows and tensor.is_cache and tensor in record.outputs else tensor.shape
+        shape = self._conventions.output_shape(tensor) if tensor in record.outputs else tensor.shape
         sizes = record.dimensions(self._dims) | {"T": rows}
         return tuple(sizes[dim] for dim in shape)
 
@@ -217,11 +213,8 @@ class TrtSession(CudaSession):
         """Binds an engine to addresses and, if it is a part of layers, to the weights of these: the one that ends and
         the one that comes. Calling the result enqueues it.
         """
-        engine, context, stream = (
-            self._engines[graph],
-            self._context(graph, profile, rows),
-            int(self._device.stream.handle),
-        )
+        engine, context = self._engines[graph], self._context(graph, profile, rows)
+        stream = int(self._device.stream.handle)
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if (weight := weight_of(name, *layers)) in self._weights.arrays:
