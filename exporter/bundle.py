@@ -15,10 +15,13 @@ from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
+from edgeskip.exporter.quantization.choice import Bits, FormatChoice, chosen_formats
+from edgeskip.exporter.quantization.quantizer import SEARCH
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dialects import dialects_of
 from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import BlockSize, is_quantized
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
@@ -62,7 +65,11 @@ class ExportSettings:
         other_exits: exit layers besides E from which the bundle can draft.
         draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from.
         picker: how the heads pick tokens.
-        formats: formats of tensors that are not stored in the dtype, by name.
+        weights: the format of the layers' matrices; by default the dtype.
+        head: that of the tables of tokens; by default int8 where `weights` are given, and else the dtype.
+        layers: formats of single layers or ranges, such as `0-3=int8`.
+        block_size: numbers that share a scale, in 4 bits.
+        formats: formats of single tensors by name, before all of these.
     """
 
     exit_layer: int
@@ -73,6 +80,10 @@ class ExportSettings:
     other_exits: tuple[int, ...] = ()
     draft_vocabulary: int | None = None
     picker: str = "greedy"
+    weights: Bits | None = None
+    head: FormatChoice | None = None
+    layers: tuple[str, ...] = ()
+    block_size: BlockSize = 32
     formats: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,25 +97,26 @@ def export_bundle(
     """Splits a checkpoint and writes the bundle; `warn` gets a line where the dtype may not hold the numbers.
 
     Raises:
-        RequestError: an exit layer, length or speculation length that the model cannot have.
+        RequestError: an exit layer, length, speculation length or format that the model cannot have.
         CheckpointError: tensors that do not fit the config or the dtype.
         BundleError: the destination exists or cannot be written.
     """
     capacity = _check_settings(checkpoint, settings)
     architecture = checkpoint.architecture
-    layout = plan_weights(checkpoint, settings.dtype, capacity, settings.formats)
+    formats = _formats(architecture, settings)
+    layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
     graphs = graph_table(architecture.num_layers, exits, heads)
-    texts = _text_files(checkpoint)
+    texts, quantizer = _text_files(checkpoint), SEARCH
     if settings.dtype == "fp16" and (found := beyond_fp16(checkpoint)):
         warn(
             f"{found.tensor} gives numbers of about {found.value:.0e}, and fp16 ends at {LARGEST_FP16:.0f}; "
             "export in bf16 or fp32, or compare the bundle with `edgeskip check`"
         )
     with whole_folder(destination, layout.bytes) as folder:
-        files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, progress)}
+        files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, quantizer, progress)}
         model = Model(architecture, settings.dtype, capacity, layout.tensors, layout.arrays)
-        for dialect in DIALECTS.values():
+        for dialect in dialects_of(formats.values()).values():
             for name, graph in files_of(graphs, dialect).items():
                 proto = ir.to_proto(split_graph(name, graph, model, dialect.name))
                 file = dialect.file.format(name)
@@ -118,7 +130,7 @@ def export_bundle(
             exit_layer=settings.exit_layer,
             exit_layers=exits,
             dtype=settings.dtype,
-            formats=dict(settings.formats),
+            formats=formats,
             max_length=capacity,
             num_speculations=settings.num_speculations,
             prefill_chunk=min(settings.prefill_chunk, capacity),
@@ -130,6 +142,7 @@ def export_bundle(
             files=files,
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
             split_special_tokens=checkpoint.tokenizer.split_special_tokens,
+            quantization=quantizer.record if is_quantized(formats.values()) else None,
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Bundle(destination, manifest)
@@ -146,9 +159,6 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
         reason = f"its attention window is {window}" if window == context else "the model's context"
         raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
     check_num_speculations(settings.num_speculations)
-    tensors = bundle_tensors(checkpoint.architecture, capacity, settings.dtype)
-    if problem := formats_problem(settings.formats, tensors, settings.dtype):
-        raise RequestError("formats", problem)
     if settings.picker not in PICKERS:
         raise RequestError("picker", settings.picker, wanted=" or ".join(PICKERS))
     vocab_size = checkpoint.architecture.vocab_size
@@ -157,6 +167,15 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity
+
+
+def _formats(architecture: Architecture, settings: ExportSettings) -> dict[str, str]:
+    """The formats of tensors that are not stored in the dtype, by name."""
+    s = settings
+    formats = chosen_formats(architecture, s.dtype, s.weights, s.head, s.layers, s.block_size) | dict(s.formats)
+    if problem := formats_problem(formats, bundle_tensors(architecture, 0, s.dtype), s.dtype):
+        raise RequestError("formats", problem)
+    return formats
 
 
 def _heads(architecture: Architecture, settings: ExportSettings) -> dict[GraphName, HeadRecord]:

@@ -1,12 +1,20 @@
 """How formats of stored tensors are written and how graphs read them; runtime/bundle/formats.py says what they hold.
 
-A new format is one entry there and one here.
+A new format is one entry there and one here. The quantized formats have the same bytes for every dialect:
+
+    standard   int4: declared INT4 [N,K];  int8: INT8 [N,K]       -> DequantizeLinear -> Gemm
+    ort        declared UINT8 [N, K/B, bytes of a block]          -> BitwiseXor -> MatMulNBits
+
+The XOR turns two's complement into numbers counted from the lowest one, as MatMulNBits takes them where there are no
+zero points; ONNX Runtime folds it while loading. Rows of a table are gathered from its parts: no table is dequantized
+for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +23,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
+from edgeskip.exporter.quantization.search import encoded_rows
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
+from edgeskip.runtime.bundle.formats import BLOCK_SIZES, FORMATS, SCALES
 
 Array = npt.NDArray[Any]
 Value = ir.Value
@@ -28,18 +38,34 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
 ONNX_DTYPES = {name: ir.DataType(number.onnx) for name, number in NUMBER_TYPES.items()}
 
 
+Spelling = tuple[ir.DataType, tuple[int, ...]]
+"""The type and the shape that a graph gives to the bytes of a part."""
+
+
 @dataclass(frozen=True)
 class StoredValue:
-    """A stored tensor within a graph: its format, the values of its parts, and the dtype that is computed in."""
+    """A stored tensor within a graph: its format, its shape, and the dtype that is computed in.
+
+    `declare` gives a part by its suffix, as it is stored or spelled in another way.
+    """
 
     format: str
-    parts: tuple[Value, ...]
     shape: tuple[int, ...]
     dtype: ir.DataType
+    declare: Callable[[str, Spelling | None], Value]
+
+    def part(self, suffix: str = "", spelled: Spelling | None = None) -> Value:
+        """A part, as it is stored or as it is spelled here."""
+        return self.declare(suffix, spelled)
 
     def whole(self, op: OpBuilder) -> Value:
         """The tensor in the dtype."""
-        return WRITERS[self.format].read(op, self.parts, self.dtype)
+        return WRITERS[self.format].whole(op, self)
+
+
+def _gather_of_whole(op: OpBuilder, table: StoredValue, rows: Value) -> Value:
+    out: Value = op.Gather(table.whole(op), rows)
+    return out
 
 
 @dataclass(frozen=True)
@@ -47,18 +73,32 @@ class FormatWriter:
     """A format on the exporter's side.
 
     `encode` turns rows of the checkpoint [n, ...] into the same rows of each part, in the types that the format's parts
-    have in a bundle of this dtype. `read` gives the tensor in the bundle's dtype within a graph, from its parts, with
-    ONNX operators that every dialect has. Where a dialect has an operator that reads the parts themselves, it stands in
-    `products` (x [rows, in] -> x W^T) or `gathers` (row numbers -> rows), by the dialect's name. `declare` is how a
-    graph of a dialect spells a part's bytes, where that is not as they are stored: type and shape, from the dialect's
-    name, the part's suffix and its stored shape.
+    have in a bundle of this dtype. `whole` gives the tensor in the bundle's dtype within a graph, and `gather` its rows
+    by number, [...] -> [..., K], with ONNX operators. `products` (x [..., K] -> x W^T [..., N]) and `gathers` have, by
+    the dialect's name, what stands in for these where a dialect has operators that read the parts themselves; a product
+    may be None for a shape that it does not serve.
     """
 
     encode: Callable[[Array, DType], Sequence[Array]]
-    read: Callable[[OpBuilder, Sequence[Value], ir.DataType], Value]
-    products: Mapping[str, Callable[[OpBuilder, Value, StoredValue], Value]] = field(default_factory=dict)
+    whole: Callable[[OpBuilder, StoredValue], Value]
+    gather: Callable[[OpBuilder, StoredValue, Value], Value] = _gather_of_whole
+    products: Mapping[str, Callable[[OpBuilder, Value, StoredValue], Value | None]] = field(default_factory=dict)
     gathers: Mapping[str, Callable[[OpBuilder, StoredValue, Value], Value]] = field(default_factory=dict)
-    declare: Callable[[str, str, tuple[int, ...]], tuple[ir.DataType, tuple[int, ...]] | None] = lambda *_: None
+
+
+def own_product(dialect: str, op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
+    """X W^T by the operators that a dialect has for the weight's format, [..., K] -> [..., N]; None if it has none."""
+    product = WRITERS[weight.format].products.get(dialect)
+    return product(op, x, weight) if product else None
+
+
+def gathered(dialect: str, op: OpBuilder, table: StoredValue, rows: Value) -> Value:
+    """Rows of a table [N,K] by number, [...] -> [..., K]."""
+    writer = WRITERS[table.format]
+    return writer.gathers.get(dialect, writer.gather)(op, table, rows)
+
+
+# Plain formats
 
 
 def _cast_to(number: str) -> Callable[[Array, DType], Sequence[Array]]:
@@ -69,9 +109,105 @@ def _cast_to(number: str) -> Callable[[Array, DType], Sequence[Array]]:
     return encode
 
 
-def _as_stored(_: OpBuilder, parts: Sequence[Value], __: ir.DataType) -> Value:
-    return parts[0]
+def _as_stored(_: OpBuilder, stored: StoredValue) -> Value:
+    return stored.part()
 
 
-WRITERS: dict[str, FormatWriter] = {name: FormatWriter(_cast_to(name), _as_stored) for name in ("fp32", "fp16", "bf16")}
+# Quantized formats
+
+_COM = "com.microsoft"
+_ORT_BLOCKS = (128, 64, 32, 16)
+"""Sizes of blocks of 8 bits that MatMulNBits takes, the best first."""
+
+
+def _int4_whole(op: OpBuilder, stored: StoredValue) -> Value:
+    numbers = stored.part("", (ir.DataType.INT4, stored.shape))
+    out: Value = op.DequantizeLinear(numbers, stored.part(SCALES), axis=1, block_size=_block_size(stored))
+    return out
+
+
+def _int8_whole(op: OpBuilder, stored: StoredValue) -> Value:
+    out: Value = op.DequantizeLinear(stored.part(), stored.part(SCALES, (stored.dtype, stored.shape[:1])), axis=0)
+    return out
+
+
+def _int4_rows(op: OpBuilder, stored: StoredValue, rows: Value) -> Value:
+    """Both numbers of each byte, from 0 to 15 after the XOR, less 8, times the scales of their blocks."""
+    middle, low = _word(op, 0x88), _word(op, 0x0F)
+    pairs = op.BitwiseXor(op.Gather(stored.part(), rows), middle)
+    halves = [op.BitwiseAnd(pairs, low), op.BitShift(pairs, _word(op, 4), direction="RIGHT")]
+    numbers = op.Concat(*(op.Unsqueeze(half, [-1]) for half in halves), axis=-1)
+    return _scaled_rows(op, stored, rows, op.Sub(op.Cast(numbers, to=stored.dtype), _number(op, 8, stored.dtype)))
+
+
+def _int8_rows(op: OpBuilder, stored: StoredValue, rows: Value) -> Value:
+    return _scaled_rows(op, stored, rows, op.Cast(op.Gather(stored.part(), rows), to=stored.dtype))
+
+
+def _scaled_rows(op: OpBuilder, stored: StoredValue, rows: Value, numbers: Value) -> Value:
+    """Numbers of rows [B,T,...], K to a row, times their scales -> [B,T,K]."""
+    columns = stored.shape[1]
+    blocks = op.Reshape(numbers, [0, 0, -1, _block_size(stored)])
+    scales = op.Unsqueeze(op.Gather(stored.part(SCALES), rows), [-1])
+    out: Value = op.Reshape(op.Mul(blocks, scales), [0, 0, columns])
+    return out
+
+
+def _int4_product(op: OpBuilder, x: Value, weight: StoredValue) -> Value:
+    return _n_bits_product(op, x, weight, _block_size(weight), weight.part(SCALES))
+
+
+def _int8_product(op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
+    """With the scale of a row as that of each of its blocks."""
+    n, k = weight.shape
+    block_size = next((size for size in _ORT_BLOCKS if k % size == 0), None)
+    if block_size is None:
+        return None
+    scales = op.Expand(weight.part(SCALES), op.Constant(value_ints=[n, k // block_size]))
+    return _n_bits_product(op, x, weight, block_size, scales)
+
+
+def _n_bits_product(op: OpBuilder, x: Value, weight: StoredValue, block_size: int, scales: Value) -> Value:
+    (n, k), bits = weight.shape, FORMATS[weight.format].bits or 8
+    numbers = weight.part("", (ir.DataType.UINT8, (n, k // block_size, block_size * bits // 8)))
+    counted = op.BitwiseXor(numbers, _word(op, 0x88 if bits == 4 else 0x80))
+    settings = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": 4}
+    out: Value = op.MatMulNBits(x, counted, scales, **settings, _domain=_COM)
+    return out
+
+
+def _int4_gather(op: OpBuilder, table: StoredValue, rows: Value) -> Value:
+    numbers = table.part("", (ir.DataType.INT4, table.shape))
+    settings = {"gather_axis": 0, "quantize_axis": 1, "block_size": _block_size(table)}
+    out: Value = op.GatherBlockQuantized(numbers, rows, table.part(SCALES), **settings, _domain=_COM)
+    return out
+
+
+def _block_size(stored: StoredValue) -> int:
+    """Numbers that have a scale in common."""
+    return FORMATS[stored.format].block_size or stored.shape[1]
+
+
+def _word(op: OpBuilder, number: int) -> Value:
+    out: Value = op.Constant(value=ir.tensor(np.array(number, np.uint8)))
+    return out
+
+
+def _number(op: OpBuilder, number: int, dtype: ir.DataType) -> Value:
+    out: Value = op.Constant(value=ir.tensor(np.array(number, dtype.numpy())))
+    return out
+
+
+def _writer(format_: str) -> FormatWriter:
+    encode = partial(encoded_rows, format_)
+    if format_ == "int8":
+        return FormatWriter(encode, _int8_whole, _int8_rows, products={"ort": _int8_product})
+    products, gathers = {"ort": _int4_product}, {"ort": _int4_gather}
+    return FormatWriter(encode, _int4_whole, _int4_rows, products=products, gathers=gathers)
+
+
+WRITERS: dict[str, FormatWriter] = {
+    **{name: FormatWriter(_cast_to(name), _as_stored) for name in ("fp32", "fp16", "bf16")},
+    **{name: _writer(name) for name in ("int8", *(f"int4-{size}" for size in BLOCK_SIZES))},
+}
 """By the format's name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,10 @@ import numpy.typing as npt
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
 from edgeskip.exporter.formats import NUMPY_DTYPES, WRITERS
 from edgeskip.exporter.index import READABLE
+from edgeskip.exporter.quantization.quantizer import SEARCH, Quantizer
 from edgeskip.runtime.bundle.architecture import Rope
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.manifest import FileRecord, Progress
 from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord, bundle_tensors
 from edgeskip.runtime.bundle.weights import StoredArray, header_of, lay_out
@@ -63,9 +64,15 @@ def plan_weights(
 
 
 def write_weights(
-    checkpoint: Checkpoint, layout: WeightsLayout, path: Path, progress: Progress = lambda *_: None
+    checkpoint: Checkpoint,
+    layout: WeightsLayout,
+    path: Path,
+    quantizer: Quantizer = SEARCH,
+    progress: Progress = lambda *_: None,
 ) -> FileRecord:
-    """Streams the weights into `path`, converted to the layout's dtype, and hashes them on the way.
+    """Streams the weights into `path`, each tensor in its format, and hashes them on the way.
+
+    The quantizer finds the numbers and scales of those that are quantized.
 
     Raises:
         CheckpointError: a value is not finite in the wanted dtype.
@@ -89,7 +96,7 @@ def write_weights(
 
         write(layout.header)
         for record in layout.tensors.values():
-            for suffix, block in _encoded(checkpoint, reader, record, layout.dtype):
+            for suffix, block in _parts(record, _encoded(checkpoint, reader, record, layout.dtype, quantizer)):
                 if suffix is not None:
                     write(b"\0" * (layout.arrays[record.name + suffix].offset - written))
                 write(_bytes(block))
@@ -147,23 +154,33 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
 
 
 def _encoded(
-    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
+    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType, quantizer: Quantizer
+) -> Iterator[Sequence[npt.NDArray[Any]]]:
+    """Blocks of a tensor's rows, each as the same rows of every part."""
+    rows = _rows(checkpoint, reader, record, dtype)
+    if is_quantized([record.format]):
+        return quantizer.encoded(record, rows, dtype)
+    return (WRITERS[record.format].encode(block, dtype) for block in rows)
+
+
+def _parts(
+    record: TensorRecord, encoded: Iterable[Sequence[npt.NDArray[Any]]]
 ) -> Iterator[tuple[str | None, npt.NDArray[Any]]]:
-    """A tensor's parts in order, in blocks of rows, with each part's suffix on its first block.
+    """The parts in order, in blocks of rows, with each part's suffix on its first block.
 
     The first part is the large one and is streamed; the others wait until it ends.
     """
-    format_, encode = FORMATS[record.format], WRITERS[record.format].encode
-    waiting: list[list[npt.NDArray[Any]]] = [[] for _ in format_.parts[1:]]
+    first, *others = FORMATS[record.format].parts
+    waiting: list[list[npt.NDArray[Any]]] = [[] for _ in others]
     begun = False
-    for rows in _rows(checkpoint, reader, record, dtype):
-        first, *others = encode(rows, dtype)
-        yield (None if begun else format_.parts[0].suffix), first
+    for block, *rest in encoded:
+        yield (None if begun else first.suffix), block
         begun = True
-        for kept, block in zip(waiting, others, strict=True):
-            kept.append(block)
-    for part, blocks in zip(format_.parts[1:], waiting, strict=True):
-        yield part.suffix, np.concatenate(blocks)
+        for kept, one in zip(waiting, rest, strict=True):
+            kept.append(one)
+    for part, blocks in zip(others, waiting, strict=True):
+        for i, block in enumerate(blocks):
+            yield (None if i else part.suffix), block
 
 
 def _rows(

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from edgeskip.exporter.quantization.choice import Bits, FormatChoice, LayersChoice
 from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.architecture import MOST_SIZE, Size
 from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import BlockSize
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.errors import RecipeError
@@ -41,6 +43,10 @@ class ExportRecipe:
         shape: the published shape that stands for its config.json where the checkpoint is not at hand.
         dtype: that of weights, activations and caches; by default the device's.
         max_length: cache capacity in tokens; by default the device's.
+        weights: the format of the layers' matrices; by default the dtype.
+        head: that of the head and the token embeddings; by default int8 where `weights` are given, and else the dtype.
+        layers: formats of single layers or ranges, such as `0-3=int8`.
+        block_size: numbers that share a scale, in 4 bits; by default what suits the device.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
 
@@ -51,6 +57,10 @@ class ExportRecipe:
     shape: str | None = None
     dtype: DType | None = None
     max_length: Capacity | None = None
+    weights: Bits | None = None
+    head: FormatChoice | None = None
+    layers: tuple[LayersChoice, ...] = ()
+    block_size: BlockSize | None = None
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,6 +161,11 @@ def load_device(name: str) -> Device:
         RecipeError: there is none, or it is malformed.
     """
     return read_recipe(find_file(name, (DEVICES,), "device"), Device)
+
+
+def default_block_size(device: Device | None) -> BlockSize:
+    """Numbers that share a scale in 4 bits: few for ONNX Runtime, and the fewest that TensorRT is fast with."""
+    return 32 if device is None or device.backends[0] == "onnxruntime" else 64
 
 
 def checkpoint_source(recipe: ExportRecipe, path: Path) -> str:

@@ -118,8 +118,9 @@ class _Reader:
         if origin in (Union, types.UnionType):  # X | None
             return None if value is None else self.value(arguments[0], value, place)
         if origin is Literal:
-            if value not in arguments:
-                nearest = difflib.get_close_matches(str(value)[:100], arguments, n=1)
+            if value not in arguments or type(value) not in map(type, arguments):
+                texts = [argument for argument in arguments if isinstance(argument, str)]
+                nearest = difflib.get_close_matches(str(value)[:100], texts, n=1)
                 fix = f"did you mean {nearest[0]!r}?" if nearest else ""
                 raise self.error(place, f"found {value!r}", wanted=" or ".join(map(repr, arguments)), fix=fix)
             return value

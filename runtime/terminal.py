@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,13 @@ from rich.progress import Progress as Bar
 from rich.segment import Segment
 from rich.table import Table
 
-from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.layers import files_of
 
 if TYPE_CHECKING:
+    from edgeskip.runtime.bundle.dtypes import DType
     from edgeskip.runtime.bundle.manifest import Bundle, Progress
+    from edgeskip.runtime.bundle.tensors import TensorRecord
     from edgeskip.runtime.decoding.model import Generation, Model, Piece
     from edgeskip.runtime.decoding.session import Memory
     from edgeskip.runtime.decoding.statistics import Statistics
@@ -130,7 +134,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         graphs_table.add_row(name, layers, *cells)
     console.print(graphs_table)
     if m.formats:
-        console.print(shown("formats: " + ", ".join(f"{name} {format_}" for name, format_ in m.formats.items())))
+        console.print(shown(f"quantized: {formats_text(m.tensors, m.dtype)}"))
     files = Table(box=None, pad_edge=False)
     files.add_column("file")
     files.add_column("MB", justify="right")
@@ -139,9 +143,42 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         files.add_row(name, f"{record.bytes / 1e6:.2f}", record.sha256[:16])
     console.print(files)
     dialects = {
-        name: dialect.file.format(next(iter(files_of(m.graphs, dialect)))) for name, dialect in DIALECTS.items()
+        name: dialect.file.format(next(iter(files_of(m.graphs, dialect)))) for name, dialect in m.dialects.items()
     }
     console.print(f"dialects: {', '.join(f'{name} ({first}, ...)' for name, first in dialects.items())}")
+
+
+def formats_text(tensors: Mapping[str, TensorRecord], dtype: DType) -> str:
+    """Which matrices are stored in which format (`weights int4-32, head int8, layers 0-3 int8`), their bytes, and the
+    bits that a weight takes with its share of the scales.
+    """
+    matrices = [tensor for tensor in tensors.values() if tensor.is_matrix]
+    by_layer: dict[int | None, list[str]] = {}
+    for tensor in matrices:
+        by_layer.setdefault(tensor.layer, []).append(tensor.format)
+    tables = by_layer.pop(None)
+    layers = {layer: " and ".join(sorted({*formats})) for layer, formats in by_layer.items() if layer is not None}
+    weights, _ = Counter(layers.values()).most_common(1)[0]
+    others: dict[str, list[int]] = {}
+    for layer, formats in layers.items():
+        if formats != weights:
+            others.setdefault(formats, []).append(layer)
+    texts = [f"weights {weights}", f"head {' and '.join(sorted({*tables}))}"]
+    texts += [f"layers {_ranges(chosen)} {formats}" for formats, chosen in others.items()]
+    size = sum(FORMATS[tensor.format].bytes(tensor.shape, dtype) for tensor in matrices)
+    bits = 8 * size / sum(math.prod(tensor.shape) for tensor in matrices)
+    return f"{', '.join(texts)}; {size / 1e6:.1f} MB, {bits:.2f} bits per weight"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order as `0-3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -150,13 +150,14 @@ def rows_in_8_bits(monkeypatch):
         scales = np.abs(rows.astype(np.float32)).max(axis=1) / 127
         return np.rint(rows / scales[:, None]).astype(np.int8), scales
 
-    def read(op, parts, _):
-        return op.Mul(op.CastLike(parts[0], parts[1]), op.Unsqueeze(parts[1], [1]))
+    def whole(op, stored):
+        scales = stored.part(".scale")
+        return op.Mul(op.CastLike(stored.part(), scales), op.Unsqueeze(scales, [1]))
 
     parts = (Part("", "int8", lambda shape: shape), Part(".scale", "fp32", lambda shape: shape[:1]))
     decoded = Format("test8", parts, lambda parts, _: parts[0].astype(np.float32) * parts[1][..., None])
     monkeypatch.setitem(formats.FORMATS, "test8", decoded)
-    monkeypatch.setitem(exporter_formats.WRITERS, "test8", exporter_formats.FormatWriter(encode, read))
+    monkeypatch.setitem(exporter_formats.WRITERS, "test8", exporter_formats.FormatWriter(encode, whole))
     return encode
 
 
@@ -198,8 +199,8 @@ def test_a_format_has_a_product_of_its_own_where_a_dialect_has_one(
     """As a dialect with a kernel for it would have: it reads the parts, and another dialect the whole tensor."""
 
     def product(op, x, weight):
-        numbers, scales = weight.parts
-        return op.Mul(op.MatMul(x, op.Transpose(op.CastLike(numbers, x), perm=[1, 0])), scales)
+        numbers = op.Transpose(op.CastLike(weight.part(), x), perm=[1, 0])
+        return op.Mul(op.MatMul(x, numbers), weight.part(".scale"))
 
     names = ["lm_head.weight", "model.layers.0.mlp.down_proj.weight"]
     plain = exported(checkpoints("llama-gqa"), tmp_path / "plain", formats=dict.fromkeys(names, "test8"))

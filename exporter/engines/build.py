@@ -28,7 +28,6 @@ from edgeskip.runtime.backends.engines.library import MODULES, import_tensorrt, 
 from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     VERSIONS,
-    dialect_for,
     dtype_problem,
     heads_problem,
     versions_text,
@@ -108,7 +107,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     limit_bytes()
     library = _library(settings.backend)
     version = str(library.__version__)
-    dialect = _dialect(settings, version)
+    dialect = _dialect(bundle, settings, version)
     targets = _targets(library, settings)
     _check_heads(bundle, dialect)
     had: dict[Target, Engines] = {}
@@ -136,14 +135,19 @@ def _library(backend: EngineBackend) -> Any:
         raise no_gpu(wanted, "build there, or with --backend tensorrt-rtx") from None
 
 
-def _dialect(settings: BuildSettings, version: str) -> str:
-    """The dialect to build from: the one that was asked for, or the best that this version reads."""
-    best, backend = dialect_for(settings.backend, version), settings.backend
-    if best is None:
+def _dialect(bundle: Bundle, settings: BuildSettings, version: str) -> str:
+    """The dialect to build from: the one that was asked for, or the best that the bundle has and this version reads."""
+    backend, has = settings.backend, bundle.manifest.engine_dialects
+    reads = [name for name, least in VERSIONS[backend].items() if version_numbers(version) >= least]
+    if not reads:
         raise BackendError(f"{MODULES[backend]} {version}", "too old", wanted=versions_text(backend))
+    best = next(name for name in reads if name in has)
     dialect = settings.dialect or best
-    if version_numbers(version) < (least := VERSIONS[backend][dialect]):
-        place, wanted = f"{MODULES[backend]} {version}", f"{'.'.join(map(str, least))} or later"
+    if dialect not in has:
+        found = f"quantized bundles have engines of {' or '.join(has)} only"
+        raise RequestError(f"--dialect {dialect}", found, fix=f"give --dialect {best}")
+    if dialect not in reads:
+        place, wanted = f"{MODULES[backend]} {version}", f"{'.'.join(map(str, VERSIONS[backend][dialect]))} or later"
         raise BackendError(place, f"does not read the {dialect} dialect", wanted=wanted, fix=f"give --dialect {best}")
     return dialect
 
@@ -195,9 +199,8 @@ def _check_heads(bundle: Bundle, dialect: str) -> None:
     if wanted := heads_problem(a, dialect):
         other = "layers" if dialect == "standard" and not heads_problem(a, "layers") else "primitive"
         found = f"{a.num_heads} attention heads of {a.head_dim}" if a.num_heads > 1 else f"one head of {a.head_dim}"
-        raise RequestError(
-            bundle.folder, found, wanted=f"{wanted}, for the attention of {dialect}", fix=f"give --dialect {other}"
-        )
+        fix = f"give --dialect {other}" if other in bundle.manifest.engine_dialects else "export it without --weights"
+        raise RequestError(bundle.folder, found, wanted=f"{wanted}, for the attention of {dialect}", fix=fix)
 
 
 def _build(bundle: Bundle, kind: EngineKind, gpu: str | None, progress: Progress) -> Engines:

@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from edgeskip.exporter.formats import WRITERS as WRITERS_OF_FORMATS
-from edgeskip.exporter.formats import StoredValue
+from edgeskip.exporter.formats import StoredValue, own_product
 from edgeskip.exporter.graphs.standard import Standard
 from edgeskip.exporter.graphs.writer import DialectWriter, Heads, Norm
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -52,9 +51,10 @@ class _Ort(DialectWriter):
         return out
 
     def logits(self, op: OpBuilder, hidden: Value, table: StoredValue) -> Value:
-        """Without reshapes, each of which would copy the logits, where the format has no product of its own."""
-        if WRITERS_OF_FORMATS[table.format].products.get(self.name):
-            return super().logits(op, hidden, table)
+        """Without reshapes, each of which would copy the logits."""
+        own = own_product(self.name, op, hidden, table)
+        if own is not None:
+            return own
         out: Value = op.FusedMatMul(hidden, table.whole(op), transB=1, _domain="com.microsoft")
         return out
 

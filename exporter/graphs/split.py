@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-from edgeskip.exporter.formats import ONNX_DTYPES, StoredValue
-from edgeskip.exporter.formats import WRITERS as FORMAT_WRITERS
+from edgeskip.exporter.formats import ONNX_DTYPES, Spelling, StoredValue
 from edgeskip.exporter.graphs.decoder import Decoder
 from edgeskip.exporter.graphs.dialects import WRITERS as DIALECT_WRITERS
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.bundle.formats import FORMATS, Part
+from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, DType
 from edgeskip.runtime.bundle.graphs import Graph, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.layers import COMES, ENDS, PARTS
 from edgeskip.runtime.bundle.manifest import WEIGHTS
@@ -106,28 +105,38 @@ def begin(name: str, model: Model, dialect: str) -> Writing:
 
 
 def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[..., StoredValue]:
-    """The bundle's tensors in a graph: each part once, as an initializer or as an input by the dialect's convention."""
-    values: dict[tuple[str, int | None], StoredValue] = {}
-    as_inputs = DIALECTS[dialect].weights == "inputs"
+    """The bundle's tensors in a graph, by the dialect's convention: as inputs, each in the dtype whatever the file has,
+    or as initializers, one for each way in which a part is spelled.
+    """
+    conventions, dtype = DIALECTS[dialect], ONNX_DTYPES[model.dtype]
+    inputs: dict[tuple[str, int], ir.Value] = {}
+    initializers: dict[tuple[str, int, Spelling | None], ir.Value] = {}
 
-    def part(record: TensorRecord, one: Part, rows: int | None) -> ir.Value:
-        name, number = record.name + one.suffix, one.number_type(model.dtype)
-        array, count = model.arrays[name], record.shape[0] if rows is None else rows
-        shape = (array.shape[0] * count // record.shape[0], *array.shape[1:])
-        declared = FORMAT_WRITERS[record.format].declare(dialect, one.suffix, shape)
-        element, spelled = declared or (ONNX_DTYPES[number], shape)
-        if as_inputs:
-            return builder.input(_input_name(name) if DIALECTS[dialect].in_parts else name, element, list(spelled))
-        size = array.bytes * count // record.shape[0]
-        tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(spelled), name=name)
-        return builder.initializer(tensor, name, qualify=False)
+    def input_(record: TensorRecord, rows: int) -> ir.Value:
+        if (record.name, rows) not in inputs:
+            name = _input_name(record.name) if conventions.in_parts else record.name
+            inputs[record.name, rows] = builder.input(name, dtype, [rows, *record.shape[1:]])
+        return inputs[record.name, rows]
+
+    def initializer(record: TensorRecord, rows: int, suffix: str, spelled: Spelling | None) -> ir.Value:
+        name = record.name + suffix
+        if (name, rows, spelled) not in initializers:
+            array = model.arrays[name]
+            own = ONNX_DTYPES[BY_SAFETENSORS[array.dtype]], (rows, *array.shape[1:])
+            element, shape = spelled or own
+            size = array.bytes // record.shape[0] * rows
+            as_named = f"{name}.{element.name.lower()}" if spelled else name
+            tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(shape), name=as_named)
+            initializers[name, rows, spelled] = builder.initializer(tensor, as_named, qualify=False)
+        return initializers[name, rows, spelled]
 
     def weights(name: str, rows: int | None = None) -> StoredValue:
-        if (name, rows) not in values:
-            record = model.tensors[name]
-            parts = tuple(part(record, one, rows) for one in FORMATS[record.format].parts)
-            shape = (record.shape[0] if rows is None else rows, *record.shape[1:])
-            values[name, rows] = StoredValue(record.format, parts, shape, ONNX_DTYPES[model.dtype])
-        return values[name, rows]
+        record = model.tensors[name]
+        count = record.shape[0] if rows is None else rows
+        shape = (count, *record.shape[1:])
+        if conventions.weights == "initializers":
+            return StoredValue(record.format, shape, dtype, partial(initializer, record, count))
+        value = input_(record, count)
+        return StoredValue(model.dtype, shape, dtype, lambda *_: value)
 
     return weights

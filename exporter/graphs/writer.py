@@ -14,8 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from edgeskip.exporter.formats import WRITERS as WRITERS_OF_FORMATS
-from edgeskip.exporter.formats import StoredValue
+from edgeskip.exporter.formats import StoredValue, gathered, own_product
 from edgeskip.runtime.bundle.architecture import Architecture
 
 Value = ir.Value
@@ -76,10 +75,10 @@ class DialectWriter(ABC):
 
     def linear(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
         """Y = x W^T + b over [rows, in] -> [rows, out], by the format's own product where this dialect has one."""
-        if product := WRITERS_OF_FORMATS[weight.format].products.get(self.name):
-            out: Value = product(op, x, weight)
-            return out if bias is None else op.Add(out, bias)
-        return self.product(op, x, weight, bias)
+        out = own_product(self.name, op, x, weight)
+        if out is None:
+            return self.product(op, x, weight, bias)
+        return out if bias is None else op.Add(out, bias)
 
     def product(self, op: OpBuilder, x: Value, weight: StoredValue, bias: Value | None) -> Value:
         """The same with the whole matrix."""
@@ -89,10 +88,7 @@ class DialectWriter(ABC):
 
     def gather(self, op: OpBuilder, table: StoredValue, rows: Value) -> Value:
         """Rows of a table [V,H] by number, [B,T] -> [B,T,H]."""
-        if gather := WRITERS_OF_FORMATS[table.format].gathers.get(self.name):
-            return gather(op, table, rows)
-        out: Value = op.Gather(table.whole(op), rows)
-        return out
+        return gathered(self.name, op, table, rows)
 
     def norm(self, op: OpBuilder, x: Value, weight: Value, eps: float) -> Value:
         """Root mean square norm (arXiv 1910.07467) over the last axis, in fp32 within."""

@@ -7,8 +7,10 @@ from typing import Any, get_args
 
 import click
 
+from edgeskip.exporter.quantization.choice import Bits, FormatChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
 from edgeskip.runtime.commands.options import first, require, say
 
@@ -40,6 +42,27 @@ from edgeskip.runtime.commands.options import first, require, say
     type=int,
     help=f"The bundle's default of drafts per round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(Bits)),
+    help="Store the layers' matrices in 8 or 4 bits.  [default: the recipe's, or the dtype]",
+)
+@click.option(
+    "--head",
+    type=click.Choice(get_args(FormatChoice)),
+    help="The format of head and token embeddings.  [default: the recipe's, int8 with --weights, or the dtype]",
+)
+@click.option(
+    "--layers",
+    multiple=True,
+    metavar="LAYERS=FORMAT",
+    help="Another format for some layers, such as 0-3=int8 or 5=dtype; can be given more than once.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(tuple(map(str, BLOCK_SIZES))),
+    help="Numbers that share a scale, in 4 bits.  [default: the recipe's, 64 for a device that runs TensorRT, else 32]",
+)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
 @click.option("--offline", is_flag=True, help="Use only what is in the hub's cache.")
@@ -51,6 +74,10 @@ def export(
     dtype: Any,
     max_length: int | None,
     num_speculations: int | None,
+    weights: Any,
+    head: Any,
+    layers: tuple[str, ...],
+    block_size: str | None,
     revision: str | None,
     token: str | None,
     offline: bool,
@@ -65,7 +92,7 @@ def export(
     require("export")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
-    from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
+    from edgeskip.recipes.deployment import checkpoint_source, default_block_size, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
     from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.printable import one_line
@@ -74,6 +101,7 @@ def export(
     def warn(line: str) -> None:
         click.echo(f"edgeskip: warning: {one_line(line)}", err=True)
 
+    size: Any = None if block_size is None else int(block_size)
     device = None if device_name is None else load_device(device_name)
     source = paths[0] if paths else ""
     if recipe is not None:
@@ -82,6 +110,8 @@ def export(
         exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
         max_length = first(max_length, chosen.max_length)
         num_speculations = first(num_speculations, chosen.num_speculations)
+        weights, head = first(weights, chosen.weights), first(head, chosen.head)
+        layers, size = layers or chosen.layers, first(size, chosen.block_size)
     if exit_layer is None:
         raise click.UsageError("give --exit-layer or --recipe")
     bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
@@ -94,10 +124,17 @@ def export(
         for problem in problems:
             say(f"{device.name}: {problem.found}; {problem.fix}")
     settings = ExportSettings(
-        exit_layer, first(dtype, "fp32"), max_length, first(num_speculations, DEFAULT_SPECULATIONS)
+        exit_layer,
+        first(dtype, "fp32"),
+        max_length,
+        first(num_speculations, DEFAULT_SPECULATIONS),
+        weights=weights,
+        head=head,
+        layers=layers,
+        block_size=first(size, default_block_size(device)),
     )
     with progress_bar() as progress:
         exported = export_bundle(opened, bundle, settings, progress, warn)
-    weights = exported.manifest.weights_bytes / 1e6
-    say(f"{bundle}: {weights:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
+    size_mb = exported.manifest.weights_bytes / 1e6
+    say(f"{bundle}: {size_mb:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
     say(f'Try it: edgeskip generate {bundle} --prompt "..."')

@@ -1,14 +1,17 @@
 """Dialects of the graph files, as far as a session must know them; exporter/graphs/dialects.py has their operators.
 
-Each graph of a bundle comes in every dialect, and all of them read the same weights file. A graph does not depend on
-the weights but only on the model's structure, so checkpoints of one structure have the same graph files.
+Each graph of a bundle comes in every dialect, and all of them read the same weights file; with quantized tensors, in
+every dialect that has a way to read them. A graph does not depend on the weights but only on the model's structure, so
+checkpoints of one structure have the same graph files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from edgeskip.runtime.bundle.formats import is_quantized
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Tensor
 
 
@@ -20,7 +23,9 @@ class Dialect:
     `in-place`, the outputs are the whole caches, bound to the memory of the inputs; with `new-rows`, they are the rows
     of this call [B,N,T,D], which the session writes into the caches. `weights` says whether a graph holds its weights
     as initializers that point into the weights file, or takes them as inputs under their names in that file. `in_parts`
-    says that runs of layers come in the parts of layers.py, which the session puts together.
+    says that runs of layers come in the parts of layers.py, which the session puts together. `quantized` says whether a
+    bundle with quantized tensors has these files: either the graphs read the tensors as they are stored, or the session
+    feeds them in the bundle's dtype.
     """
 
     name: str
@@ -28,6 +33,7 @@ class Dialect:
     caches: Literal["in-place", "new-rows"] = "in-place"
     weights: Literal["initializers", "inputs"] = "initializers"
     in_parts: bool = False
+    quantized: bool = True
 
     @property
     def padded(self) -> bool:
@@ -42,8 +48,8 @@ class Dialect:
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect("standard", "{}.onnx"),
     "ort": Dialect("ort", "{}.ort.onnx"),
-    "standard-inputs": Dialect("standard-inputs", "{}.inputs.onnx", weights="inputs"),
-    "primitive": Dialect("primitive", "{}.primitive.onnx", caches="new-rows", weights="inputs"),
+    "standard-inputs": Dialect("standard-inputs", "{}.inputs.onnx", weights="inputs", quantized=False),
+    "primitive": Dialect("primitive", "{}.primitive.onnx", caches="new-rows", weights="inputs", quantized=False),
     "layers": Dialect("layers", "{}.layers.onnx", weights="inputs", in_parts=True),
 }
 """`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones. `standard-inputs` is `standard` for
@@ -57,3 +63,15 @@ ENGINE_DIALECTS: dict[str, Dialect] = {
     "layers": DIALECTS["layers"],
 }
 """The dialects that engines are built from, by the names that users know: no weight is in an engine."""
+
+
+def dialects_of(formats: Iterable[str]) -> dict[str, Dialect]:
+    """The dialects that a bundle with tensors in these formats has files of, by name."""
+    quantized = is_quantized(formats)
+    return {name: dialect for name, dialect in DIALECTS.items() if dialect.quantized or not quantized}
+
+
+def engine_dialects_of(formats: Iterable[str]) -> dict[str, Dialect]:
+    """The dialects that engines of such a bundle are built from, by the names that users know."""
+    has = dialects_of(formats)
+    return {name: dialect for name, dialect in ENGINE_DIALECTS.items() if dialect.name in has}

@@ -199,6 +199,9 @@ def check_engines(bundle: Bundle, folder: Path, build: Build) -> Engines:
     """
     path, manifest, engines = folder / BUILD, bundle.manifest, Engines(folder, build)
     again = build_command(bundle, build.backend, build.compute_capability)
+    if build.dialect not in manifest.engine_dialects:
+        wanted = ", ".join(manifest.engine_dialects)
+        raise BundleError(path, f"engines of {build.dialect}, for quantized weights", wanted=wanted, fix=again)
     onnx_sha256, profiles = manifest.graph_hashes(engines.dialect), engine_profiles(manifest, engines.dialect)
     if set(build.engines) != set(onnx_sha256):
         found = f"engines of {', '.join(build.engines) or 'nothing'}"

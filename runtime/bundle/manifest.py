@@ -17,15 +17,15 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from edgeskip.runtime.bundle.architecture import Architecture, Size
-from edgeskip.runtime.bundle.dialects import DIALECTS, Dialect
-from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
-from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.dialects import DIALECTS, Dialect, dialects_of, engine_dialects_of
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.graphs import (
     MAX_SPECULATIONS,
     PICKERS,
@@ -46,7 +46,7 @@ from edgeskip.runtime.structure import Pattern, Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MOST_HEADS = 16
 _GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 SEAL = "sha256"  # the key of a record's own hash
@@ -70,6 +70,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the quantized tensors of a bundle came by their numbers.
+
+    `method` is its name, such as `search`; `seed` that of its random draws, and `calibration_sha256` the hash of the
+    texts that it was told, each null where there were none.
+    """
+
+    method: str
+    seed: int | None = None
+    calibration_sha256: Sha256 | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle holds.
 
@@ -80,6 +93,7 @@ class Manifest:
     `bos_token`; with `split_special_tokens`, they are ordinary text wherever they stand in a prompt. `graphs` and
     `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
     `synthetic` says that the weights are random, from `edgeskip synth`: good for nothing but measuring speed.
+    `quantization` is null where no tensor is quantized.
     """
 
     format_version: int
@@ -101,6 +115,7 @@ class Manifest:
     files: dict[str, FileRecord]
     synthetic: bool = False
     split_special_tokens: bool = False
+    quantization: Quantization | None = None
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -131,6 +146,16 @@ class Manifest:
         """The tensors that the weights file holds."""
         return bundle_tensors(self.architecture, self.max_length, self.dtype, self.formats)
 
+    @property
+    def dialects(self) -> dict[str, Dialect]:
+        """The dialects that the bundle has files of, by name."""
+        return dialects_of(self.formats.values())
+
+    @property
+    def engine_dialects(self) -> dict[str, Dialect]:
+        """The dialects that its engines are built from, by the names that users know."""
+        return engine_dialects_of(self.formats.values())
+
     def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
         """sha256 of each file of a dialect, by graph."""
         return {graph: self.files[dialect.file.format(graph)].sha256 for graph in files_of(self.graphs, dialect)}
@@ -153,7 +178,14 @@ class Bundle:
         return self.folder / name
 
     def graph_path(self, graph: GraphName, dialect: str) -> Path:
-        """Where a graph is, in a dialect: a key of DIALECTS."""
+        """Where a graph is, in a dialect.
+
+        Raises:
+            BundleError: the bundle has no graphs in this dialect.
+        """
+        if dialect not in self.manifest.dialects:
+            found = f"no graphs of the {dialect} dialect, as its weights are quantized"
+            raise BundleError(self.folder, found, wanted=" or ".join(self.manifest.dialects))
         return self.folder / DIALECTS[dialect].file.format(graph)
 
 
@@ -275,14 +307,17 @@ def chains_of(
     }
 
 
-def formats_problem(formats: Mapping[str, str], tensors: Iterable[str], dtype: DType) -> str:
+def formats_problem(formats: Mapping[str, str], tensors: Mapping[str, TensorRecord], dtype: DType) -> str:
     """What is wrong with the formats of some tensors, by name; empty where nothing is."""
-    known, names = [name for name in FORMATS if name == dtype or name not in NUMBER_TYPES], set(tensors)
+    known = [name for name in FORMATS if name == dtype or is_quantized([name])]
     for name, format_ in formats.items():
-        if name not in names:
+        if name not in tensors:
             return f"{name!r} is no tensor of the model"
         if format_ not in known:  # another plain format would have to be converted at each call
             return f"{name!r} in {format_!r}, where {dtype} has {', '.join(known)}"
+        tensor = tensors[name]
+        if is_quantized([format_]) and not (tensor.is_matrix and FORMATS[format_].divides(tensor.shape[1])):
+            return f"{name!r} {list(tensor.shape)} in {format_!r}, which is for matrices of whole blocks"
     return ""
 
 
@@ -346,7 +381,12 @@ def _check_consistent(path: Path, manifest: Manifest) -> None:
         )
     if manifest.formats and (problem := formats_problem(manifest.formats, manifest.tensors, manifest.dtype)):
         raise BundleError(path, f"formats: {problem}", fix="export the bundle again")
-    graphs = (dialect.file.format(graph) for dialect in DIALECTS.values() for graph in files_of(table, dialect))
+    if (manifest.quantization is None) == is_quantized(manifest.formats.values()):
+        found = "quantized tensors" if manifest.quantization is None else "no quantized tensor"
+        raise BundleError(path, f"{found}, with quantization {manifest.quantization}", fix="export the bundle again")
+    graphs = (
+        dialect.file.format(graph) for dialect in manifest.dialects.values() for graph in files_of(table, dialect)
+    )
     for name in (WEIGHTS, "tokenizer.json", *graphs):
         if name not in manifest.files:
             raise BundleError(path, f"lists no {name}", fix="export the bundle again")

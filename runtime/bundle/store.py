@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     EngineBackend,
@@ -89,7 +88,7 @@ def find_engines(bundle: Bundle) -> tuple[list[Engines], list[BundleError]]:
         name, engines = folder.name, None
         try:
             build = read_build(folder)
-            if name == engines_name(bundle.manifest, build.kind):
+            if build.dialect in bundle.manifest.engine_dialects and name == engines_name(bundle.manifest, build.kind):
                 engines = check_engines(bundle, folder, build)
             problem = BundleError(folder / BUILD, "not of the engines that the folder is named for", fix="build again")
         except BundleError as error:
@@ -153,7 +152,7 @@ def _names_like(bundle: Bundle, name: str) -> set[str]:
     if not (match := _NAME.fullmatch(name)):
         return set()
     backend: EngineBackend = "tensorrt" if match[1] == "tensorrt" else "tensorrt-rtx"
-    kinds = (EngineKind(backend, match[3], int(match[2]), dialect) for dialect in ENGINE_DIALECTS)
+    kinds = (EngineKind(backend, match[3], int(match[2]), dialect) for dialect in bundle.manifest.engine_dialects)
     return {engines_name(bundle.manifest, kind) for kind in kinds}
 
 

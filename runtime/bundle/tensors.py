@@ -10,6 +10,7 @@ everything else                          ->    the same name, once
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
 TABLES = (EMBEDDINGS, LM_HEAD)
 ROPE_TABLES = ("rope.cos", "rope.sin")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class TensorRecord:
     shape: tuple[int, ...]
     format: str
     sources: tuple[tuple[str, int], ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether this is a matrix of weights, which can be quantized."""
+        return bool(self.sources) and len(self.shape) == 2
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer that it belongs to, if it belongs to one."""
+        match = _LAYER.match(self.name)
+        return int(match[1]) if match else None
 
 
 def bundle_tensors(

@@ -114,7 +114,7 @@ def test_another_format_version_is_told_before_anything_else(version, message, f
         (b"[]", "no format_version"),
         (b"null", "no format_version"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"format_version": 3}', "key 'edgeskip_version' is missing"),
+        (f'{{"format_version": {FORMAT_VERSION}}}'.encode(), "key 'edgeskip_version' is missing"),
     ],
 )
 def test_a_malformed_manifest(text, message, folder):
