@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from tests.dequantizer import dequantized_model, stored_weights
 
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
 from edgeskip.runtime.backends.ort import cpu_options
@@ -22,7 +23,6 @@ from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle, Quantization, read
 from edgeskip.runtime.bundle.weights import embedding_table, read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.load import load
-from tests.dequantizer import dequantized_model, stored_weights
 
 PROMPTS = [list(map(int, np.random.default_rng(seed).integers(2, 300, 11))) for seed in range(3)]
 VARIANTS = ("llama-gqa", "llama-tied", "llama-mlp-bias", "llama-odd-head-dim", "qwen2", "qwen3", "mistral")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from tests.dequantizer import dequantized
 
 from edgeskip.exporter.quantization import search
 from edgeskip.exporter.quantization.search import encoded_rows
-from tests.dequantizer import dequantized
 
 FORMATS = ("int8", "int4-32", "int4-64", "int4-128")
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
