@@ -9,6 +9,7 @@ records what it is given, addresses and all, to be run again later.
 from __future__ import annotations
 
 import ctypes
+import re
 import hashlib
 import json
 import shutil
@@ -115,7 +116,7 @@ class HostDevice:
 
     def kernel(self, source, name, macros):
         """A kernel that this file has in Python."""
-        assert f"void {name}(" in source.replace("__launch_bounds__(32 * WARPS) ", "")
+        assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", source)
         run = KERNELS[name]
         return lambda grid, block, *arguments: self.stream.submit(lambda: run(macros, grid, block, *arguments))
 
@@ -225,18 +226,58 @@ def attend(
     array_at(out, attended.shape, kind)[:] = attended
 
 
-def product(macros, grid, block, x, weight, bias, norm, residual, out, rows, outs, eps):
+def attend_long(macros, grid, block, queries, keys, values, positions, out, n_q, n_kv, capacity, rows, scale):
+    """The kernel of long_attention.cu."""
+    assert grid[0] * 64 >= int(rows) * int(n_q) // int(n_kv)
+    covering = {**macros, "ROWS": "16"}, (grid[0], 1, grid[2])
+    attend(*covering, block, queries, keys, values, positions, out, 0, 0, n_q, n_kv, capacity, rows, capacity, scale)
+
+
+def matrix_at(macros, address, scales, lines):
+    """A stored matrix [lines, IN] in fp32, rounded as the kernels have it where its scales are those of blocks."""
+    kind, inputs, bits = NUMBERS[macros["STORE"]], int(macros["IN"]), int(macros["BITS"])
+    if bits == 16:
+        return array_at(address, [lines, inputs], kind).astype(np.float32)
+    if bits == 8:
+        return array_at(address, [lines, inputs], np.int8) * array_at(scales, [lines, 1], kind).astype(np.float32)
+    packed, block = array_at(address, [lines, inputs // 2], np.uint8), int(macros["BLOCK"])
+    numbers = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32)
+    numbers = np.where(numbers > 7, numbers - 16, numbers).reshape(lines, -1, block)
+    whole = numbers * array_at(scales, [lines, inputs // block, 1], kind).astype(np.float32)
+    return whole.reshape(lines, inputs).astype(kind).astype(np.float32)
+
+
+def widen(macros, grid, block, matrix, scales, whole, packs):
+    """The kernel of widen.cu."""
+    inputs = int(macros["IN"])
+    lines = int(packs) * 128 // int(macros["BITS"]) // inputs
+    assert grid[0] * block[0] >= int(packs)
+    array_at(whole, [lines, inputs], NUMBERS[macros["STORE"]])[:] = matrix_at(macros, matrix, scales, lines)
+
+
+def pick(macros, grid, block, logits, table, scales, token_ids, token_logits, embeddings, parts, counters, vocabulary):
+    """The kernel of pick.cu."""
+    kind, rows, vocabulary = NUMBERS[macros["STORE"]], grid[1], int(vocabulary)
+    found = array_at(logits, [rows, vocabulary], kind)
+    ids = found.argmax(1)
+    array_at(token_ids, [rows], np.int64)[:] = ids
+    array_at(token_logits, [rows], kind)[:] = found[np.arange(rows), ids]
+    out = array_at(embeddings, [rows, int(macros["IN"])], kind)
+    out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
+
+
+def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, rows, outs, eps):
     """The kernel of product.cu."""
     kind, inputs, gated = NUMBERS[macros["STORE"]], int(macros["IN"]), macros["GATE"] == "1"
     rows, outs = int(rows), int(outs)
-    assert grid[0] * (8 if gated else 16) >= outs
+    assert grid[0] * int(macros["BANDS"]) * (8 if gated else 16) >= outs
     assert int(macros["TILES"]) * 8 >= rows
     states = array_at(x, [rows, inputs], kind).astype(np.float32)
     if macros["NORM"] == "1":
         states = (states / np.sqrt((states**2).mean(-1, keepdims=True) + float(eps))).astype(kind)
         states = (states * array_at(norm, [inputs], kind)).astype(np.float32)
     lines = 2 * outs if gated else outs
-    y = states @ array_at(weight, [lines, inputs], kind).astype(np.float32).T
+    y = states @ matrix_at(macros, weight, scales, lines).T
     if macros["BIAS"] == "1":
         y += array_at(bias, [lines], kind)
     y = y.astype(kind)
@@ -249,7 +290,7 @@ def product(macros, grid, block, x, weight, bias, norm, residual, out, rows, out
 
 
 NUMBERS = {"16": np.float16, "32": np.float32}
-KERNELS = {"write_rows": write_rows, "rotate": rotate, "attend": attend, "product": product}
+KERNELS = {kernel.__name__: kernel for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick)}
 
 
 class StandInTensorRT:

@@ -202,9 +202,11 @@ class CudaDevice:
             except Exception as error:  # no library, or its complaint about the source
                 raise BackendError("NVRTC", f"does not compile {name} ({reason(error)})", fix=INSTALL) from None
         kernel, launch, config, stream = _KERNELS[key], self._core.launch, self._core.LaunchConfig, self.stream
+        overlaps = self.compute_capability >= 90 and "griddepcontrol.wait" in source  # see numbers.cuh
 
         def enqueue(grid: tuple[int, int, int], block: tuple[int, int, int], *arguments: Any) -> None:
-            launch(stream, config(grid=grid, block=block), kernel, *arguments)
+            how = config(grid=grid, block=block, programmatic_stream_serialization=overlaps)
+            launch(stream, how, kernel, *arguments)
 
         return enqueue
 

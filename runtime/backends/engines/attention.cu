@@ -1,7 +1,7 @@
 // Attention over the KV caches, in two kernels. Compiled by NVRTC; numbers.cuh is put before it.
 //
 //   rotate   qkv [T, (Nq+2N) D] -> normed and rotated queries [T, Nq, D]; keys and values go into the caches
-//   attend   queries x caches -> attended [T, Nq D]
+//   attend   queries x caches -> attended [T, Nq D]; long_attention.cu has one for many rows
 //
 // Macros: STORE, see numbers.cuh; HEAD the size D of a head; ROWS query rows of a warp; KEYS cache rows of a tile. Numbers
 // are computed with in fp32. A query row is a row of the call together with one of the G query
@@ -69,6 +69,8 @@ extern "C" __global__ void rotate(
     const store* sin_table, const store* q_norm, const store* k_norm, unsigned num_heads, unsigned num_kv_heads,
     unsigned capacity, float eps)
 {
+    let_next_begin();
+    await_inputs();
     unsigned lane = threadIdx.x % 32, head = blockIdx.y * WARPS + threadIdx.x / 32, row = blockIdx.x;
     unsigned all = num_heads + 2 * num_kv_heads;
     if (head >= all) return;
@@ -112,6 +114,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     __shared__ float tile[KEYS * (HEAD + 1)];
     __shared__ float weights[KEYS][TILE_ROWS];
     __shared__ unsigned ended;
+    let_next_begin();
+    await_inputs();
     unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, kv = blockIdx.z;
     unsigned group = num_heads / num_kv_heads, query_rows = rows * group, first_row = blockIdx.x * TILE_ROWS;
     unsigned first = (unsigned)*positions, last_row = min(first_row + TILE_ROWS, query_rows) - 1;

@@ -2,25 +2,31 @@
 
     qkv [T, (Nq+2N) D]  ->  rotate: queries; keys and values into the caches  ->  attend  ->  attended [T, Nq D]
 
-The first row's position is read on the device, so the launches can be part of a captured round, and only the cache rows
-in use are read.
+Calls of many rows attend in tensor cores, where GPU and model have what those need (long_attention.cu). The first row's
+position is read on the device, so the launches can be part of a captured round, and only the cache rows in use are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray
-from edgeskip.runtime.backends.engines.products import STORES, source
+from edgeskip.runtime.backends.engines.products import LEAST_SM, STORES, source
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 
 WARPS = 4
 """Of a block; each takes some of its query rows. As in attention.cu."""
+
+LONG_ROWS = 16 * WARPS
+"""Query rows of a block of long_attention.cu."""
+
+_BLOCK = (32 * WARPS, 1, 1)
 
 _BLOCKS_PER_MULTIPROCESSOR = 8
 """What the cache rows are split for, at most."""
@@ -73,6 +79,11 @@ def macros(dtype: DType, head_dim: int, tiles: Tiling) -> dict[str, str]:
     return {"STORE": STORES[dtype], "HEAD": str(head_dim), "ROWS": str(tiles.rows), "KEYS": str(tiles.keys)}
 
 
+def has_long(architecture: Architecture, dtype: DType, compute_capability: int) -> bool:
+    """Whether calls of many rows attend in tensor cores: what long_attention.cu asks for."""
+    return dtype != "fp32" and compute_capability >= LEAST_SM and architecture.head_dim in range(16, 129, 16)
+
+
 class Attention:
     """The kernels of a model, and the memory between them.
 
@@ -102,7 +113,8 @@ class Attention:
         self._blocks = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
         self._source = source("attention.cu")
         a = architecture
-        every = [tiling(a, capacity, rows, self._blocks) for rows in range(1, longest + 1)]
+        self._has_long = has_long(a, dtype, device.compute_capability)
+        every = [self._tiling(rows) for rows in range(1, longest + 1) if not self._is_long(rows)]
         partials = max(t.grid[0] * t.grid[1] * t.grid[2] * t.tile_rows for t in every) * (a.head_dim + 2) * 4
         counters = max(t.grid[0] * t.grid[2] for t in every) * 4
         queries = longest * a.num_heads * a.head_dim * ITEMSIZE[dtype]
@@ -116,21 +128,51 @@ class Attention:
 
     def enqueued(self, rows: int, at: Operands) -> Callable[[], None]:
         """Binds an attention of this many rows; calling the result enqueues it."""
-        a, tiles = self._architecture, tiling(self._architecture, self._capacity, rows, self._blocks)
-        defined = macros(self._dtype, a.head_dim, tiles)
-        rotate = self._device.kernel(self._source, "rotate", defined)
-        attend = self._device.kernel(self._source, "attend", defined)
-        block, queries = (32 * WARPS, 1, 1), np.uint64(self._queries.address)
-        heads = np.uint32(a.num_heads), np.uint32(a.num_kv_heads), np.uint32(self._capacity)
-        rotate_grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
-        first = (np.uint64(at.qkv), np.uint64(at.keys), np.uint64(at.values), queries, np.uint64(at.positions))
-        tables = (*map(np.uint64, self._tables), np.uint64(at.q_norm), np.uint64(at.k_norm))
-        memory = (np.uint64(at.attended), np.uint64(self._partials.address), np.uint64(self._counters.address))
-        reads = (queries, np.uint64(at.keys), np.uint64(at.values), np.uint64(at.positions))
-        split = (np.uint32(rows), np.uint32(tiles.split_rows), np.float32(a.head_dim**-0.5))
+        rotate, attend = self._rotation(rows, at), (self._long if self._is_long(rows) else self._short)(rows, at)
 
         def enqueue() -> None:
-            rotate(rotate_grid, block, *first, *tables, *heads, np.float32(a.rms_norm_eps))
-            attend(tiles.grid, block, *reads, *memory, *heads, *split)
+            rotate()
+            attend()
 
         return enqueue
+
+    def _is_long(self, rows: int) -> bool:
+        return rows > HEAD_ROWS and self._has_long
+
+    def _rotation(self, rows: int, at: Operands) -> Callable[[], None]:
+        a = self._architecture
+        rotate = self._device.kernel(self._source, "rotate", macros(self._dtype, a.head_dim, self._tiling(1)))
+        grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
+        places = (at.qkv, at.keys, at.values, self._queries.address, at.positions, *self._tables, at.q_norm, at.k_norm)
+        arguments = (*map(np.uint64, places), *self._heads, np.float32(a.rms_norm_eps))
+        return lambda: rotate(grid, _BLOCK, *arguments)
+
+    def _short(self, rows: int, at: Operands) -> Callable[[], None]:
+        tiles, memory = self._tiling(rows), (self._partials.address, self._counters.address)
+        attend = self._device.kernel(self._source, "attend", macros(self._dtype, self._architecture.head_dim, tiles))
+        arguments = (*self._operands(at, *memory), np.uint32(rows), np.uint32(tiles.split_rows), self._scale)
+        return lambda: attend(tiles.grid, _BLOCK, *arguments)
+
+    def _long(self, rows: int, at: Operands) -> Callable[[], None]:
+        a = self._architecture
+        defined = {"STORE": STORES[self._dtype], "HEAD": str(a.head_dim)}
+        attend = self._device.kernel(source("mma.cuh", "long_attention.cu"), "attend_long", defined)
+        grid = (-(-rows * a.num_heads // a.num_kv_heads // LONG_ROWS), 1, a.num_kv_heads)
+        arguments = (*self._operands(at), np.uint32(rows), self._scale)
+        return lambda: attend(grid, _BLOCK, *arguments)
+
+    def _operands(self, at: Operands, *memory: int) -> tuple[Any, ...]:
+        places = (self._queries.address, at.keys, at.values, at.positions, at.attended, *memory)
+        return (*map(np.uint64, places), *self._heads)
+
+    def _tiling(self, rows: int) -> Tiling:
+        return tiling(self._architecture, self._capacity, rows, self._blocks)
+
+    @property
+    def _heads(self) -> tuple[Any, ...]:
+        a = self._architecture
+        return np.uint32(a.num_heads), np.uint32(a.num_kv_heads), np.uint32(self._capacity)
+
+    @property
+    def _scale(self) -> Any:
+        return np.float32(self._architecture.head_dim**-0.5)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgeskip.runtime.backends.engines.attention import Attention, Operands
-from edgeskip.runtime.backends.engines.products import Product, enqueued, serves
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, serves
 from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
@@ -87,7 +87,9 @@ class LayersSession(TrtSession):
         return steps
 
     def _product(self, name: str, inputs: int, outputs: int, **more: Any) -> Product:
-        return Product(self._weight(f"{name}.weight"), inputs, outputs, bias=self._weight(f"{name}.bias"), **more)
+        return Product(
+            Matrix(self._weight(f"{name}.weight")), inputs, outputs, bias=self._weight(f"{name}.bias"), **more
+        )
 
     def _weight(self, name: str) -> int:
         """Where a tensor is; 0 if the model has no such tensor."""

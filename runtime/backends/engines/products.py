@@ -19,6 +19,8 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 from edgeskip.runtime.bundle.layers import has_products
 
 HERE = Path(__file__).parent
+_THREADS = 256
+
 STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
 """What numbers.cuh calls the dtypes."""
 
@@ -27,19 +29,43 @@ LEAST_SM = 80
 
 
 @cache
-def source(name: str) -> str:
-    """The source of a kernel file, with what all of them share before it."""
-    return "".join((HERE / part).read_text(encoding="utf-8") for part in ("numbers.cuh", name))
+def source(*names: str) -> str:
+    """The source of a kernel: files of this folder, one after the other, with what all of them share before them."""
+    return "".join((HERE / name).read_text(encoding="utf-8") for name in ("numbers.cuh", *names))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored matrix on the device: addresses of its numbers and their scales, bits of a number, and how many numbers
+    have a scale in common, where that is not a whole row.
+
+    Numbers of 16 bits have the dtype, and no scales.
+    """
+
+    address: int
+    scales: int = 0
+    bits: int = 16
+    block: int = 0
+
+    @property
+    def macros(self) -> dict[str, str]:
+        """What packs.cuh has to know of it."""
+        return {"BITS": str(self.bits), "BLOCK": str(self.block)}
+
+    @property
+    def pack(self) -> int:
+        """Numbers in 16 bytes."""
+        return 128 // self.bits
 
 
 @dataclass(frozen=True)
 class Product:
-    """One linear layer: addresses of its matrix and of what else it takes, 0 where it does without; sizes in numbers.
+    """One linear layer: its matrix, and addresses of what else it takes, 0 where it does without; sizes in numbers.
 
     `outputs` counts the numbers of a row that goes out, half as many as the matrix has rows where it is gated.
     """
 
-    weight: int
+    weight: Matrix
     inputs: int
     outputs: int
     bias: int = 0
@@ -53,18 +79,33 @@ def serves(architecture: Architecture, dtype: DType, compute_capability: int) ->
     return compute_capability >= LEAST_SM and has_products(architecture, dtype)
 
 
-def macros(product: Product, dtype: DType, rows: int) -> dict[str, str]:
+def macros(product: Product, dtype: DType, rows: int, multiprocessors: int) -> dict[str, str]:
     """What the kernel is compiled with for a product of this many rows."""
     return {
         "STORE": STORES[dtype],
+        **product.weight.macros,
         "IN": str(product.inputs),
-        "TILES": str(-(-rows // 8)),
+        "TILES": str(tiles(rows)),
+        "BANDS": str(bands(product, rows, multiprocessors)),
         "WARPS": str(warps(product)),
         "NORM": str(int(product.norm != 0)),
         "BIAS": str(int(product.bias != 0)),
         "RESIDUAL": str(int(product.residual != 0)),
         "GATE": str(int(product.gated)),
     }
+
+
+def tiles(rows: int) -> int:
+    """Of eight rows each."""
+    return -(-rows // 8)
+
+
+def bands(product: Product, rows: int, multiprocessors: int) -> int:
+    """Bands of 16 lines of a matrix that a block takes: two where numbers of 4 bits make arithmetic the bound, so that
+    what is done for x serves both, if that leaves a block for each multiprocessor.
+    """
+    lines = product.outputs * (2 if product.gated else 1)
+    return 2 if product.weight.bits == 4 and tiles(rows) <= 2 and lines >= 32 * multiprocessors else 1
 
 
 def warps(product: Product) -> int:
@@ -82,8 +123,22 @@ def enqueued(
     enqueues it.
     """
     assert rows <= HEAD_ROWS
-    kernel = device.kernel(source("product.cu"), "product", macros(product, dtype, rows))
-    grid = (-(-product.outputs // (8 if product.gated else 16)), 1, 1)
-    addresses = map(np.uint64, (x, product.weight, product.bias, product.norm, product.residual, out))
+    defined = macros(product, dtype, rows, device.multiprocessors)
+    kernel = device.kernel(source("mma.cuh", "packs.cuh", "product.cu"), "product", defined)
+    grid = (-(-product.outputs // (int(defined["BANDS"]) * (8 if product.gated else 16))), 1, 1)
+    weight = product.weight
+    addresses = map(np.uint64, (x, weight.address, weight.scales, product.bias, product.norm, product.residual, out))
     arguments = (*addresses, np.uint32(rows), np.uint32(product.outputs), np.float32(eps))
     return lambda: kernel(grid, (32 * warps(product), 1, 1), *arguments)
+
+
+def widened(device: CudaDevice, matrix: Matrix, rows: int, inputs: int, whole: int, dtype: DType) -> Callable[[], None]:
+    """Binds the conversion of a stored matrix [rows, inputs] to the dtype, at the address `whole`; calling the result
+    enqueues it.
+    """
+    defined = {"STORE": STORES[dtype], **matrix.macros, "IN": str(inputs)}
+    kernel = device.kernel(source("mma.cuh", "packs.cuh", "widen.cu"), "widen", defined)
+    packs = rows * inputs // matrix.pack
+    grid, block = (-(-packs // _THREADS), 1, 1), (_THREADS, 1, 1)
+    arguments = (*map(np.uint64, (matrix.address, matrix.scales, whole, packs)),)
+    return lambda: kernel(grid, block, *arguments)

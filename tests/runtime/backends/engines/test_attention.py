@@ -51,6 +51,13 @@ def test_the_kernels_compile_within_a_blocks_shared_memory(arch, dtype, head_dim
     assert compiled.code
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_87", "sm_90", "sm_120"])
+@pytest.mark.parametrize(("store", "head_dim"), [("16", 64), ("17", 128), ("16", 80), ("17", 16)])
+def test_the_kernel_for_many_rows_compiles(arch, store, head_dim):
+    source, macros = products.source("mma.cuh", "long_attention.cu"), [("STORE", store), ("HEAD", str(head_dim))]
+    assert Program(source, "c++", ProgramOptions(arch=arch, define_macro=macros)).compile("cubin").code
+
+
 @pytest.mark.parametrize("rows", [1, 5, 17, 128, 500])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 64), (4, 4, 18), (7, 1, 256)])
 @pytest.mark.parametrize("blocks", [1, 64, 1056])

@@ -1,16 +1,17 @@
-"""The kernel of product.cu: compiled for every SM that it serves, and on a GPU against NumPy."""
+"""The kernels of product.cu and widen.cu: compiled for every SM that they serve, and on a GPU against NumPy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from cuda.core import Program, ProgramOptions
+from tests.runtime.backends.engines.matrices import BLOCK_OF, stored
 from tests.runtime.backends.engines.test_attention import KINDS, architecture, fetched, place
 from tests.standin import HostDevice
 
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.engines import products
-from edgeskip.runtime.backends.engines.products import Product, enqueued, serves
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, serves, widened
 
 KIND_OF = {"plain": {}, "bias": {"bias": 1}, "norm": {"norm": 1}, "residual": {"residual": 1}, "gated": {"gated": True}}
 KIND_OF["all"] = {"bias": 1, "norm": 1, "gated": True}
@@ -20,16 +21,19 @@ KIND_OF["all"] = {"bias": 1, "norm": 1, "gated": True}
 @pytest.mark.parametrize(
     ("product", "rows"),
     [
-        (Product(1, 2048, 16384, norm=1, gated=True), 17),
-        (Product(1, 8192, 2048, residual=1), 8),
-        (Product(1, 72, 40), 1),
+        (Product(Matrix(1), 2048, 16384, norm=1, gated=True), 17),
+        (Product(Matrix(1, 1, 8), 8192, 2048, residual=1), 8),
+        (Product(Matrix(1, 1, 4, 32), 8192, 2048, norm=1, gated=True), 4),
+        (Product(Matrix(1), 72, 40), 1),
     ],
 )
-def test_the_kernel_compiles(arch, product, rows):
+def test_the_kernels_compile(arch, product, rows):
     for dtype in ("fp16", "bf16"):
-        macros = [*products.macros(product, dtype, rows).items()]
-        options = ProgramOptions(arch=arch, define_macro=macros)
-        assert Program(products.source("product.cu"), "c++", options).compile("cubin").code
+        defined = products.macros(product, dtype, rows, 16)
+        for file in ("product.cu", "widen.cu"):
+            source = products.source("mma.cuh", "packs.cuh", file)
+            options = ProgramOptions(arch=arch, define_macro=[*defined.items()])
+            assert Program(source, "c++", options).compile("cubin").code
 
 
 def test_models_and_gpus_that_the_kernel_does_not_serve_are_known():
@@ -46,22 +50,44 @@ def device(request):
     made.close()
 
 
-@pytest.mark.parametrize("what", KIND_OF)
-@pytest.mark.parametrize(("inputs", "outputs"), [(2048, 512), (72, 36), (4096, 100), (8192, 48), (576, 1536)])
-def test_products_are_those_of_numpy_and_rows_do_not_depend_on_each_other(device, what, inputs, outputs):
+def on_device(device, format_, array, scales):
+    """A stored matrix on a device."""
+    if scales is None:
+        return Matrix(place(device, array))
+    return Matrix(place(device, array), place(device, scales), 8 if format_ == "int8" else 4, BLOCK_OF[format_])
+
+
+CASES = [
+    ("plain", what, *sizes)
+    for what in KIND_OF
+    for sizes in [(2048, 512), (72, 36), (4096, 100), (8192, 48), (576, 1536)]
+]
+CASES += [
+    (format_, what, *sizes)
+    for format_ in ("int8", "int4-32", "int4-64", "int4-128")
+    for what, sizes in [("all", (2048, 512)), ("residual", (8192, 48)), ("norm", (4096, 100)), ("plain", (14336, 40))]
+]
+CASES += [("int8", "all", 48, 36), ("int4-32", "all", 96, 36), ("int4-64", "gated", 576, 1536)]
+
+
+@pytest.mark.parametrize(("format_", "what", "inputs", "outputs"), CASES)
+def test_products_are_those_of_numpy_and_rows_do_not_depend_on_each_other(device, format_, what, inputs, outputs):
     dtypes = ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16")
     for dtype in dtypes:
         kind, given, random = KINDS[dtype], KIND_OF[what], np.random.default_rng(inputs)
         lines = outputs * (2 if given.get("gated") else 1)
-        weight = (random.normal(size=(lines, inputs)) * inputs**-0.5).astype(kind)
+        array, scales, weight = stored(random.normal(size=(lines, inputs)) * inputs**-0.5, format_, kind)
         arrays = {
             "bias": random.normal(size=lines).astype(kind),
             "norm": random.normal(size=inputs).astype(kind),
             "residual": random.normal(size=(17, outputs)).astype(kind),
         }
-        x = random.normal(size=(17, inputs)).astype(kind)
+        x = (random.normal(size=(17, inputs)) * np.geomspace(1e-2, 300, 17)[:, None]).astype(kind)
+        if not given.get("norm"):
+            x = (x.astype(np.float64) / np.geomspace(1e-2, 300, 17)[:, None]).astype(kind)
         at = {name: place(device, array) for name, array in arrays.items() if given.get(name)}
-        product = Product(place(device, weight), inputs, outputs, gated=bool(given.get("gated")), **at)
+        matrix = on_device(device, format_, array, scales)
+        product = Product(matrix, inputs, outputs, gated=bool(given.get("gated")), **at)
         found = {}
         for rows in (1, 3, 8, 17):
             out = device.zeros([(rows * outputs * x.itemsize, 1)])[0].address
@@ -75,8 +101,21 @@ def test_products_are_those_of_numpy_and_rows_do_not_depend_on_each_other(device
                 np.testing.assert_array_equal(found[rows], found[17][:rows])
 
 
+@pytest.mark.parametrize("format_", ["int8", "int4-32", "int4-64", "int4-128"])
+def test_a_stored_matrix_is_widened(device, format_):
+    for dtype in ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16"):
+        kind, random = KINDS[dtype], np.random.default_rng(1)
+        matrix = random.normal(size=(37, 384))
+        matrix[3] = 0
+        array, scales, wanted = stored(matrix, format_, kind)
+        whole = device.zeros([(wanted.size * 2, 1)])[0].address
+        widened(device, on_device(device, format_, array, scales), *matrix.shape, whole, dtype)()
+        found = fetched(device, whole, np.empty(matrix.shape, kind)).astype(np.float64)
+        np.testing.assert_array_equal(found, wanted.astype(kind).astype(np.float64))
+
+
 def reference(weight, x, given, arrays, kind):
-    """The same in fp64, rounded where a model rounds."""
+    """A product in fp64, rounded where a model rounds."""
     states = x.astype(np.float64)
     if given.get("norm"):
         states = (states / np.sqrt((states**2).mean(-1, keepdims=True) + 1e-6)).astype(kind).astype(np.float64)

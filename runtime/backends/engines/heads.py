@@ -1,0 +1,57 @@
+"""Picking tokens from logits, as a kernel of ours: pick.cu. It also hands on the embeddings of what was picked.
+
+logits [T, V]  ->  token ids [T], their logits [T], their rows of the embedding table [T, H]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.engines.products import STORES, Matrix, source
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS
+
+_THREADS = 256
+"""Of a block. As in pick.cu."""
+
+_PARTS = 32
+"""Blocks that share a row of logits, at most."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Addresses of a head's logits and of what is picked from them."""
+
+    logits: int
+    token_ids: int
+    token_logits: int
+    embeddings: int
+
+
+def room(rows: int = HEAD_ROWS) -> tuple[int, int]:
+    """Bytes of memory, zeroed, that a launch of this many rows needs: for parts of rows, and for counters."""
+    return rows * _PARTS * 8, rows * 4
+
+
+def picker(
+    device: CudaDevice, table: Matrix, size: int, dtype: DType, memory: tuple[int, int]
+) -> Callable[[Picked, int, int], Callable[[], None]]:
+    """Picks with this embedding table, whose rows have `size` numbers; `memory` is where its `room` is.
+
+    The result binds a pick to addresses, for so many rows of so many logits; calling what it gives enqueues it.
+    """
+    defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
+    kernel = device.kernel(source("mma.cuh", "packs.cuh", "pick.cu"), "pick", defined)
+
+    def bind(at: Picked, rows: int, vocabulary: int) -> Callable[[], None]:
+        grid = (max(1, min(_PARTS, vocabulary // (4 * _THREADS))), rows, 1)
+        outputs = (at.token_ids, at.token_logits, at.embeddings)
+        places = map(np.uint64, (at.logits, table.address, table.scales, *outputs, *memory))
+        arguments = (*places, np.uint32(vocabulary))
+        return lambda: kernel(grid, (_THREADS, 1, 1), *arguments)
+
+    return bind

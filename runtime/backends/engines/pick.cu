@@ -1,0 +1,86 @@
+// Picks tokens: logits [T, V] -> the largest of each row, the first of equal ones, and NaN before any number; its token
+// id [T], its logit [T], and its row of the embedding table [T, IN]. Compiled by NVRTC; numbers.cuh and packs.cuh are put
+// before it, and its macros are theirs and IN.
+//
+// Each block looks at a part of a row; the last of a row's blocks to end, told by `counters`, puts the parts together and
+// sets the counter back to zero for the next launch.
+
+typedef unsigned long long size;
+
+#define THREADS 256
+
+struct Best {
+    float value;
+    unsigned token;
+};
+
+__device__ inline bool beats(Best a, Best b) {
+    bool a_nan = a.value != a.value, b_nan = b.value != b.value;
+    if (a_nan || b_nan) return a_nan && (!b_nan || a.token < b.token);
+    return a.value > b.value || (a.value == b.value && a.token < b.token);
+}
+
+__device__ inline Best best_of_block(Best mine, Best* shared) {
+    for (int step = 16; step; step /= 2) {
+        Best other = {__shfl_xor_sync(~0u, mine.value, step), __shfl_xor_sync(~0u, mine.token, step)};
+        if (beats(other, mine)) mine = other;
+    }
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int w = 0; w < THREADS / 32; w++)
+        if (beats(shared[w], mine)) mine = shared[w];
+    __syncthreads();
+    return mine;
+}
+
+// grid (parts of a row, T)
+extern "C" __global__ void __launch_bounds__(THREADS) pick(
+    const store* logits, const uint4* table, const store* scales, long long* token_ids, store* token_logits,
+    uint4* embeddings, Best* parts, unsigned* counters, unsigned vocabulary)
+{
+    __shared__ Best shared[THREADS / 32];
+    __shared__ unsigned ended;
+    let_next_begin();
+    await_inputs();
+    const store* row = logits + (size)blockIdx.y * vocabulary;
+    Best lowest = {-__int_as_float(0x7f800000), ~0u}, mine = lowest;
+    for (unsigned token = blockIdx.x * THREADS + threadIdx.x; token < vocabulary; token += gridDim.x * THREADS) {
+        Best one = {load(row[token]), token};
+        if (beats(one, mine)) mine = one;
+    }
+    mine = best_of_block(mine, shared);
+    Best* of_row = parts + blockIdx.y * gridDim.x;
+    if (threadIdx.x == 0) {
+        of_row[blockIdx.x] = mine;
+        __threadfence();
+        ended = atomicAdd(counters + blockIdx.y, 1);
+    }
+    __syncthreads();
+    if (ended != gridDim.x - 1) return;
+    __threadfence();
+    mine = lowest;
+    for (unsigned part = threadIdx.x; part < gridDim.x; part += THREADS) {
+        Best one = {__ldcg(&of_row[part].value), __ldcg(&of_row[part].token)};
+        if (beats(one, mine)) mine = one;
+    }
+    mine = best_of_block(mine, shared);
+    if (threadIdx.x == 0) {
+        counters[blockIdx.y] = 0;
+        token_ids[blockIdx.y] = mine.token;
+        token_logits[blockIdx.y] = row[mine.token];
+    }
+    const uint4* from = table + (size)mine.token * (IN / PACK);
+    uint4* to = embeddings + (size)blockIdx.y * (IN / 8);
+    for (unsigned i = threadIdx.x; i < IN / PACK; i += THREADS) {
+        uint4 pack = from[i];
+#if BITS == 8
+        float scale = load(scales[mine.token]);
+#elif BITS == 4
+        unsigned scale = both(scales[(size)mine.token * (IN / BLOCK) + i * PACK / BLOCK]);
+#else
+        unsigned scale = 0;
+#endif
+#pragma unroll
+        for (int e = 0; e < PACK / 8; e++) to[i * (PACK / 8) + e] = whole_of(pack, e, scale);
+    }
+}
