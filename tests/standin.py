@@ -247,11 +247,11 @@ def matrix_at(macros, address, scales, lines):
     return whole.reshape(lines, inputs).astype(kind).astype(np.float32)
 
 
-def widen(macros, grid, block, matrix, scales, whole, packs):
+def widen(macros, grid, block, matrix, scales, whole, eights):
     """The kernel of widen.cu."""
     inputs = int(macros["IN"])
-    lines = int(packs) * 128 // int(macros["BITS"]) // inputs
-    assert grid[0] * block[0] >= int(packs)
+    lines = int(eights) * 8 // inputs
+    assert grid[0] * block[0] >= int(eights)
     array_at(whole, [lines, inputs], NUMBERS[macros["STORE"]])[:] = matrix_at(macros, matrix, scales, lines)
 
 

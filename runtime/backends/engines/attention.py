@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray
-from edgeskip.runtime.backends.engines.products import LEAST_SM, STORES, source
+from edgeskip.runtime.backends.engines.products import STORES, source
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
+from edgeskip.runtime.bundle.layers import LEAST_SM
 
 WARPS = 4
 """Of a block; each takes some of its query rows. As in attention.cu."""

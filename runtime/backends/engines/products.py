@@ -13,19 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
-from edgeskip.runtime.bundle.layers import has_products
 
 HERE = Path(__file__).parent
 _THREADS = 256
 
 STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
 """What numbers.cuh calls the dtypes."""
-
-LEAST_SM = 80
-"""The first with these tensor cores' instructions for both fp16 and bf16."""
 
 
 @cache
@@ -52,11 +47,6 @@ class Matrix:
         """What packs.cuh has to know of it."""
         return {"BITS": str(self.bits), "BLOCK": str(self.block)}
 
-    @property
-    def pack(self) -> int:
-        """Numbers in 16 bytes."""
-        return 128 // self.bits
-
 
 @dataclass(frozen=True)
 class Product:
@@ -72,11 +62,6 @@ class Product:
     norm: int = 0
     residual: int = 0
     gated: bool = False
-
-
-def serves(architecture: Architecture, dtype: DType, compute_capability: int) -> bool:
-    """Whether the kernel has what a model and a GPU need."""
-    return compute_capability >= LEAST_SM and has_products(architecture, dtype)
 
 
 def macros(product: Product, dtype: DType, rows: int, multiprocessors: int) -> dict[str, str]:
@@ -138,7 +123,7 @@ def widened(device: CudaDevice, matrix: Matrix, rows: int, inputs: int, whole: i
     """
     defined = {"STORE": STORES[dtype], **matrix.macros, "IN": str(inputs)}
     kernel = device.kernel(source("mma.cuh", "packs.cuh", "widen.cu"), "widen", defined)
-    packs = rows * inputs // matrix.pack
-    grid, block = (-(-packs // _THREADS), 1, 1), (_THREADS, 1, 1)
-    arguments = (*map(np.uint64, (matrix.address, matrix.scales, whole, packs)),)
+    eights = rows * inputs // 8
+    grid, block = (-(-eights // _THREADS), 1, 1), (_THREADS, 1, 1)
+    arguments = (*map(np.uint64, (matrix.address, matrix.scales, whole, eights)),)
     return lambda: kernel(grid, block, *arguments)

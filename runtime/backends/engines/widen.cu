@@ -1,23 +1,19 @@
-// A stored matrix in the dtype: matrix [outs, IN] -> whole [outs, IN]. Compiled by NVRTC; numbers.cuh and packs.cuh are put
-// before it, and its macros are theirs and IN.
+// A stored matrix in the dtype: matrix [outs, IN] -> whole [outs, IN]. Compiled by NVRTC; numbers.cuh, mma.cuh and packs.cuh
+// are put before it, and its macros are theirs and IN.
 
 typedef unsigned long long size;
 
-// grid: a thread for each pack
-extern "C" __global__ void widen(const uint4* matrix, const store* scales, uint4* whole, size packs)
+// A thread for each eight numbers, so that neighbours write side by side.
+extern "C" __global__ void widen(const unsigned* matrix, const store* scales, uint4* whole, size eights)
 {
-    let_next_begin();
-    await_inputs();
     size i = (size)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= packs) return;
-    uint4 pack = __ldcs(matrix + i);
+    if (i >= eights) return;
+    uint4 pack = make_uint4(__ldcs(matrix + i * BITS / 4), 0, 0, 0);
 #if BITS == 8
-    float scale = load(scales[i / (IN / PACK)]);
-#elif BITS == 4
-    unsigned scale = both(scales[i / (BLOCK / PACK)]);
+    pack.y = __ldcs(matrix + i * 2 + 1);
+    float scale = load(scales[i / (IN / 8)]);
 #else
-    unsigned scale = 0;
+    unsigned scale = both(scales[i / (BLOCK / 8)]);
 #endif
-#pragma unroll
-    for (int e = 0; e < PACK / 8; e++) whole[i * (PACK / 8) + e] = whole_of(pack, e, scale);
+    whole[i] = whole_of(pack, 0, scale);
 }
