@@ -9,9 +9,9 @@ records what it is given, addresses and all, to be run again later.
 from __future__ import annotations
 
 import ctypes
-import re
 import hashlib
 import json
+import re
 import shutil
 import time
 import types
@@ -458,7 +458,7 @@ def put_engines(copied, kind):
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     records = {}
-    for graph, profiles in engine_profiles(manifest, ENGINE_DIALECTS[dialect]).items():
+    for graph, profiles in engine_profiles(manifest, ENGINE_DIALECTS[dialect], kind.compute_capability).items():
         path = copied.path(ENGINE_DIALECTS[dialect].file.format(graph))
         data = json.dumps({"onnx": str(path), "profiles": [(p.min_rows, p.max_rows) for p in profiles]}).encode()
         (target / f"{graph}.engine").write_bytes(data)

@@ -43,8 +43,9 @@ from edgeskip.runtime.bundle.engines import (
     Engines,
     manifest_sha256,
 )
+from edgeskip.runtime.bundle.formats import is_quantized
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
-from edgeskip.runtime.bundle.layers import files_of
+from edgeskip.runtime.bundle.layers import LEAST_SM, files_of
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.bundle.store import Outcome, engines_place, limit_bytes, make_room, whole_engines
@@ -114,6 +115,7 @@ def build_engines(bundle: Bundle, settings: BuildSettings, progress: Progress = 
     kinds: dict[Target, EngineKind] = {}
     for target in targets:
         _check_dtype(bundle, target.compute_capability, dialect)
+        _check_formats(bundle, target.compute_capability)
         kinds[target] = EngineKind(settings.backend, version, target.compute_capability, dialect, settings.workspace_mb)
         if not settings.force and (engines := whole_engines(bundle, kinds[target])):
             had[target] = engines
@@ -193,6 +195,16 @@ def _check_dtype(bundle: Bundle, compute_capability: int, dialect: str) -> None:
         raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint with --dtype fp16")
 
 
+def _check_formats(bundle: Bundle, compute_capability: int) -> None:
+    """Refuses quantized weights that our kernels do not read: TensorRT itself never sees them."""
+    manifest = bundle.manifest
+    if not is_quantized(manifest.formats.values()) or manifest.has_products(compute_capability):
+        return
+    wanted = f"SM {LEAST_SM} or later, fp16 or bf16, and hidden, intermediate and attention sizes in steps of 16"
+    found = f"quantized weights, in {manifest.dtype} and for SM {compute_capability}"
+    raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint without --weights")
+
+
 def _check_heads(bundle: Bundle, dialect: str) -> None:
     """Refuses a bundle with attention heads that TensorRT does not compute."""
     a = bundle.manifest.architecture
@@ -206,7 +218,7 @@ def _check_heads(bundle: Bundle, dialect: str) -> None:
 def _build(bundle: Bundle, kind: EngineKind, gpu: str | None, progress: Progress) -> Engines:
     manifest, sm, rtx = bundle.manifest, kind.compute_capability, kind.backend == "tensorrt-rtx"
     dialect = ENGINE_DIALECTS[kind.dialect]
-    onnx_sha256, profiles = manifest.graph_hashes(dialect), engine_profiles(manifest, dialect)
+    onnx_sha256, profiles = manifest.graph_hashes(dialect), engine_profiles(manifest, dialect, sm)
     destination = engines_place(bundle, kind)
     size = KERNEL_BYTES_PER_LAYER * (manifest.architecture.num_layers + 4)
     records: dict[str, EngineRecord] = {}
@@ -214,7 +226,9 @@ def _build(bundle: Bundle, kind: EngineKind, gpu: str | None, progress: Progress
         timings, timings_name = folder / "timings", f"{kind.backend}-sm{sm}-{kind.backend_version}.cache"
         if not rtx and (measured := kept("timings", timings_name)):
             timings.write_bytes(measured)
-        for graph, contract in files_of(manifest.graphs, dialect).items():
+        contracts = files_of(manifest.graphs, dialect)
+        for graph in profiles:
+            contract = contracts[graph]
             job = Job(
                 onnx=str(bundle.path(dialect.file.format(graph))),
                 engine=str(folder / f"{graph}.engine"),

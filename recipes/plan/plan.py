@@ -28,7 +28,6 @@ from edgeskip.recipes.plan.cost import (
 )
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.backends.engines.attention import tiling
-from edgeskip.runtime.backends.engines.products import serves
 from edgeskip.runtime.backends.engines.targets import (
     RTX_REFUSED,
     RTX_SERVES,
@@ -53,6 +52,7 @@ from edgeskip.runtime.bundle.graphs import (
     check_exit_layer,
     single_exit,
 )
+from edgeskip.runtime.bundle.layers import has_products
 from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
@@ -248,7 +248,11 @@ def make_plan(
         *_software_problems(a, device, settings, dialect),
         *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
     )
-    ours = dialect is not None and ENGINE_DIALECTS[dialect].in_parts and serves(a, dtype, device.compute_capability)
+    ours = (
+        dialect is not None
+        and ENGINE_DIALECTS[dialect].in_parts
+        and has_products(a, dtype, (), device.compute_capability)
+    )
     cost = _cost(device, reports, ours=ours)
     sizes = graph_sizes(a, settings.exit_layer, dtype)
     position = min(capacity // 2, 512) if settings.position is None else settings.position

@@ -43,7 +43,7 @@ from edgeskip.runtime.structure import Pattern, Range, structure
 EngineBackend = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_BACKENDS: tuple[EngineBackend, ...] = get_args(EngineBackend)
 BUILD = "build.json"
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 
 SM = Annotated[int, Range(50, 999)]
 """A compute capability as a number: 86 for 8.6."""
@@ -142,7 +142,7 @@ def engines_name(manifest: Manifest, kind: EngineKind) -> str:
     Its key is a hash of all that decides what they are.
     """
     dialect = ENGINE_DIALECTS[kind.dialect]
-    profiles = engine_profiles(manifest, dialect)
+    profiles = engine_profiles(manifest, dialect, kind.compute_capability)
     decided_by = {
         "build_version": BUILD_VERSION,
         "kind": dataclasses.asdict(kind),
@@ -202,10 +202,11 @@ def check_engines(bundle: Bundle, folder: Path, build: Build) -> Engines:
     if build.dialect not in manifest.engine_dialects:
         wanted = ", ".join(manifest.engine_dialects)
         raise BundleError(path, f"engines of {build.dialect}, for quantized weights", wanted=wanted, fix=again)
-    onnx_sha256, profiles = manifest.graph_hashes(engines.dialect), engine_profiles(manifest, engines.dialect)
-    if set(build.engines) != set(onnx_sha256):
+    onnx_sha256 = manifest.graph_hashes(engines.dialect)
+    profiles = engine_profiles(manifest, engines.dialect, build.compute_capability)
+    if set(build.engines) != set(profiles):
         found = f"engines of {', '.join(build.engines) or 'nothing'}"
-        raise BundleError(path, found, wanted=", ".join(onnx_sha256), fix=again)
+        raise BundleError(path, found, wanted=", ".join(profiles), fix=again)
     if build.dtype != manifest.dtype:
         raise BundleError(path, f"engines in {build.dtype}", wanted=manifest.dtype, fix=again)
     for graph, record in build.engines.items():

@@ -12,7 +12,7 @@ them to those of a layer. So any run of layers is made of the same three engines
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import Dialect
@@ -35,11 +35,18 @@ ENDS, COMES = "layer.", "next."
 """What the names of weights begin with."""
 
 
-def has_products(architecture: Architecture, dtype: DType) -> bool:
-    """Whether a session computes the rows of a round without these engines: see backends/engines/products.py."""
+LEAST_SM = 80
+"""The first with the tensor cores' instructions for both fp16 and bf16."""
+
+
+def has_products(architecture: Architecture, dtype: DType, formats: Iterable[str], compute_capability: int) -> bool:
+    """Whether a session computes the rows of a round without these engines, its head included: whether the kernels of
+    backends/engines/products.py read matrices in these formats, in packs of 16 bytes, on a GPU of this SM.
+    """
     a = architecture
     sizes = (a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim)
-    return dtype != "fp32" and all(size % 8 == 0 for size in sizes)
+    step = 16 if "int8" in formats else 8
+    return dtype != "fp32" and compute_capability >= LEAST_SM and all(size % step == 0 for size in sizes)
 
 
 def files_of(graphs: Mapping[GraphName, Graph], dialect: Dialect) -> dict[GraphName, Graph]:

@@ -37,7 +37,7 @@ from edgeskip.runtime.bundle.graphs import (
     graph_table,
     split_at,
 )
-from edgeskip.runtime.bundle.layers import files_of
+from edgeskip.runtime.bundle.layers import files_of, has_products
 from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
@@ -155,6 +155,11 @@ class Manifest:
     def engine_dialects(self) -> dict[str, Dialect]:
         """The dialects that its engines are built from, by the names that users know."""
         return engine_dialects_of(self.formats.values())
+
+    def has_products(self, compute_capability: int) -> bool:
+        """Whether kernels of ours do what rounds need on a GPU of this SM, where a session has them; see layers.py."""
+        greedy = all(head.picker == "greedy" for head in self.heads.values())
+        return greedy and has_products(self.architecture, self.dtype, self.formats.values(), compute_capability)
 
     def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
         """sha256 of each file of a dialect, by graph."""

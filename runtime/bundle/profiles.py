@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dialects import Dialect
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
-from edgeskip.runtime.bundle.layers import PARTS, files_of, has_products
+from edgeskip.runtime.bundle.layers import PARTS, files_of
 from edgeskip.runtime.bundle.manifest import Manifest
 
 EXACT_ROWS = (8, 24)
@@ -31,8 +31,11 @@ class EngineProfile:
     max_rows: Size
 
 
-def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tuple[EngineProfile, ...]]:
-    """The rows T that each graph's engine serves: up to HEAD_ROWS in rounds, and in chunks of prompts longer than that.
+def engine_profiles(
+    manifest: Manifest, dialect: Dialect, compute_capability: int
+) -> dict[GraphName, tuple[EngineProfile, ...]]:
+    """The engines for a GPU of this SM by graph, and the rows T that each serves: up to HEAD_ROWS in rounds, and in
+    chunks of prompts longer than that. Where a session's own kernels do what rounds need, it has no engines for that.
 
     A round runs what drafts one row at a time, what verifies on all its rows, and a head that serves both in both ways;
     which graphs draft is said by all exits of the bundle. See decoding/rounds.py.
@@ -42,9 +45,11 @@ def engine_profiles(manifest: Manifest, dialect: Dialect) -> dict[GraphName, tup
     splits = [manifest.split(exit_layer) for exit_layer in manifest.exit_layers]
     verifies = {link.graph for split in splits for link in split.verify} | {split.head.graph for split in splits}
     profiles: dict[GraphName, tuple[EngineProfile, ...]] = {}
+    only_prompts = dialect.in_parts and manifest.has_products(compute_capability)
     for name, graph in files_of(manifest.graphs, dialect).items():
-        if name in PARTS and has_products(manifest.architecture, manifest.dtype):
-            profiles[name] = (EngineProfile(1, chunk, max(chunk, most)),)
+        if only_prompts:
+            if name in PARTS:
+                profiles[name] = (EngineProfile(1, chunk, max(chunk, most)),)
             continue
         many = name in verifies or name in PARTS
         if not dialect.padded:

@@ -3,7 +3,7 @@
     qkv [T, (Nq+2N) D]  ->  rotate: queries; keys and values into the caches  ->  attend  ->  attended [T, Nq D]
 
 Calls of many rows attend in tensor cores, where GPU and model have what those need (long_attention.cu). The first row's
-position is read on the device, so the launches can be part of a captured round, and only the cache rows in use are read.
+position is read on the device, so the launches can be part of a captured round. Only the cache rows in use are read.
 """
 
 from __future__ import annotations

@@ -1,44 +1,67 @@
 """A session on engines of parts of layers, with an attention of ours between them: see runtime/bundle/layers.py.
 
-Rounds, which are bound by the bytes of the weights, do without those engines: each linear layer is a kernel of ours
-that reads its matrix once, at the pace of memory. Prompts, which are bound by arithmetic, run in the engines.
+Rounds, which are bound by the bytes of the weights, do without those engines: each linear layer, the head's too, is a
+kernel of ours that reads its matrix once, as it is stored, at the pace of memory. Prompts, which are bound by
+arithmetic, run in the engines; a quantized matrix is brought into the dtype for that, in memory that all layers share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from edgeskip.runtime.backends.engines.attention import Attention, Operands
-from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, serves
+from edgeskip.runtime.backends.engines.heads import Picked, picker, room
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
 from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
+from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS
-from edgeskip.runtime.bundle.tensors import ROPE_TABLES
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES
 from edgeskip.runtime.decoding.rounds import Call
+
+Step = Callable[[], None]
+"""What enqueues a kernel or an engine."""
+
+_BEFORE, _AFTER = ("self_attn.qkv_proj",), ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""The matrices of a layer that come before its attention, and those that come after it."""
 
 
 class LayersSession(TrtSession):
-    """TensorRT for prompts and heads; kernels of ours for attention, and for linear layers of few rows.
+    """TensorRT for prompts; kernels of ours for attention, for linear layers of few rows, and for picking tokens.
 
     A run of layers is enqueued part by part, each bound to the weights of its layers; in a captured round that costs
     the host nothing.
     """
 
     def _prepare(self) -> None:
-        a, longest, itemsize = self._bundle.manifest.architecture, self._longest, ITEMSIZE[self._dtype]
+        manifest, itemsize = self._bundle.manifest, ITEMSIZE[self._dtype]
+        a, longest = manifest.architecture, self._longest
         cos, sin = (self._weights.address_of(name) for name in ROPE_TABLES)
         self._attention = Attention(self._device, a, self._dtype, self._dims["C"], longest, (cos, sin))
         for taken in self._attention.memory:
             self._workspace_bytes += taken.bytes
             self.planned_bytes += taken.bytes
-        self._has_products = serves(a, self._dtype, self._device.compute_capability)
+        self._has_products = manifest.has_products(self._device.compute_capability)
         sizes = {name: self._dims[dim] for name, dim in (("qkv", "Q"), ("attended", "A"), ("even", "H"), ("odd", "H"))}
         sizes["gated"] = a.intermediate_size if self._has_products else 0
         self._between = {
             name: self._taken(longest * size * itemsize, f"for {name}").address for name, size in sizes.items() if size
         }
+        kinds = {
+            _kind(one.name): math.prod(one.shape)
+            for one in manifest.tensors.values()
+            if one.layer is not None and FORMATS[one.format].bits
+        }
+        self._wide = {
+            kind: self._taken(size * itemsize, f"for {kind} in {self._dtype}").address for kind, size in kinds.items()
+        }
+        if self._has_products:
+            parts, counters = (self._taken(size, "for picking tokens").address for size in room())
+            self._pick = picker(self._device, self._matrix(EMBEDDINGS), a.hidden_size, self._dtype, (parts, counters))
 
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
         if call.graph in self._engines:
@@ -46,13 +69,16 @@ class LayersSession(TrtSession):
         return () if self._is_few(call) else tuple(PARTS)
 
     def _is_few(self, call: Call) -> bool:
-        """Whether kernels of ours do all of a run of layers."""
+        """Whether kernels of ours do all of a call."""
         return self._has_products and call.rows <= HEAD_ROWS
 
-    def _enqueued(self, call: Call) -> Callable[[], None]:
+    def _enqueued(self, call: Call) -> Step:
         if call.graph in self._engines:
             return super()._enqueued(call)
-        steps = self._by_products(call) if self._is_few(call) else self._by_engines(call)
+        if self._graph_table[call.graph].head:
+            steps = self._head(call)
+        else:
+            steps = self._by_products(call) if self._is_few(call) else self._by_engines(call)
 
         def enqueue() -> None:
             for step in steps:
@@ -60,16 +86,26 @@ class LayersSession(TrtSession):
 
         return enqueue
 
-    def _by_products(self, call: Call) -> list[Callable[[], None]]:
+    def _head(self, call: Call) -> list[Step]:
+        """A head: its logits, and what is picked from them."""
+        a, head, outputs = self._bundle.manifest.architecture, self._graph_table[call.graph].head, dict(call.outputs)
+        assert head is not None
+        logits, *picked = (
+            self._address(outputs[name]) for name in ("logits", "token_ids", "token_logits", "inputs_embeds")
+        )
+        table = self._matrix(EMBEDDINGS if a.tie_word_embeddings else LM_HEAD)
+        product = Product(table, a.hidden_size, head.vocabulary, norm=self._weight(NORM))
+        return [
+            self._binder(call.rows)(product, self._address(call.inputs[0][1]), logits),
+            self._pick(Picked(logits, *picked), call.rows, head.vocabulary),
+        ]
+
+    def _by_products(self, call: Call) -> list[Step]:
         """A run of layers of few rows: each linear layer is a kernel that reads its matrix once."""
-        a, dims, rows = self._bundle.manifest.architecture, self._dims, call.rows
-
-        def bind(product: Product, x: int, out: int) -> Callable[[], None]:
-            return enqueued(self._device, product, x, out, rows=rows, dtype=self._dtype, eps=a.rms_norm_eps)
-
+        a, dims, rows, bind = self._bundle.manifest.architecture, self._dims, call.rows, self._binder(call.rows)
         hidden, size, ffn = self._address(call.inputs[0][1]), dims["H"], a.intermediate_size
         qkv, attended, gated, between = (self._between[name] for name in ("qkv", "attended", "gated", "even"))
-        steps: list[Callable[[], None]] = []
+        steps: list[Step] = []
         for layer in (layers := self._graph_table[call.graph].layers):
             self_attn, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
             norms = [
@@ -86,35 +122,58 @@ class LayersSession(TrtSession):
             hidden = out
         return steps
 
+    def _binder(self, rows: int) -> Callable[[Product, int, int], Step]:
+        eps = self._bundle.manifest.architecture.rms_norm_eps
+        return partial(enqueued, self._device, rows=rows, dtype=self._dtype, eps=eps)
+
     def _product(self, name: str, inputs: int, outputs: int, **more: Any) -> Product:
-        return Product(
-            Matrix(self._weight(f"{name}.weight")), inputs, outputs, bias=self._weight(f"{name}.bias"), **more
-        )
+        return Product(self._matrix(f"{name}.weight"), inputs, outputs, bias=self._weight(f"{name}.bias"), **more)
+
+    def _matrix(self, name: str) -> Matrix:
+        """A matrix as it is stored."""
+        format_ = FORMATS[self._bundle.manifest.tensors[name].format]
+        return Matrix(self._weight(name), self._weight(name + SCALES), format_.bits or 16, format_.block_size or 0)
 
     def _weight(self, name: str) -> int:
-        """Where a tensor is; 0 if the model has no such tensor."""
+        """Where an array of the weights file is; 0 if the model has none of this name."""
         return self._weights.address_of(name) if name in self._weights.arrays else 0
 
-    def _by_engines(self, call: Call) -> list[Callable[[], None]]:
+    def _whole(self, weight: str) -> int:
+        return self._wide[_kind(weight)] if self._is_quantized(weight) else super()._whole(weight)
+
+    def _is_quantized(self, weight: str) -> bool:
+        return FORMATS[self._bundle.manifest.tensors[weight].format].bits is not None
+
+    def _by_engines(self, call: Call) -> list[Step]:
         """A run of layers of many rows."""
         layers = self._graph_table[call.graph].layers
         profile, rows = self._profile("between", call.rows)
-        before: list[Callable[[], None]] = []
-        after: list[Callable[[], None]] = []
+        before: list[Step] = []
+        after: list[Step] = []
         hidden = self._on_grid(call.inputs[0][1], rows, before, is_input=True)
         out = self._on_grid(call.outputs[0][1], rows, after, is_input=False)
         qkv, attended = self._between["qkv"], self._between["attended"]
-        steps = [self._execution("first", profile, rows, {"hidden_states": hidden, "qkv": qkv}, (0, layers[0]))]
+        steps = self._widenings(layers[0], _BEFORE)
+        steps.append(self._execution("first", profile, rows, {"hidden_states": hidden, "qkv": qkv}, (0, layers[0])))
         for layer in layers:
-            steps.append(self._attention.enqueued(call.rows, self._operands(call, layer)))
+            steps += [self._attention.enqueued(call.rows, self._operands(call, layer)), *self._widenings(layer, _AFTER)]
             tensors = {"hidden_states": hidden, "attended": attended}
             if layer == layers[-1]:
                 steps.append(self._execution("last", profile, rows, tensors | {"output_states": out}, (layer, 0)))
                 break
             hidden = self._between["odd" if layer % 2 else "even"]
             tensors |= {"output_states": hidden, "qkv": qkv}
+            steps += self._widenings(layer + 1, _BEFORE)
             steps.append(self._execution("between", profile, rows, tensors, (layer, layer + 1)))
         return [*before, *steps, *after]
+
+    def _widenings(self, layer: int, kinds: tuple[str, ...]) -> list[Step]:
+        """What brings a layer's quantized matrices into the dtype."""
+        names = [name for name in (f"model.layers.{layer}.{kind}.weight" for kind in kinds) if self._is_quantized(name)]
+        shapes = {name: self._bundle.manifest.tensors[name].shape for name in names}
+        return [
+            widened(self._device, self._matrix(name), shapes[name], self._whole(name), self._dtype) for name in names
+        ]
 
     def _operands(self, call: Call, layer: int) -> Operands:
         keys, values = (self._caches[call.cache(f"past_key_values.{layer}.{part}")] for part in ("key", "value"))
@@ -122,3 +181,8 @@ class LayersSession(TrtSession):
         positions = self._address(dict(call.inputs)["position_ids"])
         between = self._between["qkv"], self._between["attended"]
         return Operands(*between, keys.address, values.address, positions, q_norm, k_norm)
+
+
+def _kind(weight: str) -> str:
+    """A tensor's name within its layer, without what it is of: `mlp.down_proj`."""
+    return ".".join(weight.split(".")[3:5])

@@ -94,7 +94,7 @@ def bands(product: Product, rows: int, multiprocessors: int) -> int:
 
 
 def warps(product: Product) -> int:
-    """Warps of a block, which share the sum: enough of them to have memory busy, and to hold what is normalized.
+    """Warps of a block, which share the sum: enough of them to have memory busy.
 
     It does not depend on the rows, so that a row's sum is added in one order, however many rows there are.
     """
@@ -117,13 +117,11 @@ def enqueued(
     return lambda: kernel(grid, (32 * warps(product), 1, 1), *arguments)
 
 
-def widened(device: CudaDevice, matrix: Matrix, rows: int, inputs: int, whole: int, dtype: DType) -> Callable[[], None]:
-    """Binds the conversion of a stored matrix [rows, inputs] to the dtype, at the address `whole`; calling the result
-    enqueues it.
-    """
-    defined = {"STORE": STORES[dtype], **matrix.macros, "IN": str(inputs)}
+def widened(device: CudaDevice, matrix: Matrix, shape: tuple[int, ...], whole: int, dtype: DType) -> Callable[[], None]:
+    """Binds the widening of a stored matrix [N,K] to the dtype, at `whole`; calling the result enqueues it."""
+    defined = {"STORE": STORES[dtype], **matrix.macros, "IN": str(shape[1])}
     kernel = device.kernel(source("mma.cuh", "packs.cuh", "widen.cu"), "widen", defined)
-    eights = rows * inputs // 8
+    eights = shape[0] * shape[1] // 8
     grid, block = (-(-eights // _THREADS), 1, 1), (_THREADS, 1, 1)
     arguments = (*map(np.uint64, (matrix.address, matrix.scales, whole, eights)),)
     return lambda: kernel(grid, block, *arguments)

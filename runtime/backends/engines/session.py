@@ -17,7 +17,7 @@ from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray,
 from edgeskip.runtime.backends.engines.library import make_logger
 from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.engines.weights import weights_on_device
-from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.layers import files_of, weight_of
@@ -70,7 +70,8 @@ class TrtSession(CudaSession):
     ) -> None:
         self._library, self._build = library, engines.build
         self.dialect, self._conventions = engines.build.dialect, engines.dialect
-        self._files = files_of(bundle.manifest.graphs, self._conventions)
+        files = files_of(bundle.manifest.graphs, self._conventions)
+        self._files = {graph: files[graph] for graph in engines.build.engines}
         self._new_rows = self._conventions.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int, int], Any] = {}
@@ -87,9 +88,9 @@ class TrtSession(CudaSession):
             super().__init__(bundle, device, self._weights.bytes, exit_layer, loaded=True)
             self._logger = make_logger(library)
             self._runtime = library.Runtime(self._logger)
-            with open_engines(engines, progress) as files:
+            with open_engines(engines, progress) as opened:
                 for graph in self._files:
-                    self._engines[graph] = self._deserialized(engines.path(graph), files[graph], again)
+                    self._engines[graph] = self._deserialized(engines.path(graph), opened[graph], again)
                     self._check_tensors(engines.path(graph), graph, again)
             self._scratch = self._shared_scratch()
             self._prepare()
@@ -120,6 +121,7 @@ class TrtSession(CudaSession):
     def _check_tensors(self, path: Path, graph: GraphName, again: str) -> None:
         """Compares an engine with the manifest's table: memory is bound by address, so nothing later would notice."""
         engine, record, dtypes = self._engines[graph], self._files[graph], self._library.DataType
+        tensors = self._bundle.manifest.tensors
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))) for name in names}
 
@@ -131,9 +133,9 @@ class TrtSession(CudaSession):
             for tensor in (*record.inputs, *record.outputs)
         }
         for name in found:
-            if array := self._weights.arrays.get(weight_of(name, 0, 1)):
-                rows = record.head.vocabulary if record.head and name in TABLES else array.shape[0]
-                wanted[name] = expected(BY_SAFETENSORS[array.dtype], (rows, *array.shape[1:]))
+            if weight := tensors.get(weight_of(name, 0, 1)):
+                rows = record.head.vocabulary if record.head and name in TABLES else weight.shape[0]
+                wanted[name] = expected(self._dtype, (rows, *weight.shape[1:]))
         for name in {**wanted, **found}:
             if not _agree(found.get(name), wanted.get(name)):
                 raise BundleError(
@@ -218,7 +220,7 @@ class TrtSession(CudaSession):
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if (weight := weight_of(name, *layers)) in self._weights.arrays:
-                addresses[name] = self._weights.address_of(weight)
+                addresses[name] = self._whole(weight)
         if misplaced := [name for name, address in addresses.items() if address % ALIGNMENT]:
             raise BackendError(f"the {graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
         shapes = {
@@ -232,6 +234,10 @@ class TrtSession(CudaSession):
                 raise BackendError(f"the {graph} engine", f"does not run ({self._logger.last})")
 
         return enqueue
+
+    def _whole(self, weight: str) -> int:
+        """Where a tensor is in the dtype."""
+        return self._weights.address_of(weight)
 
     def _context(self, graph: GraphName, profile: int, rows: int) -> Any:
         """The context of a graph for this many rows; prompts, which can have any length, share one."""

@@ -34,7 +34,7 @@ from edgeskip.recipes.demo import CHECKPOINT as SHIPPED
 from edgeskip.runtime.backends import device
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import BUILD, EngineKind, open_engines
-from edgeskip.runtime.bundle.layers import files_of
+from edgeskip.runtime.bundle.layers import PARTS, files_of
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.bundle.store import LIMIT, engines_place, read_engines, stored_sets
@@ -117,11 +117,14 @@ def assert_engines_are_whole(bundle, sm, dialect="standard"):
     (engines,) = (f for f in read_engines(bundle) if (f.build.compute_capability, f.build.dialect) == kinds)
     with open_engines(engines):
         pass
-    wanted = {BUILD, *(f"{graph}.engine" for graph in files_of(bundle.manifest.graphs, ENGINE_DIALECTS[dialect]))}
+    profiles = engine_profiles(bundle.manifest, ENGINE_DIALECTS[dialect], sm)
+    graphs = files_of(bundle.manifest.graphs, ENGINE_DIALECTS[dialect])
+    assert set(profiles) == ({*PARTS} if dialect == "layers" and bundle.manifest.has_products(sm) else {*graphs})
+    wanted = {BUILD, *(f"{graph}.engine" for graph in profiles)}
     assert {path.name for path in engines.folder.iterdir()} == wanted
     assert engines.build.bytes <= engine.KERNEL_BYTES_PER_LAYER * (bundle.manifest.architecture.num_layers + 4)
     for graph, record in engines.build.engines.items():
-        assert record.profiles == engine_profiles(bundle.manifest, ENGINE_DIALECTS[dialect])[graph]
+        assert record.profiles == profiles[graph]
         assert record.seconds > 0
         assert 50e6 < record.peak_memory_bytes < 0.8e9
     assert (engines.build.backend, engines.build.backend_version) == ("tensorrt-rtx", tensorrt_rtx.__version__)
@@ -240,7 +243,7 @@ def test_a_graph_that_tensorrt_refuses_is_one_line_with_its_reason(bundle):
     ],
 )
 def test_profiles(settings, wanted, bundles):
-    profiles = engine_profiles(bundles("llama-gqa", **settings).manifest, ENGINE_DIALECTS["standard"])
+    profiles = engine_profiles(bundles("llama-gqa", **settings).manifest, ENGINE_DIALECTS["standard"], 87)
     draft, verify = (tuple(EngineProfile(*profile) for profile in graph) for graph in wanted)
     assert (profiles["draft"], profiles["verify"], profiles["head"]) == (draft, verify, verify[:1])
 

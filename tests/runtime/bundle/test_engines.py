@@ -98,7 +98,7 @@ def test_a_set_is_read_as_it_was_written(bundle, folder):
     assert json.loads((folder / BUILD).read_text()) == json.loads(engines.build.to_json())
     assert engines.build.kind == KIND
     assert engines.path("head") == folder / "head.engine"
-    profiles = engine_profiles(bundle.manifest, ENGINE_DIALECTS["standard"])
+    profiles = engine_profiles(bundle.manifest, ENGINE_DIALECTS["standard"], 87)
     assert {graph: record.profiles for graph, record in engines.build.engines.items()} == profiles
 
 

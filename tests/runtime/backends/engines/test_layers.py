@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from tests.conftest import VARIANTS
+from tests.dequantizer import dequantized_model
 from tests.standin import HostDevice, StandInTensorRT, put_engines, standin_model, with_engines
 
 import edgeskip
 from edgeskip.runtime.backends import device as devices
 from edgeskip.runtime.backends.engines import library
 from edgeskip.runtime.backends.engines.layers import LayersSession
-from edgeskip.runtime.bundle.layers import has_products
+from edgeskip.runtime.bundle.engines import engines_name
 from edgeskip.runtime.bundle.store import EngineKind, read_engines
 from edgeskip.runtime.errors import BackendError, RequestError
 
@@ -42,7 +44,7 @@ def test_kernels_for_few_rows_give_the_logits_of_the_graphs(variant, bundles, tm
         edgeskip.load(bundle.folder, device="cpu") as plain,
         standin_model(bundle, tmp_path / "b", HostDevice(), "layers") as model,
     ):
-        assert model.session._has_products == has_products(bundle.manifest.architecture, "fp16")
+        assert model.session._has_products == bundle.manifest.has_products(87)
         for prompt in PROMPTS:
             logits = []
             for one in (plain, model):
@@ -72,6 +74,40 @@ def test_a_model_exits_after_any_layer(bundles, tmp_path, monkeypatch):
         edgeskip.load(copied.folder, exit_layer=1, device="cpu")
     with pytest.raises(RequestError, match="exit layer: 1; wanted 3: the bundle is cut there"):
         edgeskip.load(copied.folder, exit_layer=1, backend="onnxruntime")
+
+
+FORMATS = {
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4", "head": "int4"},
+    "mixed": {"weights": "int4", "head": "dtype", "layers": ("0-1=int8", "3=dtype")},
+}
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("variant", ["llama-tied", "qwen2"])
+def test_quantized_weights_stay_as_they_are_stored(variant, formats, bundles, reference, tmp_path):
+    """Chunks of 20 rows of a prompt go through engines, fewer rows through kernels alone."""
+    bundle = bundles(variant, dtype="fp16", prefill_chunk=20, **FORMATS[formats])
+    judge = dequantized_model(bundle, reference(variant))
+    with standin_model(bundle, tmp_path / "b", HostDevice(), "layers") as model:
+        assert model.session.memory().weights == bundle.manifest.weights_bytes
+        for prompt in [*PROMPTS, list(range(2, 42))]:
+            model.complete(prompt, max_new_tokens=1)
+            with torch.no_grad():
+                wanted = judge(torch.tensor([prompt])).logits[0, -1].numpy()
+            np.testing.assert_allclose(model.session.read_logits(1)[0], wanted, atol=0.06)
+        for prompt in PROMPTS[:2]:
+            texts = {
+                k: model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=20).token_ids
+                for k in (1, 4)
+            }
+            assert texts[1] == texts[4]
+
+
+def test_engines_are_the_same_however_weights_are_stored(bundles):
+    kind = EngineKind("tensorrt", "10.6.0", 87, "layers")
+    names = {engines_name(bundles("llama-tied", dtype="fp16", **one).manifest, kind) for one in ({}, *FORMATS.values())}
+    assert len(names) == 1
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])

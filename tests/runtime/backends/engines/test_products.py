@@ -11,7 +11,8 @@ from tests.standin import HostDevice
 
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.engines import products
-from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, serves, widened
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
+from edgeskip.runtime.bundle.layers import has_products
 
 KIND_OF = {"plain": {}, "bias": {"bias": 1}, "norm": {"norm": 1}, "residual": {"residual": 1}, "gated": {"gated": True}}
 KIND_OF["all"] = {"bias": 1, "norm": 1, "gated": True}
@@ -37,10 +38,12 @@ def test_the_kernels_compile(arch, product, rows):
 
 
 def test_models_and_gpus_that_the_kernel_does_not_serve_are_known():
-    assert serves(architecture(8, 2, 64), "fp16", 87)
-    assert not serves(architecture(8, 2, 64), "fp32", 87)
-    assert not serves(architecture(8, 2, 64), "fp16", 75)
-    assert not serves(architecture(2, 2, 18), "fp16", 87), "rows of 36 numbers are not whole packs of 8"
+    assert has_products(architecture(8, 2, 64), "fp16", ["int8", "int4-32"], 87)
+    assert not has_products(architecture(8, 2, 64), "fp32", [], 87)
+    assert not has_products(architecture(8, 2, 64), "fp16", [], 75)
+    assert not has_products(architecture(2, 2, 18), "fp16", [], 87), "rows of 36 numbers are not whole packs of 8"
+    assert has_products(architecture(3, 1, 24), "fp16", [], 87)
+    assert not has_products(architecture(3, 1, 24), "fp16", ["int8"], 87), "nor rows of 72 of 16"
 
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -109,7 +112,7 @@ def test_a_stored_matrix_is_widened(device, format_):
         matrix[3] = 0
         array, scales, wanted = stored(matrix, format_, kind)
         whole = device.zeros([(wanted.size * 2, 1)])[0].address
-        widened(device, on_device(device, format_, array, scales), *matrix.shape, whole, dtype)()
+        widened(device, on_device(device, format_, array, scales), matrix.shape, whole, dtype)()
         found = fetched(device, whole, np.empty(matrix.shape, kind)).astype(np.float64)
         np.testing.assert_array_equal(found, wanted.astype(kind).astype(np.float64))
 
