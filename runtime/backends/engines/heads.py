@@ -18,7 +18,7 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 _THREADS = 256
 """Of a block. As in pick.cu."""
 
-_PARTS = 32
+_PARTS = 128
 """Blocks that share a row of logits, at most."""
 
 

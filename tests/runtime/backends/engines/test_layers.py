@@ -95,7 +95,7 @@ def test_quantized_weights_stay_as_they_are_stored(variant, formats, bundles, re
             model.complete(prompt, max_new_tokens=1)
             with torch.no_grad():
                 wanted = judge(torch.tensor([prompt])).logits[0, -1].numpy()
-            np.testing.assert_allclose(model.session.read_logits(1)[0], wanted, atol=0.06)
+            np.testing.assert_allclose(model.session.read_logits(1)[0], wanted, atol=0.15)
         for prompt in PROMPTS[:2]:
             texts = {
                 k: model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=20).token_ids
