@@ -169,7 +169,7 @@ def write_rows(macros, grid, block, caches, rows, position, cache_bytes, rows_by
 def rotate(
     macros, grid, block, qkv, keys, values, queries, positions, cos, sin, q_norm, k_norm, n_q, n_kv, capacity, eps
 ):
-    """The first kernel of attention.cu."""
+    """The kernel of attention.cu that rotates alone."""
     kind, size, rows = NUMBERS[macros["STORE"]], int(macros["HEAD"]), grid[0]
     n_q, n_kv, capacity, (first,) = int(n_q), int(n_kv), int(capacity), array_at(positions, [1], np.int64)
     assert grid[1] * block[0] // 32 >= n_q + 2 * n_kv
@@ -195,25 +195,40 @@ def attend(
     macros,
     grid,
     block,
-    queries,
+    qkv,
     keys,
     values,
     positions,
-    out,
-    partials,
-    counters,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
     n_q,
     n_kv,
     capacity,
+    eps,
+    out,
+    partials,
+    counters,
     rows,
     split,
     scale,
 ):
-    """The second kernel of attention.cu, without its splits."""
+    """The kernel of attention.cu, without its splits."""
+    size, query_rows = int(macros["HEAD"]), int(rows) * int(n_q) // int(n_kv)
+    assert grid[0] * 4 * int(macros["ROWS"]) >= query_rows
+    assert grid[1] * int(split) >= int(capacity)
+    queries = np.empty(int(rows) * int(n_q) * size, NUMBERS[macros["STORE"]])
+    at, heads = queries.ctypes.data, (n_q, n_kv, capacity)
+    each = (int(rows), -(-(int(n_q) + 2 * int(n_kv)) // 4), 1)
+    rotate(macros, each, block, qkv, keys, values, at, positions, cos, sin, q_norm, k_norm, *heads, eps)
+    attended(macros, grid, at, keys, values, positions, out, *heads, rows, scale)
+
+
+def attended(macros, grid, queries, keys, values, positions, out, n_q, n_kv, capacity, rows, scale):
+    """What both kernels of attention do once queries and keys are rotated."""
     kind, size, (first,) = NUMBERS[macros["STORE"]], int(macros["HEAD"]), array_at(positions, [1], np.int64)
     n_q, n_kv, capacity, rows = int(n_q), int(n_kv), int(capacity), int(rows)
-    assert grid[0] * 4 * int(macros["ROWS"]) >= rows * n_q // n_kv
-    assert grid[1] * int(split) >= capacity
     assert grid[2] == n_kv
     used = min(int(first) + rows, capacity)
     q = array_at(queries, [rows, n_kv, n_q // n_kv, size], kind).astype(np.float32) * float(scale)
@@ -222,15 +237,14 @@ def attend(
     hidden = np.arange(used) > int(first) + np.arange(rows)[:, None]
     scores = np.where(hidden[None, :, None], -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    attended = np.einsum("ntgc,ncd->tngd", weights / weights.sum(-1, keepdims=True), v)
-    array_at(out, attended.shape, kind)[:] = attended
+    found = np.einsum("ntgc,ncd->tngd", weights / weights.sum(-1, keepdims=True), v)
+    array_at(out, found.shape, kind)[:] = found
 
 
 def attend_long(macros, grid, block, queries, keys, values, positions, out, n_q, n_kv, capacity, rows, scale):
     """The kernel of long_attention.cu."""
     assert grid[0] * 64 >= int(rows) * int(n_q) // int(n_kv)
-    covering = {**macros, "ROWS": "16"}, (grid[0], 1, grid[2])
-    attend(*covering, block, queries, keys, values, positions, out, 0, 0, n_q, n_kv, capacity, rows, capacity, scale)
+    attended(macros, grid, queries, keys, values, positions, out, n_q, n_kv, capacity, rows, scale)
 
 
 def matrix_at(macros, address, scales, lines):

@@ -1,9 +1,10 @@
-"""Attention between engines: two kernels of ours, compiled on the device; attention.cu has them.
+"""Attention between engines: kernels of ours, compiled on the device; attention.cu and long_attention.cu have them.
 
-    qkv [T, (Nq+2N) D]  ->  rotate: queries; keys and values into the caches  ->  attend  ->  attended [T, Nq D]
+    qkv [T, (Nq+2N) D]  ->  queries and keys normed and rotated, keys and values into the caches  ->  attended [T, Nq D]
 
-Calls of many rows attend in tensor cores, where GPU and model have what those need (long_attention.cu). The first row's
-position is read on the device, so the launches can be part of a captured round. Only the cache rows in use are read.
+That is one kernel for calls of few rows. Those of many rotate first and then attend in tensor cores, if GPU and model
+have what those need. The first row's position is read on the device, so the launches can be part of a captured round.
+Only the cache rows in use are read.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Attention:
         every = [self._tiling(rows) for rows in range(1, longest + 1) if not self._is_long(rows)]
         partials = max(t.grid[0] * t.grid[1] * t.grid[2] * t.tile_rows for t in every) * (a.head_dim + 2) * 4
         counters = max(t.grid[0] * t.grid[2] for t in every) * 4
-        queries = longest * a.num_heads * a.head_dim * ITEMSIZE[dtype]
+        queries = (longest if self._has_long else 0) * a.num_heads * a.head_dim * ITEMSIZE[dtype]
         self._queries, self._partials, self._counters = device.zeros([(queries, 1), (partials, 1), (counters, 1)])
         self.enqueued(1, Operands(0, 0, 0, 0, 0))  # compiles, so that what is missing shows now
 
@@ -129,42 +130,37 @@ class Attention:
 
     def enqueued(self, rows: int, at: Operands) -> Callable[[], None]:
         """Binds an attention of this many rows; calling the result enqueues it."""
-        rotate, attend = self._rotation(rows, at), (self._long if self._is_long(rows) else self._short)(rows, at)
-
-        def enqueue() -> None:
-            rotate()
-            attend()
-
-        return enqueue
+        return (self._long if self._is_long(rows) else self._short)(rows, at)
 
     def _is_long(self, rows: int) -> bool:
         return rows > HEAD_ROWS and self._has_long
 
-    def _rotation(self, rows: int, at: Operands) -> Callable[[], None]:
-        a = self._architecture
-        rotate = self._device.kernel(self._source, "rotate", macros(self._dtype, a.head_dim, self._tiling(1)))
-        grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
-        places = (at.qkv, at.keys, at.values, self._queries.address, at.positions, *self._tables, at.q_norm, at.k_norm)
-        arguments = (*map(np.uint64, places), *self._heads, np.float32(a.rms_norm_eps))
-        return lambda: rotate(grid, _BLOCK, *arguments)
-
     def _short(self, rows: int, at: Operands) -> Callable[[], None]:
-        tiles, memory = self._tiling(rows), (self._partials.address, self._counters.address)
+        tiles = self._tiling(rows)
         attend = self._device.kernel(self._source, "attend", macros(self._dtype, self._architecture.head_dim, tiles))
-        arguments = (*self._operands(at, *memory), np.uint32(rows), np.uint32(tiles.split_rows), self._scale)
+        read = (at.qkv, at.keys, at.values, at.positions, *self._tables, at.q_norm, at.k_norm)
+        written = (at.attended, self._partials.address, self._counters.address)
+        counts = (np.uint32(rows), np.uint32(tiles.split_rows), self._scale)
+        arguments = (*map(np.uint64, read), *self._heads, self._eps, *map(np.uint64, written), *counts)
         return lambda: attend(tiles.grid, _BLOCK, *arguments)
 
     def _long(self, rows: int, at: Operands) -> Callable[[], None]:
-        a = self._architecture
+        a, queries = self._architecture, self._queries.address
+        rotate = self._device.kernel(self._source, "rotate", macros(self._dtype, a.head_dim, self._tiling(1)))
+        rotate_grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
+        rotates = (at.qkv, at.keys, at.values, queries, at.positions, *self._tables, at.q_norm, at.k_norm)
         defined = {"STORE": STORES[self._dtype], "HEAD": str(a.head_dim)}
         attend = self._device.kernel(source("mma.cuh", "long_attention.cu"), "attend_long", defined)
-        grid = (-(-rows * a.num_heads // a.num_kv_heads // LONG_ROWS), 1, a.num_kv_heads)
-        arguments = (*self._operands(at), np.uint32(rows), self._scale)
-        return lambda: attend(grid, _BLOCK, *arguments)
+        attend_grid = (-(-rows * a.num_heads // a.num_kv_heads // LONG_ROWS), 1, a.num_kv_heads)
+        attends = (queries, at.keys, at.values, at.positions, at.attended)
+        first = (*map(np.uint64, rotates), *self._heads, self._eps)
+        second = (*map(np.uint64, attends), *self._heads, np.uint32(rows), self._scale)
 
-    def _operands(self, at: Operands, *memory: int) -> tuple[Any, ...]:
-        places = (self._queries.address, at.keys, at.values, at.positions, at.attended, *memory)
-        return (*map(np.uint64, places), *self._heads)
+        def enqueue() -> None:
+            rotate(rotate_grid, _BLOCK, *first)
+            attend(attend_grid, _BLOCK, *second)
+
+        return enqueue
 
     def _tiling(self, rows: int) -> Tiling:
         return tiling(self._architecture, self._capacity, rows, self._blocks)
@@ -177,3 +173,7 @@ class Attention:
     @property
     def _scale(self) -> Any:
         return np.float32(self._architecture.head_dim**-0.5)
+
+    @property
+    def _eps(self) -> Any:
+        return np.float32(self._architecture.rms_norm_eps)
