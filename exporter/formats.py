@@ -178,7 +178,7 @@ def _n_bits_product(op: OpBuilder, x: Value, weight: StoredValue, block_size: in
 
 def _int4_gather(op: OpBuilder, table: StoredValue, rows: Value) -> Value:
     numbers = table.part("", (ir.DataType.INT4, table.shape))
-    settings = {"gather_axis": 0, "quantize_axis": 1, "block_size": _block_size(table)}
+    settings = {"bits": 4, "gather_axis": 0, "quantize_axis": 1, "block_size": _block_size(table)}
     out: Value = op.GatherBlockQuantized(numbers, rows, table.part(SCALES), **settings, _domain=_COM)
     return out
 

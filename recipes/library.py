@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeskip.exporter.quantization.choice import chosen_formats
 from edgeskip.recipes.deployment import Device, ExportRecipe, recipe_shape
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.train.schema import TrainingRecipe
@@ -51,14 +52,18 @@ def validate(path: Path) -> Kind:
     """Reads a recipe of any kind and checks all that can be told from the file alone; its keys tell its kind.
 
     Raises:
-        RecipeError: it is malformed, names a shape that is not there, or an exit layer that its model lacks.
+        RecipeError: it is malformed, names a shape that is not there, or an exit layer or a format that its model
+            cannot have.
     """
     table = read_table(path)
     kind: Kind = "training" if "run" in table else "device" if "bandwidth_gb_per_s" in table else "model"
     recipe = read_recipe(path, _CLASSES[kind])
     if isinstance(recipe, ExportRecipe) and (recipe.shape or (path.parent / recipe.checkpoint).is_dir()):
         try:
-            layers = recipe_shape(recipe, path).architecture.num_layers
+            architecture = recipe_shape(recipe, path).architecture
+            layers = architecture.num_layers
+            dtype, size = recipe.dtype or "fp16", recipe.block_size or 32
+            chosen_formats(architecture, dtype, recipe.weights, recipe.head, recipe.layers, size)
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
         for key, exit_layer in (("exit_layer", recipe.exit_layer), *(("match_rates", e) for e in recipe.match_rates)):

@@ -245,6 +245,46 @@ def test_inspect_shows_the_split(bundle):
         assert path.name == MANIFEST or path.name in text
 
 
+def test_inspect_shows_what_is_quantized(bundles, checkpoints, tmp_path):
+    options = ("-e", 2, "--weights", "int4", "--layers", "0-1=int8", "--layers", "3=dtype", "--dtype", "fp16")
+    succeed("export", checkpoints("llama-gqa"), tmp_path / "b", *options)
+    lines = succeed("inspect", tmp_path / "b").stdout.splitlines()
+    weights = [128 * 64, 64 * 64, 192 * 64, 64 * 96]  # qkv, o, gate and up, down
+    table = 2 * 300 * 64
+    rows = [128, 64, 192, 64]
+    size = sum(2 * (w + 2 * n) + w / 2 + 2 * w / 32 + 2 * w for w, n in zip(weights, rows, strict=True))
+    size += table + 2 * 2 * 300
+    bits = 8 * size / (4 * sum(weights) + table)
+    wanted = (
+        f"weights int8, head int8, layers 2 int4-32, layers 3 fp16; {size / 1e6:.1f} MB, {bits:.2f} bits per weight"
+    )
+    assert f"quantized: {wanted}" in lines
+    assert "dialects: standard (draft.onnx, ...), ort (draft.ort.onnx, ...), layers (first.layers.onnx, ...)" in lines
+    assert not [
+        line for line in succeed("inspect", bundles("llama-gqa").folder).stdout.splitlines() if "bits per" in line
+    ]
+
+
+def test_an_export_in_blocks_that_do_not_divide_is_refused_before_anything_is_written(checkpoints, tmp_path):
+    result = run("export", checkpoints("llama-gqa"), tmp_path / "b", "-e", 2, "--weights", "int4", "--block-size", 64)
+    assert result.exit_code == 5
+    assert result.stderr == (
+        "edgeskip: model.layers.0.mlp.down_proj.weight: 96 columns, which blocks of 64 do not divide; "
+        "give --block-size 32 or int8\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dialect_that_a_quantized_bundle_lacks_is_refused(bundles):
+    bundle = bundles("llama-gqa", weights="int8").folder
+    result = run("check", bundle, "--backend", "onnxruntime", "--device", "cpu", "--dialect", "primitive")
+    assert result.exit_code == 4
+    found = (
+        f"edgeskip: {bundle}: no graphs of the primitive dialect, as its weights are quantized; wanted standard or ort"
+    )
+    assert result.stderr.startswith(found)
+
+
 def test_inspect_prints_the_manifest_as_json(bundle):
     assert succeed("inspect", bundle, "--json").stdout == (bundle / MANIFEST).read_text()
 

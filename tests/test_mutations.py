@@ -101,6 +101,8 @@ def targets(bundles, checkpoints, tmp_path_factory):
     assert runner.invoke(main, [str(a) for a in ("bench", bundle, "--backend", "onnxruntime", *short)]).exit_code == 0
     edit_json(report, lambda r: r.update(backend="as if of a GPU"))  # a CPU's calibrates no plan
     generate = ("generate", bundle, "-n", 3, "--backend", "onnxruntime")
+    quantized = Path(shutil.copytree(bundles("llama-gqa", weights="int4").folder, root / "quantized"))
+    say_quantized = ("generate", quantized, "-n", 3, "-p", "a")
     (engines,) = read_engines(read_bundle(bundle))
     packed = write_packed(read_bundle(bundle), [engines], root / "packed").folder
     add = ("cache", "add", packed)
@@ -122,6 +124,8 @@ def targets(bundles, checkpoints, tmp_path_factory):
     return [
         Target(bundle / MANIFEST, both, (inspect, say, pack), (4, 5), outputs=(out,)),
         Target(bundle / WEIGHTS, (mutated_header,), (say,), (4,), bundle, exact=True),
+        Target(quantized / MANIFEST, both, (("inspect", quantized), say_quantized), (4, 5)),
+        Target(quantized / WEIGHTS, (mutated_header,), (say_quantized,), (4,), quantized, exact=True),
         Target(bundle / "tokenizer.json", both, (say,), (4, 5), bundle),
         Target(bundle / "chat_template.jinja", (mutated_text,), (chat,), (4, 5), bundle),
         Target(engines.folder / "build.json", both, (inspect, say, pack), (4,), outputs=(out,)),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES, DType
-from edgeskip.runtime.bundle.formats import FORMATS, Format
+from edgeskip.runtime.bundle.formats import FORMATS, Format, is_quantized
 from edgeskip.runtime.bundle.graphs import Graph, GraphName
 from edgeskip.runtime.bundle.manifest import WEIGHTS, Bundle
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, TensorRecord, graph_tensors
@@ -156,13 +156,14 @@ def mapped_weights(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
 
 
 def held_bytes(bundle: Bundle) -> int:
-    """Bytes of weights where each graph holds its own: the file, and the table of every head but the first again."""
+    """Bytes of weights where each graph holds its own: the file, and again the table of every head but the first, and a
+    quantized table that a head both multiplies and gathers from, as these read it in two layouts.
+    """
     manifest = bundle.manifest
-    again = [name for name, graph in manifest.graphs.items() if graph.head][1:]
-    if not again:
-        return manifest.weights_bytes
-    read = read_bytes(bundle)
-    return manifest.weights_bytes + sum(read[name] for name in again)
+    heads, read = [name for name, graph in manifest.graphs.items() if graph.head], read_bytes(bundle)
+    tied = manifest.architecture.tie_word_embeddings
+    twice = heads if tied and is_quantized([manifest.tensors[EMBEDDINGS].format]) else []
+    return manifest.weights_bytes + sum(read[name] for name in (*heads[1:], *twice))
 
 
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:

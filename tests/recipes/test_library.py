@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -216,6 +217,59 @@ def test_what_is_given_goes_before_the_recipe_and_the_device(checkpoints, tmp_pa
     assert done.exit_code == 0, done.output
     manifest = read_bundle(tmp_path / "b").manifest
     assert (manifest.exit_layer, manifest.dtype, manifest.max_length, manifest.num_speculations) == (1, "bf16", 64, 2)
+
+
+QUANTIZED = """checkpoint = "nowhere"
+exit_layer = 2
+source = "me"
+weights = "int4"
+layers = ["0-1=int8"]
+"""
+
+
+def formats_of(bundle):
+    formats = read_bundle(bundle).manifest.formats
+    return [formats[f"model.layers.{i}.self_attn.o_proj.weight"] for i in (0, 3)], formats["lm_head.weight"]
+
+
+def test_a_recipe_says_how_weights_are_stored_and_options_go_before_it(checkpoints, tmp_path):
+    write(tmp_path, r=QUANTIZED)
+    common = (checkpoints("llama-gqa"), tmp_path / "b", "--recipe", tmp_path / "r.toml")
+    assert run("export", *common).exit_code == 0
+    assert formats_of(tmp_path / "b") == (["int8", "int4-32"], "int8")
+    other = (common[0], tmp_path / "c", *common[2:], "--head", "int4", "--layers", "3=int8")
+    assert run("export", *other).exit_code == 0
+    assert formats_of(tmp_path / "c") == (["int4-32", "int8"], "int4-32")
+
+
+@pytest.mark.parametrize(
+    ("backends", "wanted"), [('["onnxruntime", "tensorrt"]', 32), ('["tensorrt", "onnxruntime"]', 64)]
+)
+def test_the_block_size_is_what_suits_the_device(backends, wanted, tmp_path):
+    write(tmp_path, d=CARD.replace('["tensorrt-rtx"]', backends))
+    device = ("--device", tmp_path / "d.toml", "--weights", "int4")
+    assert run("export", "--recipe", "python-10m", *device, tmp_path / "b").exit_code == 0
+    assert set(read_bundle(tmp_path / "b").manifest.formats.values()) == {f"int4-{wanted}", "int8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('weights = "int3"', "weights: found 'int3'; wanted 'int4' or 'int8'"),
+        ('weights = "int4"\nblock_size = 16', "block_size: found 16; wanted 32 or 64 or 128"),
+        ('weights = "int4"\nblock_size = 32.0', "block_size: found 32.0; wanted 32 or 64 or 128"),
+        ('layers = ["0-1"]', "layers[0]: found '0-1'; wanted a layer or a range"),
+        ('layers = ["0-12=int8"]', "layers: '0-12=int8'; wanted layers in order, of 0 to 11"),
+        ('head = "int4"\nblock_size = 128\nweights = "int4"', "down_proj.weight: 704 columns, which blocks of 128"),
+    ],
+)
+def test_formats_of_a_recipe_are_checked_with_it(change, message, tmp_path):
+    shutil.copytree(FOLDERS["model"] / "checkpoints" / "python-10m", tmp_path / "model")
+    write(tmp_path, r=f'checkpoint = "model"\nexit_layer = 2\nsource = "me"\n{change}\n')
+    done = run("recipes", "validate", tmp_path / "r.toml")
+    assert done.exit_code == 7
+    assert message in done.output
+    assert done.output.count("\n") == 1
 
 
 def test_a_checkpoint_beside_the_recipe_is_found(checkpoints, tmp_path):

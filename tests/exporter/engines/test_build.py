@@ -425,6 +425,22 @@ def test_what_cannot_be_built_is_told_before_anything_is(
     assert nothing_is_stored()
 
 
+@pytest.mark.parametrize("dialect", ["standard", "primitive"])
+def test_quantized_bundles_have_engines_of_layers_only(dialect, bundles):
+    bundle = bundles("llama-gqa", dtype="fp16", weights="int4")
+    result = run("build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", 86, "--dialect", dialect)
+    assert result.exit_code == 5
+    wanted = f"edgeskip: --dialect {dialect}: quantized bundles have engines of layers only; give --dialect layers\n"
+    assert result.stderr == wanted
+    assert nothing_is_stored()
+
+
+def test_engines_of_a_quantized_bundle_are_those_of_the_plain_one(bundles):
+    (made,) = build(bundles("llama-gqa", dtype="fp16", weights="int4"), 86)
+    assert made.build.dialect == "layers"
+    assert build_engines(bundles("llama-gqa", dtype="fp16"), BuildSettings("tensorrt-rtx", (86,), dialect="layers")).had
+
+
 HEADS = {
     "too small": (
         {"head_dim": 8},

@@ -101,6 +101,20 @@ def test_what_others_have_in_the_store_is_no_problem_of_a_bundle(bundle, bundles
     assert find_engines(bundle) == ([], [])
 
 
+def test_a_quantized_bundle_has_the_engines_of_parts_of_layers_alone(bundle, bundles, folder, tmp_path):
+    """Those of the plain bundle's, whose graphs are the same; the others of it are no problem."""
+    quantized = bundles("llama-gqa", weights="int4")
+    layers = put_engines(bundle, dataclasses.replace(ORIN, dialect="layers"))
+    primitive = put_engines(bundle, RTX)
+    assert [engines.folder for engines in read_engines(quantized)] == [layers]
+    assert {engines.folder for engines in read_engines(bundle)} == {folder, layers, primitive}
+    copied = shutil.copytree(quantized.folder, tmp_path / "copied")
+    shutil.copytree(primitive, copied / FOLDER / primitive.name)
+    found, problems = engines_that_came(read_bundle(copied))
+    assert not found
+    assert "engines of primitive, for quantized weights; wanted layers" in str(problems[0])
+
+
 def test_damaged_engines_are_not_whole(bundle, folder):
     assert whole_engines(bundle, ORIN) is not None
     path = folder / "verify.engine"
