@@ -50,7 +50,7 @@ class OrtCpuSession(MeasuredSession):
             )
         ort = onnxruntime()
         options = cpu_options(ort, threads)
-        self._graphs = OrtGraphs(ort, bundle, dialect, options, [("CPUExecutionProvider", {})])
+        self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, [("CPUExecutionProvider", {})])
         self._graph_table, self._dims = manifest.graphs, dimensions(manifest.architecture, manifest.max_length)
         numbers = {"float": np.dtype(NUMBER_TYPES[manifest.dtype].numpy), "int64": np.dtype(np.int64)}
         self._buffers = {

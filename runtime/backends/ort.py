@@ -28,7 +28,12 @@ class OrtGraphs:
     """A bundle's graphs, loaded; their calls are bound by address."""
 
     def __init__(
-        self, ort: Any, bundle: Bundle, dialect: str, options: Any, providers: list[tuple[str, dict[str, str]]]
+        self,
+        ort: Any,
+        bundle: Bundle,
+        dialect: str,
+        options: Callable[[GraphName], Any],
+        providers: list[tuple[str, dict[str, str]]],
     ) -> None:
         manifest = bundle.manifest
         self._table, self._dtype, self._dialect = manifest.graphs, manifest.dtype, DIALECTS[dialect]
@@ -38,7 +43,7 @@ class OrtGraphs:
         for graph in self._table:
             path = bundle.graph_path(graph, dialect)
             with ort_errors(path):
-                session = ort.InferenceSession(path, options, providers=providers)
+                session = ort.InferenceSession(path, options(graph), providers=providers)
             self._sessions[graph] = session
             self._check_tensors(path, graph)
 

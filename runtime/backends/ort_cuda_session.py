@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.graphs import GraphName
+from edgeskip.runtime.bundle.manifest import Bundle, Manifest
+from edgeskip.runtime.bundle.tensors import graph_tensors
 from edgeskip.runtime.bundle.weights import held_bytes
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
@@ -55,7 +58,8 @@ class OrtCudaSession(CudaSession):
         try:
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            self._graphs = OrtGraphs(ort, bundle, dialect, _cuda_options(ort), [_cuda_provider(device)])
+            options = partial(_cuda_options, ort, manifest)
+            self._graphs = OrtGraphs(ort, bundle, dialect, options, [_cuda_provider(device)])
             self._warm_up(manifest.prefill_chunk)
         except BaseException as error:
             short = _is_out_of_memory(error, device)
@@ -103,8 +107,23 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
     return name, options | more
 
 
-def _cuda_options(ort: Any) -> Any:
+def _cuda_options(ort: Any, manifest: Manifest, graph: GraphName) -> Any:
     ort.set_default_logger_severity(4)  # it warns about providers that nobody asked for
     options = cpu_options(ort, 0)  # a process that has one pool of threads must share it
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
+    if manifest.dtype == "fp16" and _wants_other_products(manifest, graph):
+        options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     return options
+
+
+def _wants_other_products(manifest: Manifest, graph: GraphName) -> bool:
+    """Whether a graph's quantized products are faster with ONNX Runtime's second set of kernels.
+
+    The first set slows down with each further row, and has nothing good for 8 bits; the second takes a little longer
+    for a single row of 4 bits. So graphs that only draft keep the first. Measured in docs/benchmarks.md.
+    """
+    record, tensors = manifest.graphs[graph], manifest.tensors
+    names = graph_tensors(manifest.architecture, record.layers)
+    formats = {tensors[name].format for name in names} - {manifest.dtype}
+    verifies = any(graph == link.graph for e in manifest.exit_layers for link in manifest.split(e).verify)
+    return bool(formats) and ("int8" in formats or verifies)
