@@ -16,8 +16,8 @@ typedef unsigned long long size;
 #define STEP (4 * PACK)
 #define STEPS ((IN + STEP - 1) / STEP)
 #define MY_STEPS ((STEPS + WARPS - 1) / WARPS)
-#define MOST (4 / BANDS)
-#define BATCH (MY_STEPS < MOST ? MY_STEPS : MOST)  // steps whose packs are on their way at once
+#define BATCH (MY_STEPS < 4 ? MY_STEPS : 4)  // steps whose packs are on their way at once
+#define BLOCKS (BANDS * TILES > 2 ? 1 : WARPS == 8 && BITS == 8 ? 3 : 2)  // of a multiprocessor, at least
 #define EIGHTS (PACK / 8)
 
 // 8 numbers of a row from `k` on; nothing where there is no such row or number
@@ -69,7 +69,7 @@ struct Line {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BANDS * TILES <= 2 ? 2 : 1) product(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) product(
     const store* x, const unsigned char* weight, const store* scales, const store* bias, const store* norm,
     const store* residual, store* out, unsigned rows, unsigned outs, float eps)
 {

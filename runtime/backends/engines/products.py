@@ -72,7 +72,7 @@ def macros(product: Product, dtype: DType, rows: int, multiprocessors: int) -> d
         "IN": str(product.inputs),
         "TILES": str(tiles(rows)),
         "BANDS": str(bands(product, rows, multiprocessors)),
-        "WARPS": str(warps(product)),
+        "WARPS": str(warps(product, multiprocessors)),
         "NORM": str(int(product.norm != 0)),
         "BIAS": str(int(product.bias != 0)),
         "RESIDUAL": str(int(product.residual != 0)),
@@ -85,20 +85,26 @@ def tiles(rows: int) -> int:
     return -(-rows // 8)
 
 
+def has_many_lines(product: Product, multiprocessors: int) -> bool:
+    """Whether two bands for a block of a quantized matrix still leave a block for each multiprocessor."""
+    lines = product.outputs * (2 if product.gated else 1)
+    return product.weight.bits < 16 and lines >= 32 * multiprocessors
+
+
 def bands(product: Product, rows: int, multiprocessors: int) -> int:
     """Bands of 16 lines of a matrix that a block takes: two where numbers of 4 bits make arithmetic the bound, so that
-    what is done for x serves both, if that leaves a block for each multiprocessor.
+    what is done for x serves both.
     """
-    lines = product.outputs * (2 if product.gated else 1)
-    return 2 if product.weight.bits == 4 and tiles(rows) <= 2 and lines >= 32 * multiprocessors else 1
+    many = has_many_lines(product, multiprocessors)
+    return 2 if many and product.weight.bits == 4 and tiles(rows) <= 2 else 1
 
 
-def warps(product: Product) -> int:
+def warps(product: Product, multiprocessors: int) -> int:
     """Warps of a block, which share the sum: enough of them to have memory busy.
 
     It does not depend on the rows, so that a row's sum is added in one order, however many rows there are.
     """
-    return 8 if product.inputs < 2048 else 16
+    return 8 if product.inputs < 2048 or has_many_lines(product, multiprocessors) else 16
 
 
 def enqueued(
@@ -114,7 +120,7 @@ def enqueued(
     weight = product.weight
     addresses = map(np.uint64, (x, weight.address, weight.scales, product.bias, product.norm, product.residual, out))
     arguments = (*addresses, np.uint32(rows), np.uint32(product.outputs), np.float32(eps))
-    return lambda: kernel(grid, (32 * warps(product), 1, 1), *arguments)
+    return lambda: kernel(grid, (32 * int(defined["WARPS"]), 1, 1), *arguments)
 
 
 def widened(device: CudaDevice, matrix: Matrix, shape: tuple[int, ...], whole: int, dtype: DType) -> Callable[[], None]:

@@ -25,7 +25,7 @@ def test_the_kernel_compiles(arch, matrix):
 
 
 @pytest.mark.parametrize("format_", ["plain", "int8", "int4-32", "int4-64"])
-@pytest.mark.parametrize(("vocabulary", "size"), [(300, 64), (128256, 2048), (4096, 192)])
+@pytest.mark.parametrize(("vocabulary", "size"), [(300, 64), (32000, 256), (4096, 192)])
 def test_the_largest_logit_is_picked_and_its_row_of_the_table_handed_on(device, format_, vocabulary, size):  # noqa: F811
     for dtype in ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16"):
         kind, random = KINDS[dtype], np.random.default_rng(vocabulary)

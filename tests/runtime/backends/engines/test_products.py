@@ -71,6 +71,7 @@ CASES += [
     for what, sizes in [("all", (2048, 512)), ("residual", (8192, 48)), ("norm", (4096, 100)), ("plain", (14336, 40))]
 ]
 CASES += [("int8", "all", 48, 36), ("int4-32", "all", 96, 36), ("int4-64", "gated", 576, 1536)]
+CASES += [(format_, "all", 2048, 2500) for format_ in ("int8", "int4-32")]  # lines for every multiprocessor of any GPU
 
 
 @pytest.mark.parametrize(("format_", "what", "inputs", "outputs"), CASES)
