@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.bench.measure import TIE_GAP
 from edgeskip.runtime.bundle.dtypes import DType
 
 Array = npt.NDArray[Any]
@@ -37,6 +38,23 @@ THRESHOLDS: dict[DType, Threshold] = {
     "bf16": Threshold(3e-3, 1e-2, 5e-2, 0.15),
 }
 """By the bundle's dtype; docs/DESIGN.md has what was measured."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What errors are held to: those of every row, and the largest error of a logit, which is also the gap of a tie."""
+
+    rows: Threshold
+    tie_gap: float
+
+
+ROUNDED = Bounds(Threshold(3e-3, 1e-2, 5e-2, 0.15), 1.5)
+"""Where products round what they multiply to 8 bits, whatever the dtype."""
+
+
+def bounds_of(dtype: DType, *, rounded: bool) -> Bounds:
+    """The bounds of a session in this dtype, whose products round what they multiply to 8 bits or do not."""
+    return ROUNDED if rounded else Bounds(THRESHOLDS[dtype], TIE_GAP[dtype])
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,11 @@ class Golden:
         rows: Array = self._model.get_input_embeddings()(ids).detach().cpu().numpy()
         return rows
 
+    def parameter(self, name: str) -> Array:
+        """A tensor of the checkpoint by its name, in fp32."""
+        values: Array = self._model.get_parameter(name).detach().cpu().numpy()
+        return values
+
     def norm(self, states: Array) -> Array:
         """The last norm of states [T,H]."""
         return self._applied(self._model.model.norm, states)

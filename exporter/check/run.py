@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, cast
 
-from edgeskip.exporter.check.comparison import THRESHOLDS, Comparison, Errors, Threshold
+from edgeskip.exporter.check.comparison import Bounds, Comparison, Errors, Threshold, bounds_of
 from edgeskip.exporter.check.golden import Golden, GoldenText
 from edgeskip.exporter.check.layers import TappedGraph, golden_taps
+from edgeskip.exporter.check.loss import ExitLoss, quantization_loss
 from edgeskip.exporter.check.teacher import Kind, Segment, SessionRunner, golden_outputs, split_text, tail
-from edgeskip.runtime.bench.measure import TIE_GAP
+from edgeskip.exporter.check.weights import StoredReport, compare_weights
+from edgeskip.exporter.formats import WRITERS
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Manifest, Progress
 from edgeskip.runtime.decoding.model import Model
@@ -76,7 +77,10 @@ class Departure:
 class CheckReport(Provenance):
     """`agreed` counts the prompts whose text is the golden one; `prompts_cut` those longer than half the capacity.
 
+    `rounded_to_8_bits` says that the session's products round what they multiply, so that the thresholds are wider.
     `departures` has an entry for each failing graph if `layers` was asked for, null where no part departs by itself.
+    `stored` and `lost` compare the weights of a quantized bundle with its checkpoint, where that was given: tensor by
+    tensor, and by what each exit and the last layer predict.
     """
 
     reference: str
@@ -84,6 +88,7 @@ class CheckReport(Provenance):
     rows_used: int
     prompts: int
     prompts_cut: int
+    rounded_to_8_bits: bool
     thresholds: Threshold
     tie_gap: float
     tensors: tuple[TensorReport, ...]
@@ -91,6 +96,8 @@ class CheckReport(Provenance):
     agreed: dict[str, int]
     disagreements: tuple[Disagreement, ...]
     departures: dict[GraphName, Departure | None] | None
+    stored: tuple[StoredReport, ...] | None
+    lost: tuple[ExitLoss, ...] | None
     passed: bool
 
 
@@ -108,6 +115,7 @@ def run_check(
     golden: Golden,
     prompts: Sequence[str],
     *,
+    original: Golden | None = None,
     layers: bool = False,
     command: str = "",
     progress: Progress = lambda *_: None,
@@ -118,6 +126,7 @@ def run_check(
         model: a bundle and its session.
         golden: the judge.
         prompts: texts; they are cut to half the caches' capacity.
+        original: the checkpoint of a quantized bundle, where the golden model has the bundle's own weights.
         layers: narrow a failure to the first part that departs.
         command: the command line, for the report.
         progress: called after each text.
@@ -130,7 +139,9 @@ def run_check(
     longest = max(manifest.max_length // 2, 1)
     whole = [model.encode(prompt, most=longest + 1) for prompt in prompts]
     prompt_ids = [ids[:longest] for ids in whole]
-    threshold, tie_gap = THRESHOLDS[manifest.dtype], TIE_GAP[manifest.dtype]
+    rounded = _rounds_to_8_bits(model)
+    bounds = bounds_of(manifest.dtype, rounded=rounded)
+    tie_gap = bounds.tie_gap
     runner, comparison = SessionRunner(model), Comparison()
     disagreements: list[Disagreement] = []
     agreed: dict[str, int] = dict.fromkeys(_MODES, 0)
@@ -155,10 +166,12 @@ def run_check(
     for text in _joined_texts(prompt_ids, manifest):
         look(text)
     tensors = tuple(
-        TensorReport(graph, name, cast(Kind, kind), errors, _passes(name, errors, manifest.dtype))
+        TensorReport(graph, name, cast(Kind, kind), errors, _passes(name, errors, bounds))
         for (graph, name, kind), errors in comparison.errors.items()
     )
     failed = tuple(graph for graph in manifest.graphs if any(t.graph == graph and not t.passed for t in tensors))
+    stored = None if original is None else tuple(compare_weights(model.bundle, original))
+    departures = {graph: _departure(graph, model, golden, texts, tensors) for graph in failed} if layers else None
     return CheckReport(
         **vars(provenance(model, command)),
         reference=golden.source,
@@ -166,14 +179,17 @@ def run_check(
         rows_used=max(text.segments[-1].text.stop for text in texts),
         prompts=len(prompts),
         prompts_cut=sum(len(ids) > len(cut) for ids, cut in zip(whole, prompt_ids, strict=True)),
-        thresholds=threshold,
+        rounded_to_8_bits=rounded,
+        thresholds=bounds.rows,
         tie_gap=tie_gap,
         tensors=tensors,
         failed_graphs=failed,
         agreed=agreed,
         disagreements=tuple(disagreements),
-        departures={graph: _departure(graph, model, golden, texts, tensors) for graph in failed} if layers else None,
-        passed=not failed and all(d.is_tie for d in disagreements),
+        departures=departures,
+        stored=stored,
+        lost=None if original is None else quantization_loss(golden, original, prompt_ids),
+        passed=not failed and all(d.is_tie for d in disagreements) and all(one.passed for one in stored or ()),
     )
 
 
@@ -216,9 +232,15 @@ def _run_text(
     comparison.finish_text()
 
 
-def _passes(name: str, errors: Errors, dtype: DType) -> bool:
-    """Whether errors are within the thresholds; no logit may be so far off that it alone could change a token."""
-    return errors.within(THRESHOLDS[dtype]) and (name != "logits" or errors.max_abs < TIE_GAP[dtype])
+def _rounds_to_8_bits(model: Model) -> bool:
+    """Whether products round what they multiply: ONNX Runtime's own for quantized matrices do so on a CPU."""
+    session, formats = model.session, model.bundle.manifest.formats.values()
+    return session.device == "cpu" and any(session.dialect in WRITERS[format_].products for format_ in formats)
+
+
+def _passes(name: str, errors: Errors, bounds: Bounds) -> bool:
+    """Whether errors are within the bounds; no logit may be so far off that it alone could change a token."""
+    return errors.within(bounds.rows) and (name != "logits" or errors.max_abs < bounds.tie_gap)
 
 
 def _first_difference(wanted: GoldenText, given: Sequence[int]) -> tuple[int, float | None] | None:
@@ -235,7 +257,8 @@ def _departure(
     graph: GraphName, model: Model, golden: Golden, texts: Sequence[_Text], tensors: Sequence[TensorReport]
 ) -> Departure | None:
     """The first part of a graph beyond the thresholds: by its file in ONNX Runtime, else by the session's caches."""
-    session, dtype = model.session, model.bundle.manifest.dtype
+    session = model.session
+    bounds = bounds_of(model.bundle.manifest.dtype, rounded=_rounds_to_8_bits(model))
     # graphs for engines have no weights of their own, and parts of layers no attention; `standard` says the same
     dialect = "standard" if DIALECTS[session.dialect].weights == "inputs" else session.dialect
     tapped, comparison = TappedGraph(model.bundle, graph, dialect, session.device), Comparison()
@@ -252,9 +275,9 @@ def _departure(
     in_caches = {t.tensor: t.errors for t in tensors if t.graph == graph and t.kind == "cache"}
     for name, layer, part in tapped.order():
         errors = comparison.errors[(name,)]
-        if not _passes(name, errors, dtype):
+        if not _passes(name, errors, bounds):
             return Departure(graph, layer, part, name, "graph", errors)
     for name, layer, part in tapped.order():
-        if name in in_caches and not _passes(name, in_caches[name], dtype):
+        if name in in_caches and not _passes(name, in_caches[name], bounds):
             return Departure(graph, layer, part, name, "session", in_caches[name])
     return None

@@ -24,7 +24,9 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.command()
 @bundle_argument
 @click.option(
-    "--reference", help="The CHECKPOINT to compare with, a folder or hub id.  [default: the bundle's weights]"
+    "--reference",
+    help="The CHECKPOINT to compare with, a folder or hub id; of a quantized bundle, what was lost to quantization is "
+    "told.  [default: the bundle's weights]",
 )
 @prompts_option
 @click.option(
@@ -60,6 +62,7 @@ def check(
     from edgeskip.exporter.check.report import print_check
     from edgeskip.exporter.check.run import run_check
     from edgeskip.runtime.bench.prompts import load_prompts
+    from edgeskip.runtime.bundle.formats import is_quantized
     from edgeskip.runtime.load import load
     from edgeskip.runtime.terminal import console, progress_bar
 
@@ -67,8 +70,12 @@ def check(
     texts = load_prompts(prompts)[:num_prompts]
     settings: Any = {"backend": backend, "device": device, "threads": threads, "dialect": dialect}
     with progress_bar() as progress, load(bundle, **settings, progress=progress) as model:
-        golden = Golden(model.bundle, reference, model.session.device, threads)
-        report = run_check(model, golden, texts, layers=layers, command=command_line(), progress=progress)
+        quantized = is_quantized(model.bundle.manifest.formats.values())
+        where = model.session.device, threads
+        golden = Golden(model.bundle, None if quantized else reference, *where)
+        original = Golden(model.bundle, reference, *where) if quantized and reference else None
+        choice: Any = {"layers": layers, "command": command_line(), "progress": progress}
+        report = run_check(model, golden, texts, original=original, **choice)
     print_check(report, console(stderr=on_stdout(json_path)))
     write_json(json_path, report)
     if not report.passed:
