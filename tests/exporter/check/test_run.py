@@ -205,6 +205,7 @@ def test_a_wrong_kernel_and_a_weight_bound_in_anothers_place_are_found_and_named
         with monkeypatch.context() as patch, standin_model(bundle, tmp_path / fault, HostDevice(), "layers") as model:
             if fault == "rope":  # cosines for sines
                 turned = lambda *a: healthy(*a[:9], a[8], *a[10:])  # noqa: E731
+                patch.setattr(standin, "rotate", turned)  # which the attention of few rows calls too
                 patch.setitem(standin.KERNELS, "rotate", turned)
             else:
                 of = model.session._weights.address_of
