@@ -16,7 +16,7 @@ from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
 from edgeskip.exporter.quantization.choice import Bits, FormatChoice, chosen_formats
-from edgeskip.exporter.quantization.quantizer import SEARCH
+from edgeskip.exporter.quantization.quantizer import Search
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import dialects_of
@@ -107,7 +107,7 @@ def export_bundle(
     layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
     graphs = graph_table(architecture.num_layers, exits, heads)
-    texts, quantizer = _text_files(checkpoint), SEARCH
+    texts, quantizer = _text_files(checkpoint), Search(checkpoint)
     if settings.dtype == "fp16" and (found := beyond_fp16(checkpoint)):
         warn(
             f"{found.tensor} gives numbers of about {found.value:.0e}, and fp16 ends at {LARGEST_FP16:.0f}; "

@@ -73,13 +73,14 @@ class FormatWriter:
     """A format on the exporter's side.
 
     `encode` turns rows of the checkpoint [n, ...] into the same rows of each part, in the types that the format's parts
-    have in a bundle of this dtype. `whole` gives the tensor in the bundle's dtype within a graph, and `gather` its rows
+    have in a bundle of this dtype; of a matrix it may be told how large the inputs are that each column multiplies [K].
+    `whole` gives the tensor in the bundle's dtype within a graph, and `gather` its rows
     by number, [...] -> [..., K], with ONNX operators. `products` (x [..., K] -> x W^T [..., N]) and `gathers` have, by
     the dialect's name, what stands in for these where a dialect has operators that read the parts themselves; a product
     may be None for a shape that it does not serve.
     """
 
-    encode: Callable[[Array, DType], Sequence[Array]]
+    encode: Callable[[Array, DType, Array | None], Sequence[Array]]
     whole: Callable[[OpBuilder, StoredValue], Value]
     gather: Callable[[OpBuilder, StoredValue, Value], Value] = _gather_of_whole
     products: Mapping[str, Callable[[OpBuilder, Value, StoredValue], Value | None]] = field(default_factory=dict)
@@ -101,8 +102,8 @@ def gathered(dialect: str, op: OpBuilder, table: StoredValue, rows: Value) -> Va
 # Plain formats
 
 
-def _cast_to(number: str) -> Callable[[Array, DType], Sequence[Array]]:
-    def encode(rows: Array, _: DType) -> Sequence[Array]:
+def _cast_to(number: str) -> Callable[[Array, DType, Array | None], Sequence[Array]]:
+    def encode(rows: Array, _: DType, __: Array | None) -> Sequence[Array]:
         with np.errstate(over="ignore", invalid="ignore"):
             return (rows.astype(NUMPY_DTYPES[number], copy=False),)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
 from edgeskip.exporter.formats import NUMPY_DTYPES, WRITERS
 from edgeskip.exporter.index import READABLE
-from edgeskip.exporter.quantization.quantizer import SEARCH, Quantizer
+from edgeskip.exporter.quantization.quantizer import Quantizer
 from edgeskip.runtime.bundle.architecture import Rope
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
@@ -67,7 +67,7 @@ def write_weights(
     checkpoint: Checkpoint,
     layout: WeightsLayout,
     path: Path,
-    quantizer: Quantizer = SEARCH,
+    quantizer: Quantizer,
     progress: Progress = lambda *_: None,
 ) -> FileRecord:
     """Streams the weights into `path`, each tensor in its format, and hashes them on the way.
@@ -160,7 +160,7 @@ def _encoded(
     rows = _rows(checkpoint, reader, record, dtype)
     if is_quantized([record.format]):
         return quantizer.encoded(record, rows, dtype)
-    return (WRITERS[record.format].encode(block, dtype) for block in rows)
+    return (WRITERS[record.format].encode(block, dtype, None) for block in rows)
 
 
 def _parts(

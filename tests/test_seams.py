@@ -146,7 +146,7 @@ def test_a_second_head_over_fewer_rows_drafts(variant, kind, checkpoints, refere
 def rows_in_8_bits(monkeypatch):
     """A format that nobody else knows: 8-bit rows, and the largest magnitude of each."""
 
-    def encode(rows, _):
+    def encode(rows, _, __=None):
         scales = np.abs(rows.astype(np.float32)).max(axis=1) / 127
         return np.rint(rows / scales[:, None]).astype(np.int8), scales
 

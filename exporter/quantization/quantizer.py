@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy.typing as npt
 
+from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.formats import WRITERS
+from edgeskip.exporter.quantization.inputs import input_sizes
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.manifest import Quantization
 from edgeskip.runtime.bundle.tensors import TensorRecord
@@ -34,15 +37,14 @@ class Quantizer(Protocol):
         ...
 
 
-class _Search:
-    """Scales of the least squared error, which need no more than the rows at hand."""
+@dataclass(frozen=True)
+class Search:
+    """Scales of the least squared error, which need no more than the rows at hand and the sizes of their inputs."""
 
-    record = Quantization("search")
+    checkpoint: Checkpoint
+    record: ClassVar[Quantization] = Quantization("search")
 
     def encoded(self, tensor: TensorRecord, rows: Iterator[Array], dtype: DType) -> Iterator[Sequence[Array]]:
         """Each block of rows by itself, as its format encodes it."""
-        return (WRITERS[tensor.format].encode(block, dtype) for block in rows)
-
-
-SEARCH: Quantizer = _Search()
-"""The default."""
+        sizes = input_sizes(self.checkpoint, tensor)
+        return (WRITERS[tensor.format].encode(block, dtype, sizes) for block in rows)

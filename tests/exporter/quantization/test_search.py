@@ -46,6 +46,20 @@ def test_errors_are_less_than_those_of_the_largest_magnitude(rows, format_, dtyp
         assert (found < plain).mean() > 0.9
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_columns_with_large_inputs_count_more(format_):
+    rows = RNG.standard_normal((200, 256)).astype(np.float32)
+    sizes = RNG.gamma(0.5, 1, 256)
+    lost = []
+    for told in (sizes, None):
+        values = dequantized(format_, *encoded_rows(format_, rows, "fp16", told))
+        lost.append(np.square((values - rows) * sizes).sum())
+    assert lost[0] < 0.99 * lost[1]
+    for told, same in ((sizes, 1e-9 * sizes), (np.zeros(256) + 3, None)):
+        for one, other in zip(*(encoded_rows(format_, rows, "fp16", t) for t in (told, same)), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 def test_rows_of_any_floating_type_in_any_order_of_memory(source):
     rows = RNG.standard_normal((64, 6)).astype(source).T
