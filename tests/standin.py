@@ -280,6 +280,13 @@ def pick(macros, grid, block, logits, table, scales, token_ids, token_logits, em
     out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
 
 
+def embed(macros, grid, block, token_ids, table, scales, embeddings):
+    """The kernel of pick.cu for a prompt's tokens."""
+    ids = array_at(token_ids, [grid[0]], np.int64)
+    out = array_at(embeddings, [grid[0], int(macros["IN"])], NUMBERS[macros["STORE"]])
+    out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
+
+
 def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, rows, outs, eps):
     """The kernel of product.cu."""
     kind, inputs, gated = NUMBERS[macros["STORE"]], int(macros["IN"]), macros["GATE"] == "1"
@@ -304,7 +311,7 @@ def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, r
 
 
 NUMBERS = {"16": np.float16, "32": np.float32}
-KERNELS = {kernel.__name__: kernel for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick)}
+KERNELS = {kernel.__name__: kernel for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed)}
 
 
 class StandInTensorRT:

@@ -16,7 +16,7 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import mapped_weights
+from edgeskip.runtime.bundle.weights import Rows, mapped_weights
 from edgeskip.runtime.decoding.rounds import Call, Round, View, workspace
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
@@ -114,9 +114,9 @@ class OrtCpuSession(MeasuredSession):
 
         return run_and_write
 
-    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+    def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
-        self._buffers[buffer][: len(rows)] = rows
+        self._buffers[buffer][: len(rows)] = np.asarray(rows)
 
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer: ids as they are, all else in fp32."""

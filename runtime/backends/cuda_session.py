@@ -23,6 +23,7 @@ from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round
 from edgeskip.runtime.decoding.session import (
     NOTHING,
@@ -155,12 +156,12 @@ class CudaSession(MeasuredSession):
         """Device time of all rounds so far: the host cannot see what runs within one."""
         return {"device": self._device_ns}
 
-    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+    def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         target = self._buffers[buffer]
         part = self._staging[: target.row_bytes * len(rows)]
-        part.view(NUMBER_TYPES[self._dtype].numpy).reshape(rows.shape)[:] = rows
+        part.view(NUMBER_TYPES[self._dtype].numpy).reshape(len(rows), -1)[:] = np.asarray(rows)
         self._device.copier(target.address, part.ctypes.data, part.nbytes)()
 
     def read(self, view: View) -> npt.NDArray[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,31 @@ class StoredTensor:
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
         """Rows [n, ...] in the bundle's dtype, bf16 as raw 16-bit words."""
         return self._format.decode([part[rows] for part in self._parts], self._dtype)
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Embeddings [T,H] of tokens, read from their table only where they are wanted as numbers: a session that has the
+    table itself needs the ids alone.
+    """
+
+    table: StoredTensor
+    token_ids: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, rows: slice) -> TokenRows:
+        return TokenRows(self.table, self.token_ids[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """In the bundle's dtype, bf16 as raw 16-bit words."""
+        rows = self.table[list(self.token_ids)]
+        return rows if dtype is None else rows.astype(dtype)
+
+
+Rows: TypeAlias = "npt.NDArray[Any] | TokenRows"
+"""States [T,H] as numbers, or the embeddings of tokens."""
 
 
 def embedding_table(bundle: Bundle) -> StoredTensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import Protocol
 
 from edgeskip.runtime.bundle.graphs import Split
+from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import (
     Round,
     draft_round,
@@ -71,7 +70,7 @@ class Step:
         return len(self.token_ids) - 1
 
 
-def prefill(session: Session, how: Decoding, embeddings: npt.NDArray[Any], chunk: int) -> Step:
+def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Step:
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
     It runs in full chunks, the last one overlapping backwards so that there are few shapes: its first rows are computed

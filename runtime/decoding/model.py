@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from edgeskip.runtime.bundle.graphs import check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import embedding_table
+from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
 from edgeskip.runtime.decoding.rounds import MODES, Mode
 from edgeskip.runtime.decoding.sampling import GREEDY
@@ -234,7 +234,7 @@ class Model:
 
     def _steps(self, request: _Request) -> Generator[Step, None, None]:
         manifest, new_tokens = self.bundle.manifest, request.max_new_tokens
-        embeddings = self.embeddings[request.prompt_ids]
+        embeddings = TokenRows(self.embeddings, request.prompt_ids)
         how = Decoding(
             self.split,
             request.num_speculations,

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View
 
 RowInputs = Mapping[str, npt.NDArray[Any]]
@@ -73,7 +74,7 @@ class Session(ABC):
         """Binds a round that has not been bound before."""
 
     @abstractmethod
-    def write(self, buffer: str, rows: npt.NDArray[Any]) -> None:
+    def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
 
     @abstractmethod

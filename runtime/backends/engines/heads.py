@@ -1,4 +1,4 @@
-"""Picking tokens from logits, as a kernel of ours: pick.cu. It also hands on the embeddings of what was picked.
+"""Picking tokens from logits, and the embeddings of tokens: kernels of ours, in pick.cu.
 
 logits [T, V]  ->  token ids [T], their logits [T], their rows of the embedding table [T, H]
 """
@@ -44,8 +44,7 @@ def picker(
 
     The result binds a pick to addresses, for so many rows of so many logits; calling what it gives enqueues it.
     """
-    defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
-    kernel = device.kernel(source("mma.cuh", "packs.cuh", "pick.cu"), "pick", defined)
+    kernel = _kernel(device, "pick", table, size, dtype)
 
     def bind(at: Picked, rows: int, vocabulary: int) -> Callable[[], None]:
         grid = (max(1, min(_PARTS, vocabulary // (4 * _THREADS))), rows, 1)
@@ -55,3 +54,21 @@ def picker(
         return lambda: kernel(grid, (_THREADS, 1, 1), *arguments)
 
     return bind
+
+
+def embedder(device: CudaDevice, table: Matrix, size: int, dtype: DType) -> Callable[[int, int, int], None]:
+    """Reads rows of this embedding table, which have `size` numbers: called with the addresses of token ids and their
+    rows, and how many there are, the result enqueues it.
+    """
+    kernel = _kernel(device, "embed", table, size, dtype)
+
+    def enqueue(token_ids: int, rows: int, count: int) -> None:
+        places = map(np.uint64, (token_ids, table.address, table.scales, rows))
+        kernel((count, 1, 1), (_THREADS, 1, 1), *places)
+
+    return enqueue
+
+
+def _kernel(device: CudaDevice, name: str, table: Matrix, size: int, dtype: DType) -> Callable[..., None]:
+    defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
+    return device.kernel(source("mma.cuh", "packs.cuh", "pick.cu"), name, defined)

@@ -1,4 +1,4 @@
-"""The kernel of pick.cu: compiled for every SM that it serves, and on a GPU against NumPy."""
+"""The kernels of pick.cu: compiled for every SM that it serves, and on a GPU against NumPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.runtime.backends.engines.test_products import on_device
 from tests.standin import HostDevice
 
 from edgeskip.runtime.backends.engines import products
-from edgeskip.runtime.backends.engines.heads import Picked, picker, room
+from edgeskip.runtime.backends.engines.heads import Picked, embedder, picker, room
 from edgeskip.runtime.backends.engines.products import Matrix
 
 
@@ -53,3 +53,15 @@ def test_the_largest_logit_is_picked_and_its_row_of_the_table_handed_on(device, 
             np.testing.assert_array_equal(found.astype(np.float64), logits[np.arange(count), wanted].astype(np.float64))
             embedded = fetched(device, at.embeddings, np.empty((count, size), kind))
             np.testing.assert_array_equal(embedded.astype(np.float64), table[wanted].astype(kind).astype(np.float64))
+
+
+@pytest.mark.parametrize("format_", ["plain", "int8", "int4-32"])
+def test_a_prompts_tokens_are_embedded(device, format_):  # noqa: F811
+    for dtype in ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16"):
+        kind, random = KINDS[dtype], np.random.default_rng(3)
+        array, scales, table = stored(random.normal(size=(500, 192)).astype(np.float32), format_, kind)
+        ids = random.integers(0, 500, 37)
+        rows = device.zeros([(37 * 192 * 2, 1)])[0].address
+        embedder(device, on_device(device, format_, array, scales), 192, dtype)(place(device, ids), rows, 37)
+        found = fetched(device, rows, np.empty((37, 192), kind)).astype(np.float64)
+        np.testing.assert_array_equal(found, table[ids].astype(kind).astype(np.float64))
