@@ -15,7 +15,7 @@ from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
-from edgeskip.exporter.quantization.choice import Bits, FormatChoice, chosen_formats
+from edgeskip.exporter.quantization.choice import FormatChoice, chosen_formats
 from edgeskip.exporter.quantization.quantizer import Search
 from edgeskip.exporter.weights import plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -80,7 +80,7 @@ class ExportSettings:
     other_exits: tuple[int, ...] = ()
     draft_vocabulary: int | None = None
     picker: str = "greedy"
-    weights: Bits | None = None
+    weights: FormatChoice | None = None
     head: FormatChoice | None = None
     layers: tuple[str, ...] = ()
     block_size: BlockSize = 32

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from edgeskip.exporter.quantization.choice import Bits, FormatChoice, LayersChoice
+from edgeskip.exporter.quantization.choice import FormatChoice, LayersChoice
 from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.backends.choice import Backend
@@ -43,8 +43,10 @@ class ExportRecipe:
         shape: the published shape that stands for its config.json where the checkpoint is not at hand.
         dtype: that of weights, activations and caches; by default the device's.
         max_length: cache capacity in tokens; by default the device's.
-        weights: the format of the layers' matrices; by default the dtype.
-        head: that of the head and the token embeddings; by default int8 where `weights` are given, and else the dtype.
+        weights: the format of the layers' matrices; by default what `edgeskip plan` recommends for the device, and else
+            the dtype.
+        head: that of the head and the token embeddings; by default int8 where `weights` are int8 or int4, and else the
+            dtype.
         layers: formats of single layers or ranges, such as `0-3=int8`.
         block_size: numbers that share a scale, in 4 bits; by default what suits the device.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
@@ -57,7 +59,7 @@ class ExportRecipe:
     shape: str | None = None
     dtype: DType | None = None
     max_length: Capacity | None = None
-    weights: Bits | None = None
+    weights: FormatChoice | None = None
     head: FormatChoice | None = None
     layers: tuple[LayersChoice, ...] = ()
     block_size: BlockSize | None = None

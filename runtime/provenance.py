@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.weights import bytes_by_format
 from edgeskip.runtime.packages import RUNTIME_PACKAGES, versions
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Provenance:
     """The model, the machine, the software and the command of a measurement.
 
     `source` names the checkpoint, `synthetic` says that its weights are random; `backend` is the session's description,
-    and `versions` has those of Python and of the packages involved.
+    and `versions` has those of Python and of the packages involved. `formats` counts the bytes of weights
+    by their format.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Provenance:
     dtype: DType
     num_layers: Size
     max_length: Size
+    formats: dict[str, int] = field(default_factory=dict, kw_only=True)
 
 
 def hardware_names(device: str, compute_capability: int | None = None) -> HardwareNames:
@@ -60,4 +63,5 @@ def provenance(model: Model, command: str) -> Provenance:
         dtype=manifest.dtype,
         num_layers=manifest.architecture.num_layers,
         max_length=manifest.max_length,
+        formats=bytes_by_format(manifest.tensors.values(), manifest.dtype),
     )

@@ -148,6 +148,11 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     console.print(f"dialects: {', '.join(f'{name} ({first}, ...)' for name, first in dialects.items())}")
 
 
+def bytes_text(formats: Mapping[str, int]) -> str:
+    """Bytes of weights by their format, for people."""
+    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in formats.items())
+
+
 def formats_text(tensors: Mapping[str, TensorRecord], dtype: DType) -> str:
     """Which matrices are stored in which format (`weights int4-32, head int8, layers 0-3 int8`), their bytes, and the
     bits that a weight takes with its share of the scales.

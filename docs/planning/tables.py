@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgeskip.exporter.quantization.choice import FormatChoice
 from edgeskip.recipes.deployment import DEVICES, MODELS, Device, load_device, load_export_recipe, recipe_shape
 from edgeskip.recipes.plan.plan import Plan, PlanSettings, make_plan
+from edgeskip.recipes.plan.recommend import recommend, weights_formats
 from edgeskip.recipes.shape import load_shape
 from edgeskip.runtime.bench.measure import BenchReport, read_report
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -81,19 +83,23 @@ def comparison_table(rows: list[Row]) -> str:
 
 
 def pairs_table() -> str:
-    """A line for each recipe, a column for each device: ms per token, plain and at the best K, or why not."""
+    """A line for each recipe, a column for each device: ms per token, plain and at the best K, after the format where
+    it is not the dtype, or why not.
+    """
     devices = sorted((load_device(path.stem) for path in DEVICES.glob("*.toml")), key=lambda d: (d.memory_gb, d.name))
     lines = [f"| | {' | '.join(device.name for device in devices)} |", f"|---|{'---:|' * len(devices)}"]
     for path in sorted(MODELS.glob("*.toml")):
         recipe, _ = load_export_recipe(path.stem)
         architecture = recipe_shape(recipe, path).architecture
         settings = PlanSettings(recipe.exit_layer, match_rates={recipe.exit_layer: MATCH_RATE}, position=512)
-        cells = (_cell(architecture, device, settings) for device in devices)
+        cells = (_cell(architecture, device, settings, recipe.weights) for device in devices)
         lines.append(f"| {path.stem}, E = {recipe.exit_layer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(architecture: Architecture, device: Device, settings: PlanSettings) -> str:
+def _cell(architecture: Architecture, device: Device, settings: PlanSettings, weights: FormatChoice | None) -> str:
+    weights = weights or recommend(architecture, device, settings).weights
+    settings = replace(settings, formats=weights_formats(architecture, device, weights))
     plan = make_plan("", architecture, device, settings)
     if not plan.largest_max_length:
         return "no room"
@@ -103,7 +109,8 @@ def _cell(architecture: Architecture, device: Device, settings: PlanSettings) ->
         plan = make_plan("", architecture, device, replace(settings, max_length=plan.largest_max_length))
     notes += ["swap"] * (not plan.works)
     best = min(speed.ms_per_token for speed in plan.speeds if speed.ms_per_token is not None)
-    return f"{plan.plain_ms_per_token:.3g} / {best:.3g}" + (f" ({', '.join(notes)})" if notes else "")
+    name = "" if weights == "dtype" else f"{weights}: "
+    return f"{name}{plan.plain_ms_per_token:.3g} / {best:.3g}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def page(text: str) -> str:

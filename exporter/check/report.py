@@ -11,7 +11,7 @@ from rich.table import Table
 
 from edgeskip.exporter.check.comparison import Errors
 from edgeskip.exporter.check.run import CheckReport, Departure, TensorReport
-from edgeskip.runtime.terminal import shown, table
+from edgeskip.runtime.terminal import bytes_text, shown, table
 
 _SHOWN = 6
 """How many failing tensors are named, at most; the JSON report has them all."""
@@ -23,6 +23,8 @@ def print_check(report: CheckReport, console: Console) -> None:
         f"{shown(report.source)}, {report.dtype}, exit layer {report.exit_layer} of {report.num_layers}; "
         f"{shown(report.backend)}; {shown(report.hardware.device)}"
     )
+    if len(report.formats) > 1:
+        console.print(f"Weights: {bytes_text(report.formats)}")
     console.print(f"Against transformers in fp32, from {shown(report.reference)}:\n")
     console.print(_table(report.tensors))
     t = report.thresholds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, cast, get_args
 
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import DType
@@ -24,7 +24,7 @@ LayersChoice = Annotated[str, Pattern(_LAYERS.pattern, LAYERS_TEXT)]
 def chosen_formats(
     architecture: Architecture,
     dtype: DType,
-    weights: Bits | None,
+    weights: FormatChoice | None,
     head: FormatChoice | None,
     layers: Sequence[str],
     block_size: BlockSize,
@@ -35,7 +35,8 @@ def chosen_formats(
         architecture: the model's.
         dtype: the bundle's.
         weights: the format of all layers; by default the dtype.
-        head: that of the tables of tokens, tied or not; by default int8 where `weights` are given, and else the dtype.
+        head: that of the tables of tokens, tied or not; by default int8 where `weights` are int8 or int4, and else
+            the dtype.
         layers: formats of single layers or ranges, which include their ends, as `3=int8` or `0-3=dtype`; the last one
             that names a layer counts.
         block_size: numbers along a row that share a scale, in 4 bits.
@@ -48,7 +49,7 @@ def chosen_formats(
     for record in bundle_tensors(architecture, 0, dtype).values():
         chosen: FormatChoice
         if record.name in TABLES:
-            chosen = head or ("int8" if weights else "dtype")
+            chosen = head or ("int8" if weights in get_args(Bits) else "dtype")
         elif record.layer is not None and record.is_matrix:
             chosen = by_layer.get(record.layer, weights or "dtype")
         else:

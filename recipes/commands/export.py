@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from edgeskip.exporter.quantization.choice import Bits, FormatChoice
+from edgeskip.exporter.quantization.choice import FormatChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
@@ -44,8 +45,8 @@ from edgeskip.runtime.commands.options import first, require, say
 )
 @click.option(
     "--weights",
-    type=click.Choice(get_args(Bits)),
-    help="Store the layers' matrices in 8 or 4 bits.  [default: the recipe's, or the dtype]",
+    type=click.Choice(get_args(FormatChoice)),
+    help="Store the layers' matrices in 8 or 4 bits.  [default: the recipe's, what suits the device, or the dtype]",
 )
 @click.option(
     "--head",
@@ -92,8 +93,10 @@ def export(
     require("export")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
-    from edgeskip.recipes.deployment import checkpoint_source, default_block_size, load_device, load_export_recipe
+    from edgeskip.exporter.quantization.choice import chosen_formats
+    from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
+    from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
     from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.printable import one_line
     from edgeskip.runtime.terminal import progress_bar
@@ -119,6 +122,13 @@ def export(
     opened = open_checkpoint(source, revision=revision, token=token, offline=offline, warn=warn)
     if device is not None:
         wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
+        size = first(size, fitting_block_size(opened.architecture, device))
+        if not (weights or head or layers):
+            recommended = recommend(opened.architecture, device, wanted, size)
+            weights = recommended.weights
+            say(f"{device.name}: {recommended.reason}")
+        formats = chosen_formats(opened.architecture, "fp16", weights, head, layers, size)
+        wanted = replace(wanted, formats=formats)
         fitted, problems = fit(opened.architecture, device, wanted)
         dtype, max_length = fitted.dtype, fitted.max_length
         for problem in problems:
@@ -131,7 +141,7 @@ def export(
         weights=weights,
         head=head,
         layers=layers,
-        block_size=first(size, default_block_size(device)),
+        block_size=first(size, fitting_block_size(opened.architecture, device)),
     )
     with progress_bar() as progress:
         exported = export_bundle(opened, bundle, settings, progress, warn)

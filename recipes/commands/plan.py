@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from edgeskip.exporter.quantization.choice import FormatChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.commands.options import (
     first,
@@ -45,6 +48,16 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 )
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
+@click.option(
+    "--weights",
+    type=click.Choice(get_args(FormatChoice)),
+    help="The format of the layers' matrices.  [default: the recipe's or the bundle's, else the least loss that fits]",
+)
+@click.option("--head", type=click.Choice(get_args(FormatChoice)), help="That of head and token embeddings.")
+@click.option("--layers", multiple=True, metavar="LAYERS=FORMAT", help="Another format for some layers, as 0-3=int8.")
+@click.option(
+    "--block-size", type=click.Choice(tuple(map(str, BLOCK_SIZES))), help="Numbers that share a scale, in 4 bits."
+)
 @click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
 @click.option("--jetpack", help="The Jetson's JetPack, such as 6 or 6.2.  [default: the newest]")
 @click.option("--position", type=click.IntRange(0), help="Tokens in the caches when a round is timed.")
@@ -65,6 +78,10 @@ def plan(
     match_rates: tuple[str, ...],
     backend: Any,
     dtype: Any,
+    weights: Any,
+    head: Any,
+    layers: tuple[str, ...],
+    block_size: str | None,
     max_length: int | None,
     jetpack: str | None,
     position: int | None,
@@ -78,8 +95,10 @@ def plan(
     """
     if (model is None) == (recipe is None):
         raise click.UsageError("give a MODEL or --recipe")
+    from edgeskip.exporter.quantization.choice import chosen_formats
     from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
     from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
+    from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
     from edgeskip.recipes.plan.report import print_plan
     from edgeskip.recipes.shape import Shape, load_shape
     from edgeskip.runtime.bench.measure import check_report, read_report
@@ -90,16 +109,21 @@ def plan(
     device = load_device(device_name)
     known: dict[int, float] = {}
     own_num_speculations: int | None = None
+    size: Any = None if block_size is None else int(block_size)
+    formats: dict[str, str] | None = None
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
         exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
         max_length, own_num_speculations = first(max_length, chosen.max_length), chosen.num_speculations
+        weights, head = first(weights, chosen.weights), first(head, chosen.head)
+        layers, size = layers or chosen.layers, first(size, chosen.block_size)
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
         exit_layer, dtype = first(exit_layer, manifest.exit_layer), first(dtype, manifest.dtype)
         max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
+        formats = manifest.formats
     else:
         shape = load_shape(str(model))
         exit_layer = first(exit_layer, max(shape.architecture.num_layers // 4, 1))
@@ -110,8 +134,17 @@ def plan(
     measured = [read_report(path) for path in reports]
     for report, path in zip(measured, reports, strict=True):
         check_report(report, path)
-    made = make_plan(recipe or shape.name, shape.architecture, device, settings, measured)
-    print_plan(made, console(stderr=on_stdout(json_path)))
+    a, out = shape.architecture, console(stderr=on_stdout(json_path))
+    recommended = None
+    if weights or head or layers:
+        size = first(size, fitting_block_size(a, device))
+        formats = chosen_formats(a, "fp16", weights, head, layers, size)
+    elif formats is None:
+        recommended = recommend(a, device, settings, size, measured)
+        formats = recommended.formats
+    made = make_plan(recipe or shape.name, a, device, replace(settings, formats=formats), measured)
+    made = replace(made, recommended=recommended)
+    print_plan(made, out)
     write_json(json_path, made)
     if not made.works:
         raise SystemExit(1)

@@ -10,6 +10,7 @@ two apart, and what was measured on a 1B predicts an 8B on the same device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,8 +21,9 @@ import numpy as np
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.graphs import GraphName, HeadRecord, graph_table, single_exit, split_at
-from edgeskip.runtime.bundle.tensors import bundle_tensors
+from edgeskip.runtime.bundle.tensors import bundle_tensors, graph_tensors
 from edgeskip.runtime.bundle.weights import bytes_by_graph
 from edgeskip.runtime.decoding.rounds import speculative_round
 
@@ -62,27 +64,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class GraphSize:
-    """What one call of a graph reads: its weights, and one row of its layers' caches for each token."""
+    """What one call of a graph reads: its weights, and one row of its layers' caches for each token.
+
+    `widened_bytes` is the size in the dtype of its quantized matrices of layers.
+    """
 
     layers: int
     parameters: int
     weight_bytes: int
     cache_row_bytes: int
+    widened_bytes: int = 0
 
     def read_bytes(self, tokens: int) -> int:
         """Bytes that a call reads whose last row follows this many tokens."""
         return self.weight_bytes + self.cache_row_bytes * tokens
 
 
-def graph_sizes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, GraphSize]:
-    """The graphs of a model with one exit."""
+def graph_sizes(
+    architecture: Architecture, exit_layer: int, dtype: DType, formats: Mapping[str, str] | None = None
+) -> dict[GraphName, GraphSize]:
+    """The graphs of a model with one exit, whose tensors have the dtype or these formats, by name."""
     a, itemsize, graphs = architecture, ITEMSIZE[dtype], single_exit(architecture, exit_layer)
-    weights = bytes_by_graph(a, graphs, bundle_tensors(a, 1, dtype), dtype)
+    tensors = bundle_tensors(a, 1, dtype, formats)
+    weights = bytes_by_graph(a, graphs, tensors, dtype)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
-    return {
-        name: GraphSize(len(graph.layers), weights[name] // itemsize, weights[name], len(graph.layers) * row)
-        for name, graph in graphs.items()
-    }
+
+    def size(name: GraphName, layers: range) -> GraphSize:
+        records = [tensors[tensor] for tensor in graph_tensors(a, layers)]
+        quantized = [one for one in records if layers and FORMATS[one.format].bits]
+        parameters, widened = (sum(math.prod(one.shape) for one in of) for of in (records, quantized))
+        return GraphSize(len(layers), parameters, weights[name], len(layers) * row, widened * itemsize)
+
+    return {name: size(name, graph.layers) for name, graph in graphs.items()}
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edgeskip.recipes.deployment import Device
 from edgeskip.recipes.plan.cost import (
@@ -41,9 +41,9 @@ from edgeskip.runtime.backends.engines.targets import (
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS, engine_dialects_of
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
-from edgeskip.runtime.bundle.engines import EngineBackend
+from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
@@ -52,11 +52,15 @@ from edgeskip.runtime.bundle.graphs import (
     check_exit_layer,
     single_exit,
 )
-from edgeskip.runtime.bundle.layers import has_products
-from edgeskip.runtime.bundle.tensors import bundle_tensors
+from edgeskip.runtime.bundle.layers import LEAST_SM, has_products
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors, kind_of
+from edgeskip.runtime.bundle.weights import bytes_by_format
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.packages import version_numbers
+
+if TYPE_CHECKING:
+    from edgeskip.recipes.plan.recommend import Recommendation
 
 GRID = tuple(range(1, 9))
 """Speculation lengths that are considered."""
@@ -96,7 +100,8 @@ class PlanSettings:
         num_speculations: K; None takes the best where the match rate is known, else the default.
         match_rates: exit layer -> match rate, where it is known.
         backend: one of the device's.
-        dtype: that of weights, activations and caches.
+        dtype: that of activations and caches, and of the weights that `formats` leave out.
+        formats: formats of other tensors by name.
         max_length: cache capacity in tokens.
         jetpack: JetPack's version or the first numbers of it, on a Jetson; None takes the TensorRT that the device's
             table names.
@@ -111,6 +116,7 @@ class PlanSettings:
     max_length: int | None = None
     jetpack: str | None = None
     position: int | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ class Plan:
     null where none are.
     `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
     those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
-    the fastest of the exits whose match rate is known.
+    the fastest of the exits whose match rate is known. `formats` counts the bytes of weights on disk by their format;
+    `recommended` says why, where no format was asked for.
     """
 
     model: str
@@ -182,6 +189,7 @@ class Plan:
     backend: Backend
     dialect: str | None
     dtype: DType
+    formats: dict[str, int]
     exit_layer: int
     num_layers: int
     num_speculations: int
@@ -205,6 +213,7 @@ class Plan:
     rates: tuple[RatePlan, ...]
     exits: tuple[ExitPlan, ...]
     best: ExitPlan | None
+    recommended: Recommendation | None = None
 
 
 def make_plan(
@@ -232,15 +241,16 @@ def make_plan(
     settings = replace(settings, backend=backend, dtype=dtype, max_length=capacity)
     _check(a, device, settings)
     _check_reports(device, reports)
-    dialect = None if backend == "onnxruntime" else _dialect(backend, _version(device, settings))
+    formats = settings.formats
+    dialect = None if backend == "onnxruntime" else _dialect(device, settings)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
 
     def memory_of(tokens: int) -> dict[str, int]:
         memory = _memory(a, held, dtype, tokens, libraries, shared=device.shared_memory)
-        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect)
+        return memory if dialect is None else memory | _engine_memory(a, dtype, formats, tokens, dialect)
 
-    held = held_bytes(a, settings.exit_layer, dtype)
+    held = held_bytes(a, settings.exit_layer, dtype, formats, graphs_hold=dialect is None)
     longest = max(settings.exit_layer, a.num_layers - settings.exit_layer)
     build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
     largest = _largest(context, lambda tokens: sum(memory_of(tokens).values()) <= available)
@@ -251,10 +261,10 @@ def make_plan(
     ours = (
         dialect is not None
         and ENGINE_DIALECTS[dialect].in_parts
-        and has_products(a, dtype, (), device.compute_capability)
+        and has_products(a, dtype, formats.values(), device.compute_capability)
     )
     cost = _cost(device, reports, ours=ours)
-    sizes = graph_sizes(a, settings.exit_layer, dtype)
+    sizes = graph_sizes(a, settings.exit_layer, dtype, formats)
     position = min(capacity // 2, 512) if settings.position is None else settings.position
     plain = round_ms(cost, sizes, 0, position)
     rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
@@ -263,7 +273,7 @@ def make_plan(
         DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
     )
     exits = tuple(
-        _exit(a, exit_layer, dtype, cost, position, plain, settings.match_rates.get(exit_layer))
+        _exit(exit_layer, graph_sizes(a, exit_layer, dtype, formats), cost, position, plain, settings.match_rates)
         for exit_layer in range(1, a.num_layers)
     )
     return Plan(
@@ -272,6 +282,7 @@ def make_plan(
         backend=backend,
         dialect=dialect,
         dtype=dtype,
+        formats=bytes_by_format(bundle_tensors(a, capacity, dtype, formats).values(), dtype),
         exit_layer=settings.exit_layer,
         num_layers=a.num_layers,
         num_speculations=k,
@@ -279,7 +290,7 @@ def make_plan(
         works=not problems,
         problems=problems,
         notes=tuple(_notes(device, settings, reports)),
-        disk=_disk(a, dtype, capacity, dialect),
+        disk=_disk(a, dtype, formats, capacity, dialect),
         build=build,
         memory=memory_of(capacity),
         available=available,
@@ -288,7 +299,7 @@ def make_plan(
         cost=cost,
         position=position,
         stages=tuple(_stages(cost, sizes, k, position)),
-        first_token_ms=_first_token_ms(cost, sizes, position),
+        first_token_ms=_first_token_ms(cost, sizes if dialect is None else _widened(sizes), position),
         ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
         plain_ms_per_token=plain,
         speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
@@ -333,12 +344,18 @@ def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]
     return rates
 
 
-def held_bytes(architecture: Architecture, exit_layer: int, dtype: DType) -> dict[GraphName, int]:
-    """Weights that each graph holds; both tables of an untied model are the head's."""
+def held_bytes(
+    architecture: Architecture, exit_layer: int, dtype: DType, formats: Mapping[str, str], *, graphs_hold: bool
+) -> dict[GraphName, int]:
+    """Weights that are held for each graph; both tables of an untied model are the head's.
+
+    Where graphs hold their own, a head that multiplies and gathers from one quantized table has it in two layouts.
+    """
     a = architecture
-    held = {graph: size.weight_bytes for graph, size in graph_sizes(a, exit_layer, dtype).items()}
-    if not a.tie_word_embeddings:
-        held["head"] += a.vocab_size * a.hidden_size * ITEMSIZE[dtype]
+    held = {graph: size.weight_bytes for graph, size in graph_sizes(a, exit_layer, dtype, formats).items()}
+    table = bundle_tensors(a, 1, dtype, formats)[EMBEDDINGS]
+    if not a.tie_word_embeddings or (graphs_hold and is_quantized([table.format])):
+        held["head"] += FORMATS[table.format].bytes(table.shape, dtype)
     return held
 
 
@@ -376,9 +393,16 @@ def _version(device: Device, settings: PlanSettings) -> str | None:
     return device.jetpacks[jetpack] if jetpack else device.tensorrt
 
 
-def _dialect(backend: EngineBackend, version: str | None) -> str:
-    """What engines are built from: the best that this version reads, that of new ones where it is not known."""
-    return (version and dialect_for(backend, version)) or next(iter(VERSIONS[backend]))
+def _dialect(device: Device, settings: PlanSettings) -> str:
+    """What engines are built from: the best of those that the formats have which this version reads, the best of all
+    where it is not known or reads none.
+    """
+    assert settings.backend is not None
+    assert settings.backend != "onnxruntime"
+    version, has = _version(device, settings), engine_dialects_of(settings.formats.values())
+    least = {name: first for name, first in VERSIONS[settings.backend].items() if name in has}
+    reads = (name for name, first in least.items() if version is None or version_numbers(version) >= first)
+    return next(reads, next(iter(least)))
 
 
 def _check_reports(device: Device, reports: Sequence[BenchReport]) -> None:
@@ -412,8 +436,13 @@ def _memory(
     return memory
 
 
-def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dialect: str) -> dict[str, int]:
-    """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
+def _engine_memory(
+    architecture: Architecture, dtype: DType, formats: Mapping[str, str], capacity: int, dialect: str
+) -> dict[str, int]:
+    """What engines take besides: they hold no weights, and the RoPE tables are weights like others.
+
+    Prompts multiply with matrices in the dtype: those of one layer, which all share.
+    """
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
     hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
     values, sums = 3 * ffn + 4 * hidden, 0  # of a row within a layer, less attention
@@ -425,7 +454,11 @@ def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dial
         values, sums = values + 2 * qkv, chunk * capacity  # with a mask
     scratch = chunk * values * ITEMSIZE[dtype] + sums
     kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
-    return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
+    memory = {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
+    matrices = (one for one in bundle_tensors(a, 1, dtype, formats).values() if one.layer is not None)
+    if wide := {kind_of(one.name): math.prod(one.shape) for one in matrices if FORMATS[one.format].bits}:
+        memory["a layer in the dtype"] = sum(wide.values()) * ITEMSIZE[dtype]
+    return memory
 
 
 def _layers_of_a_graph(dialect: str, layers: int) -> int:
@@ -442,10 +475,11 @@ def _largest(context: int, fits: Callable[[int], bool]) -> int:
     return low if low >= 2 else 0
 
 
-def _disk(architecture: Architecture, dtype: DType, capacity: int, dialect: str | None) -> dict[str, int]:
-    a, itemsize = architecture, ITEMSIZE[dtype]
-    weights = sum(math.prod(tensor.shape) for tensor in bundle_tensors(a, 0, dtype).values()) * itemsize
-    disk = {"weights": weights + capacity * a.head_dim * itemsize, "graphs and texts": TEXT_BYTES}
+def _disk(
+    architecture: Architecture, dtype: DType, formats: Mapping[str, str], capacity: int, dialect: str | None
+) -> dict[str, int]:
+    a, tensors = architecture, bundle_tensors(architecture, capacity, dtype, formats).values()
+    disk = {"weights": sum(bytes_by_format(tensors, dtype).values()), "graphs and texts": TEXT_BYTES}
     if dialect is not None:
         disk["engines"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
     return disk
@@ -464,6 +498,11 @@ def _software_problems(
     if backend == "tensorrt-rtx" and sm not in RTX_SERVES:
         yield Problem("build", f"TensorRT-RTX does not serve SM {sm}", RTX_REFUSED)
     assert settings.dtype is not None
+    formats = settings.formats.values()
+    if dialect is not None and is_quantized(formats) and not has_products(architecture, settings.dtype, formats, sm):
+        found = f"quantized weights in {settings.dtype} on SM {sm}, which kernels of ours do not read"
+        wanted = f"SM {LEAST_SM} or later, fp16 or bf16, and sizes in steps of 16"
+        yield Problem("build", f"{found}; wanted {wanted}", "give --weights dtype")
     if dialect is not None and (wanted := dtype_problem(settings.dtype, sm, dialect)):
         yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
     if dialect is not None and (wanted := heads_problem(architecture, dialect)):
@@ -483,12 +522,14 @@ def _memory_problems(
     needed, free = sum(memory.values()) / 1e9, f"{available / 1e9:.1f} GB are free of {device.memory_gb:g}"
     if needed * 1e9 > available:
         weights = sum(size for kind, size in memory.items() if kind.endswith("weights")) / 1e9
-        found = f"{needed:.1f} GB are needed to run ({weights:.1f} of weights in {settings.dtype}), {free}"
+        names = " and ".join(dict.fromkeys([*settings.formats.values(), str(settings.dtype)]))
+        found = f"{needed:.1f} GB are needed to run ({weights:.1f} of weights in {names}), {free}"
         if largest:
             fix = f"give --max-length {largest} or less"
         else:
-            half = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
-            fix = f"no length fits: choose {half}a smaller model or a larger device"
+            smaller = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
+            smaller += "" if is_quantized(settings.formats.values()) else "--weights int8 or int4, "
+            fix = f"no length fits: choose {smaller}a smaller model or a larger device"
         yield Problem("run", found, fix)
     if build and settings.backend == "tensorrt" and device.shared_memory and build > available:
         fix = f"add {math.ceil((build - available) / 1e9)} GB of swap for the build"
@@ -517,6 +558,8 @@ def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport
             "Memory to build was measured with TensorRT-RTX. TensorRT 10.6 for x86-64, which brings kernels for every "
             "GPU, takes 6.4 GB and 0.2 to 0.45 GB for the engines; what a Jetson's takes is not known."
         )
+    if is_quantized(settings.formats.values()) and not reports:
+        yield "Times count the bytes that are read: products with quantized weights can take longer than that."
     if backend == "tensorrt-rtx":
         yield "Engines of TensorRT-RTX have been built for all its GPUs and have not run on any."
 
@@ -585,6 +628,13 @@ def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: in
     )
 
 
+def _widened(sizes: Mapping[GraphName, GraphSize]) -> dict[GraphName, GraphSize]:
+    """What a prompt's calls of engines read: quantized matrices once more in the dtype, which is written before."""
+    return {
+        name: replace(size, weight_bytes=size.weight_bytes + 2 * size.widened_bytes) for name, size in sizes.items()
+    }
+
+
 def _speed(k: int, ms: float, match_rate: float | None) -> SpeedPlan:
     if match_rate is None:
         return SpeedPlan(k, ms, None, None)
@@ -598,15 +648,14 @@ def _rate(rounds: Mapping[int, float], match_rate: float, plain: float) -> RateP
 
 
 def _exit(
-    architecture: Architecture,
     exit_layer: int,
-    dtype: DType,
+    sizes: Mapping[GraphName, GraphSize],
     cost: Cost,
     position: int,
     plain: float,
-    match_rate: float | None,
+    match_rates: Mapping[int, float],
 ) -> ExitPlan:
-    sizes = graph_sizes(architecture, exit_layer, dtype)
+    match_rate = match_rates.get(exit_layer)
     rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
     best = (None, None) if match_rate is None else best_speculation(rounds, match_rate)
     return ExitPlan(exit_layer, break_even(plain, rounds), match_rate, *best)

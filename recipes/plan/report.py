@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from edgeskip.recipes.plan.plan import Plan
-from edgeskip.runtime.terminal import shown, table
+from edgeskip.runtime.terminal import bytes_text, shown, table
 
 _WIDTH = 60
-_COLORS = ("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet")
+_COLORS = (
+    *("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet"),
+    "gold3",
+)
 _EXITS = 6
 """How many exit layers of unknown match rate are shown, at most; the JSON has all."""
 
@@ -24,6 +27,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{f' ({plan.dialect} dialect)' if plan.dialect else ''}, {plan.dtype}, "
         f"exit layer {plan.exit_layer} of {plan.num_layers}, K = {plan.num_speculations}, {plan.max_length} tokens\n"
     )
+    _print_formats(plan, console)
     _print_memory(plan, console)
     console.print(f"On disk: {_sizes(plan.disk)}.")
     if plan.build:
@@ -37,6 +41,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.works:
         fits = f"[bold green]It fits[/bold green], with up to {plan.largest_max_length} tokens."
         console.print(f"{fits} {_verdict(plan)}")
+
+
+def _print_formats(plan: Plan, console: Console) -> None:
+    """In what the weights are stored, and why."""
+    if plan.recommended is None:
+        console.print(f"Weights: {bytes_text(plan.formats)}.\n")
+        return
+    console.print(f"{shown(plan.recommended.reason)} ({bytes_text(plan.formats)}).")
+    chosen = plan.dtype if plan.recommended.weights == "dtype" else plan.recommended.weights
+    formats = table("weights", "GB to run", "most tokens", "plain ms per token")
+    for one in plan.recommended.compared:
+        style = "bold" if one.weights == chosen else ""
+        most = str(one.largest_max_length) if one.largest_max_length else "none"
+        formats.add_row(one.weights, f"{one.memory / 1e9:.2f}", most, f"{one.plain_ms_per_token:.2f}", style=style)
+    console.print(formats)
 
 
 def _print_memory(plan: Plan, console: Console) -> None:

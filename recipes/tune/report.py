@@ -15,7 +15,7 @@ from edgeskip.recipes.tune.tune import Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
 from edgeskip.runtime.bench.report import print_doubts
-from edgeskip.runtime.terminal import shown
+from edgeskip.runtime.terminal import bytes_text, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,8 @@ def print_tuning(report: TuneReport, console: Console) -> None:
         f"{shown(report.source)}{synthetic}, {report.num_layers} layers; {shown(report.backend)}; "
         f"{shown(report.hardware.device)}"
     )
+    if len(report.formats) > 1:
+        console.print(f"Weights: {bytes_text(report.formats)}")
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for name in ("exit layer", "match", "best K", "ms", "speedup", "accept", "per round"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -304,7 +304,7 @@ def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
 def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
     """What would have been measured at another exit layer: the same calls, scaled by a cost that was fitted to them."""
     a, dtype = manifest.architecture, manifest.dtype
-    here, there = (graph_sizes(a, layer, dtype) for layer in (manifest.exit_layer, exit_layer))
+    here, there = (graph_sizes(a, layer, dtype, manifest.formats) for layer in (manifest.exit_layer, exit_layer))
 
     def sample(call: CallTime) -> Sample:
         size = here[call.graph]

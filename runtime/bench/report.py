@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from edgeskip.runtime.bench.measure import BenchReport, BenchRow
-from edgeskip.runtime.terminal import memory_sizes, shown, table
+from edgeskip.runtime.terminal import bytes_text, memory_sizes, shown, table
 
 
 def print_bench(report: BenchReport, console: Console) -> None:
@@ -19,6 +19,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
         f"{shown(report.source)}{synthetic}, exit layer {report.exit_layer} of {report.num_layers}; "
         f"{shown(report.backend)}; {shown(report.hardware.device)}"
     )
+    if len(report.formats) > 1:
+        console.print(f"Weights: {bytes_text(report.formats)}")
     speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
         speed.add_row(*_speed_cells(row), style="bold" if row is best else "")

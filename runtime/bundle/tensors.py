@@ -65,6 +65,11 @@ def bundle_tensors(
     }
 
 
+def kind_of(name: str) -> str:
+    """The name of a layer's tensor within its layer, without what it is of: `mlp.down_proj`."""
+    return ".".join(name.split(".")[3:5])
+
+
 def num_weights(architecture: Architecture) -> int:
     """Numbers in all tensors of a checkpoint."""
     return sum(math.prod(record.shape) for record in bundle_tensors(architecture, 0, "").values())

@@ -191,6 +191,14 @@ def held_bytes(bundle: Bundle) -> int:
     return manifest.weights_bytes + sum(read[name] for name in (*heads[1:], *twice))
 
 
+def bytes_by_format(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, int]:
+    """Bytes of these tensors by their format, the one with most bytes first."""
+    sizes: dict[str, int] = {}
+    for record in tensors:
+        sizes[record.format] = sizes.get(record.format, 0) + FORMATS[record.format].bytes(record.shape, dtype)
+    return dict(sorted(sizes.items(), key=lambda pair: -pair[1]))
+
+
 def read_bytes(bundle: Bundle) -> dict[GraphName, int]:
     """Bytes of weights that one call of each graph has to read, however few its rows."""
     manifest = bundle.manifest

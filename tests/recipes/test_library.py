@@ -288,14 +288,15 @@ def test_the_capacity_is_cut_to_what_fits_unless_it_was_asked_for(checkpoints, t
         d=CARD.replace("300.0", "300.0\nmax_length = 90"),
     )
     plan = json.loads(run("plan", checkpoints("llama-gqa"), "-d", tmp_path / "d.toml", "--json", "-").stdout)
+    assert plan["recommended"]["weights"] == "dtype"
     used, cache = sum(plan["memory"].values()), plan["memory"]["caches"] // plan["max_length"]
     room = used - 40 * cache
     write(tmp_path, small=f'extends = "d"\nmemory_gb = {room / 1e9 + 0.5:.9f}\n')
     common = (checkpoints("llama-gqa"), tmp_path / "b", "-r", tmp_path / "r.toml", "-d", tmp_path / "small.toml")
-    done = run("export", *common)
+    done = run("export", *common, "--weights", "dtype")
     assert done.exit_code == 0, done.output
     assert 2 <= read_bundle(tmp_path / "b").manifest.max_length < 90
-    refused = run("export", common[0], tmp_path / "c", *common[2:], "--max-length", 90)
+    refused = run("export", common[0], tmp_path / "c", *common[2:], "--max-length", 90, "--weights", "dtype")
     assert refused.exit_code == 5
     assert "Card: " in refused.output
     assert "give --max-length" in refused.output

@@ -22,7 +22,7 @@ from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES, kind_of
 from edgeskip.runtime.bundle.weights import Rows, TokenRows
 from edgeskip.runtime.decoding.rounds import Call
 
@@ -55,7 +55,7 @@ class LayersSession(TrtSession):
             name: self._taken(longest * size * itemsize, f"for {name}").address for name, size in sizes.items() if size
         }
         kinds = {
-            _kind(one.name): math.prod(one.shape)
+            kind_of(one.name): math.prod(one.shape)
             for one in manifest.tensors.values()
             if one.layer is not None and FORMATS[one.format].bits
         }
@@ -154,7 +154,7 @@ class LayersSession(TrtSession):
         return self._weights.address_of(name) if name in self._weights.arrays else 0
 
     def _whole(self, weight: str) -> int:
-        return self._wide[_kind(weight)] if self._is_quantized(weight) else super()._whole(weight)
+        return self._wide[kind_of(weight)] if self._is_quantized(weight) else super()._whole(weight)
 
     def _is_quantized(self, weight: str) -> bool:
         return FORMATS[self._bundle.manifest.tensors[weight].format].bits is not None
@@ -196,8 +196,3 @@ class LayersSession(TrtSession):
         positions = self._address(dict(call.inputs)["position_ids"])
         between = self._between["qkv"], self._between["attended"]
         return Operands(*between, keys.address, values.address, positions, q_norm, k_norm)
-
-
-def _kind(weight: str) -> str:
-    """A tensor's name within its layer, without what it is of: `mlp.down_proj`."""
-    return ".".join(weight.split(".")[3:5])
