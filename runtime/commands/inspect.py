@@ -40,11 +40,14 @@ def _print_engines(bundle: Bundle, console: Console) -> None:
     """
     from edgeskip.runtime.backends.choice import why_not_here
     from edgeskip.runtime.backends.engines.targets import readers_text
+    from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
     from edgeskip.runtime.bundle.store import add_command, engines_that_came, find_engines
     from edgeskip.runtime.terminal import shown
 
     (found, problems), (came, wrong) = find_engines(bundle), engines_that_came(bundle)
-    console.print(f"engines can be built from {readers_text()}")
+    has = bundle.manifest.engine_dialects
+    readers = readers_text() if has == ENGINE_DIALECTS else f"{', '.join(has)} only, as its weights are quantized"
+    console.print(f"engines can be built from {readers}")
     if not (found or problems or came or wrong):
         console.print("engines: none")
     for engines in found:
