@@ -11,10 +11,12 @@ two apart, and what was measured on a 1B predicts an 8B on the same device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import reduce
 from itertools import combinations
 from math import inf
+from operator import add
 
 import numpy as np
 
@@ -24,7 +26,6 @@ from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.graphs import GraphName, HeadRecord, graph_table, single_exit, split_at
 from edgeskip.runtime.bundle.tensors import bundle_tensors, graph_tensors
-from edgeskip.runtime.bundle.weights import bytes_by_graph
 from edgeskip.runtime.decoding.rounds import speculative_round
 
 
@@ -75,6 +76,10 @@ class GraphSize:
     cache_row_bytes: int
     widened_bytes: int = 0
 
+    def __add__(self, other: GraphSize) -> GraphSize:
+        """Of the layers of both."""
+        return GraphSize(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     def read_bytes(self, tokens: int) -> int:
         """Bytes that a call reads whose last row follows this many tokens."""
         return self.weight_bytes + self.cache_row_bytes * tokens
@@ -84,18 +89,29 @@ def graph_sizes(
     architecture: Architecture, exit_layer: int, dtype: DType, formats: Mapping[str, str] | None = None
 ) -> dict[GraphName, GraphSize]:
     """The graphs of a model with one exit, whose tensors have the dtype or these formats, by name."""
-    a, itemsize, graphs = architecture, ITEMSIZE[dtype], single_exit(architecture, exit_layer)
+    return exit_sizes(architecture, dtype, formats)(exit_layer)
+
+
+def exit_sizes(
+    architecture: Architecture, dtype: DType, formats: Mapping[str, str] | None = None
+) -> Callable[[int], dict[GraphName, GraphSize]]:
+    """The same for any exit layer: layers are counted once."""
+    a, itemsize = architecture, ITEMSIZE[dtype]
     tensors = bundle_tensors(a, 1, dtype, formats)
-    weights = bytes_by_graph(a, graphs, tensors, dtype)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
 
-    def size(name: GraphName, layers: range) -> GraphSize:
+    def size(layers: range) -> GraphSize:
         records = [tensors[tensor] for tensor in graph_tensors(a, layers)]
         quantized = [one for one in records if layers and FORMATS[one.format].bits]
         parameters, widened = (sum(math.prod(one.shape) for one in of) for of in (records, quantized))
-        return GraphSize(len(layers), parameters, weights[name], len(layers) * row, widened * itemsize)
+        read = sum(FORMATS[one.format].bytes(one.shape, dtype) for one in records)
+        return GraphSize(len(layers), parameters, read, len(layers) * row, widened * itemsize)
 
-    return {name: size(name, graph.layers) for name, graph in graphs.items()}
+    each, head = [size(range(i, i + 1)) for i in range(a.num_layers)], size(range(0))
+    return lambda exit_layer: {
+        name: reduce(add, (each[i] for i in graph.layers), GraphSize(0, 0, 0, 0)) if graph.layers else head
+        for name, graph in single_exit(a, exit_layer).items()
+    }
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:

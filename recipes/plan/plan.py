@@ -20,6 +20,7 @@ from edgeskip.recipes.plan.cost import (
     best_speculation,
     break_even,
     call_ms,
+    exit_sizes,
     fit_cost,
     graph_sizes,
     round_ms,
@@ -235,6 +236,79 @@ def make_plan(
     Raises:
         RequestError: an exit layer, a length, a backend or a JetPack that does not exist, or reports without times.
     """
+    basis = make_basis(architecture, device, settings, reports)
+    a, settings, cost, sizes, position = architecture, basis.settings, basis.cost, basis.sizes, basis.position
+    backend, dtype, formats, capacity = basis.backend, basis.dtype, settings.formats, basis.capacity
+    plain = basis.plain_ms_per_token
+    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
+    match_rate = settings.match_rates.get(settings.exit_layer)
+    k = settings.num_speculations or (
+        DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
+    )
+    sizes_at = exit_sizes(a, dtype, formats)
+    exits = tuple(
+        _exit(exit_layer, sizes_at(exit_layer), cost, position, plain, settings.match_rates)
+        for exit_layer in range(1, a.num_layers)
+    )
+    return Plan(
+        model=model,
+        device=device.name,
+        backend=backend,
+        dialect=basis.dialect,
+        dtype=dtype,
+        formats=bytes_by_format(bundle_tensors(a, capacity, dtype, formats).values(), dtype),
+        exit_layer=settings.exit_layer,
+        num_layers=a.num_layers,
+        num_speculations=k,
+        max_length=capacity,
+        works=not basis.problems,
+        problems=basis.problems,
+        notes=tuple(_notes(device, settings, reports)),
+        disk=_disk(a, dtype, formats, capacity, basis.dialect),
+        build=basis.build,
+        memory=basis.memory,
+        available=basis.available,
+        largest_max_length=basis.largest_max_length,
+        efficiency=_efficiency(device, reports),
+        cost=cost,
+        position=position,
+        stages=tuple(_stages(cost, sizes, k, position)),
+        first_token_ms=_first_token_ms(cost, sizes if basis.dialect is None else _widened(sizes), position),
+        ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
+        plain_ms_per_token=plain,
+        speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
+        rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
+        exits=exits,
+        best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
+    )
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a plan rests on: `settings` with nothing left to the device but K, what fits, what stands in the way, and
+    what calls cost. The rest is as in `Plan`.
+    """
+
+    settings: PlanSettings
+    backend: Backend
+    dialect: str | None
+    dtype: DType
+    capacity: int
+    problems: tuple[Problem, ...]
+    build: int | None
+    memory: dict[str, int]
+    available: int
+    largest_max_length: int
+    cost: Cost
+    sizes: dict[GraphName, GraphSize]
+    position: int
+    plain_ms_per_token: float
+
+
+def make_basis(
+    architecture: Architecture, device: Device, settings: PlanSettings, reports: Sequence[BenchReport] = ()
+) -> Basis:
+    """What a plan rests on; arguments and errors are those of `make_plan`."""
     a, context = architecture, architecture.max_position_embeddings
     backend, dtype = settings.backend or device.backends[0], settings.dtype or device.dtype
     capacity = min(device.max_length, context) if settings.max_length is None else settings.max_length
@@ -245,18 +319,20 @@ def make_plan(
     dialect = None if backend == "onnxruntime" else _dialect(device, settings)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
+    sizes = graph_sizes(a, settings.exit_layer, dtype, formats)
+    held = held_bytes(a, sizes, dtype, formats, graphs_hold=dialect is None)
+    widened = {} if dialect is None else _widened_memory(a, dtype, formats)
 
     def memory_of(tokens: int) -> dict[str, int]:
         memory = _memory(a, held, dtype, tokens, libraries, shared=device.shared_memory)
-        return memory if dialect is None else memory | _engine_memory(a, dtype, formats, tokens, dialect)
+        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect) | widened
 
-    held = held_bytes(a, settings.exit_layer, dtype, formats, graphs_hold=dialect is None)
     longest = max(settings.exit_layer, a.num_layers - settings.exit_layer)
     build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
-    largest = _largest(context, lambda tokens: sum(memory_of(tokens).values()) <= available)
+    memory, largest = memory_of(capacity), _largest(context, lambda n: sum(memory_of(n).values()) <= available)
     problems = (
         *_software_problems(a, device, settings, dialect),
-        *_memory_problems(device, settings, memory_of(capacity), build, available, largest),
+        *_memory_problems(device, settings, memory, build, available, largest),
     )
     ours = (
         dialect is not None
@@ -264,48 +340,22 @@ def make_plan(
         and has_products(a, dtype, formats.values(), device.compute_capability)
     )
     cost = _cost(device, reports, ours=ours)
-    sizes = graph_sizes(a, settings.exit_layer, dtype, formats)
     position = min(capacity // 2, 512) if settings.position is None else settings.position
-    plain = round_ms(cost, sizes, 0, position)
-    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
-    match_rate = settings.match_rates.get(settings.exit_layer)
-    k = settings.num_speculations or (
-        DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
-    )
-    exits = tuple(
-        _exit(exit_layer, graph_sizes(a, exit_layer, dtype, formats), cost, position, plain, settings.match_rates)
-        for exit_layer in range(1, a.num_layers)
-    )
-    return Plan(
-        model=model,
-        device=device.name,
+    return Basis(
+        settings=settings,
         backend=backend,
         dialect=dialect,
         dtype=dtype,
-        formats=bytes_by_format(bundle_tensors(a, capacity, dtype, formats).values(), dtype),
-        exit_layer=settings.exit_layer,
-        num_layers=a.num_layers,
-        num_speculations=k,
-        max_length=capacity,
-        works=not problems,
+        capacity=capacity,
         problems=problems,
-        notes=tuple(_notes(device, settings, reports)),
-        disk=_disk(a, dtype, formats, capacity, dialect),
         build=build,
-        memory=memory_of(capacity),
+        memory=memory,
         available=available,
         largest_max_length=largest,
-        efficiency=_efficiency(device, reports),
         cost=cost,
+        sizes=sizes,
         position=position,
-        stages=tuple(_stages(cost, sizes, k, position)),
-        first_token_ms=_first_token_ms(cost, sizes if dialect is None else _widened(sizes), position),
-        ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
-        plain_ms_per_token=plain,
-        speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
-        rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
-        exits=exits,
-        best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
+        plain_ms_per_token=round_ms(cost, sizes, 0, position),
     )
 
 
@@ -345,14 +395,19 @@ def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]
 
 
 def held_bytes(
-    architecture: Architecture, exit_layer: int, dtype: DType, formats: Mapping[str, str], *, graphs_hold: bool
+    architecture: Architecture,
+    sizes: Mapping[GraphName, GraphSize],
+    dtype: DType,
+    formats: Mapping[str, str],
+    *,
+    graphs_hold: bool,
 ) -> dict[GraphName, int]:
     """Weights that are held for each graph; both tables of an untied model are the head's.
 
     Where graphs hold their own, a head that multiplies and gathers from one quantized table has it in two layouts.
     """
     a = architecture
-    held = {graph: size.weight_bytes for graph, size in graph_sizes(a, exit_layer, dtype, formats).items()}
+    held = {graph: size.weight_bytes for graph, size in sizes.items()}
     table = bundle_tensors(a, 1, dtype, formats)[EMBEDDINGS]
     if not a.tie_word_embeddings or (graphs_hold and is_quantized([table.format])):
         held["head"] += FORMATS[table.format].bytes(table.shape, dtype)
@@ -436,13 +491,8 @@ def _memory(
     return memory
 
 
-def _engine_memory(
-    architecture: Architecture, dtype: DType, formats: Mapping[str, str], capacity: int, dialect: str
-) -> dict[str, int]:
-    """What engines take besides: they hold no weights, and the RoPE tables are weights like others.
-
-    Prompts multiply with matrices in the dtype: those of one layer, which all share.
-    """
+def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dialect: str) -> dict[str, int]:
+    """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
     hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
     values, sums = 3 * ffn + 4 * hidden, 0  # of a row within a layer, less attention
@@ -454,11 +504,14 @@ def _engine_memory(
         values, sums = values + 2 * qkv, chunk * capacity  # with a mask
     scratch = chunk * values * ITEMSIZE[dtype] + sums
     kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
-    memory = {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
-    matrices = (one for one in bundle_tensors(a, 1, dtype, formats).values() if one.layer is not None)
-    if wide := {kind_of(one.name): math.prod(one.shape) for one in matrices if FORMATS[one.format].bits}:
-        memory["a layer in the dtype"] = sum(wide.values()) * ITEMSIZE[dtype]
-    return memory
+    return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
+
+
+def _widened_memory(architecture: Architecture, dtype: DType, formats: Mapping[str, str]) -> dict[str, int]:
+    """What prompts multiply with in place of quantized matrices: those of one layer in the dtype, which all share."""
+    matrices = (one for one in bundle_tensors(architecture, 1, dtype, formats).values() if one.layer is not None)
+    wide = {kind_of(one.name): math.prod(one.shape) for one in matrices if FORMATS[one.format].bits}
+    return {"a layer in the dtype": sum(wide.values()) * ITEMSIZE[dtype]} if wide else {}
 
 
 def _layers_of_a_graph(dialect: str, layers: int) -> int:

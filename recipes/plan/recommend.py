@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from edgeskip.exporter.quantization.choice import FormatChoice, chosen_formats
 from edgeskip.recipes.deployment import Device, default_block_size
-from edgeskip.recipes.plan.plan import Plan, PlanSettings, make_plan
+from edgeskip.recipes.plan.plan import Basis, PlanSettings, make_basis
 from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES, BlockSize
@@ -73,12 +73,12 @@ def recommend(
             chosen = weights_formats(architecture, device, choice, block_size)
         except RequestError:  # rows of the model's matrices are not whole blocks
             continue
-        plan = make_plan("", architecture, device, replace(settings, formats=chosen), reports)
-        found = {problem.found for problem in plan.problems if problem.at == "build"}
+        basis = make_basis(architecture, device, replace(settings, formats=chosen), reports)
+        found = {problem.found for problem in basis.problems if problem.at == "build"}
         if choice == "dtype":
             refused = found
         if found <= refused:  # else it is this format that engines cannot be built with
-            compared[choice], formats[choice] = _compared(choice, plan), chosen
+            compared[choice], formats[choice] = _compared(choice, basis), chosen
     best = next(
         (choice for choice, one in compared.items() if one.fits), min(compared, key=lambda one: compared[one].memory)
     )
@@ -105,11 +105,10 @@ def fitting_block_size(architecture: Architecture, device: Device | None) -> Blo
     return max(whole, default=suits)
 
 
-def _compared(choice: FormatChoice, plan: Plan) -> FormatPlan:
-    memory = sum(plan.memory.values())
-    weights = plan.dtype if choice == "dtype" else choice
-    fits = memory <= plan.available
-    return FormatPlan(weights, memory, fits, plan.largest_max_length, plan.plain_ms_per_token)
+def _compared(choice: FormatChoice, basis: Basis) -> FormatPlan:
+    memory = sum(basis.memory.values())
+    weights, fits = basis.dtype if choice == "dtype" else choice, memory <= basis.available
+    return FormatPlan(weights, memory, fits, basis.largest_max_length, basis.plain_ms_per_token)
 
 
 def _reason(compared: dict[FormatChoice, FormatPlan], best: FormatChoice) -> str:
