@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeskip.exporter.quantization.choice import chosen_formats
-from edgeskip.recipes.deployment import Device, ExportRecipe, recipe_shape
+from edgeskip.recipes.deployment import DEVICES, Device, ExportRecipe, load_device, recipe_shape
+from edgeskip.recipes.plan.plan import PlanSettings
+from edgeskip.recipes.plan.recommend import recommend
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.train.schema import TrainingRecipe
 from edgeskip.runtime.bundle.graphs import check_exit_layer
@@ -46,6 +48,24 @@ def recipe_file(name: str) -> Path:
         if kind == known and rest:
             return find_file(rest, (folder,), "recipe")
     return find_file(name, FOLDERS.values(), "recipe")
+
+
+def formats_by_device(path: Path) -> Iterator[tuple[str, str]]:
+    """Each device that ships with edgeskip and the format of weights that is recommended for it, in a line; none for
+    recipes that name a format, and for those of no published shape.
+
+    Raises:
+        EdgeskipError: the recipe is malformed.
+    """
+    if "checkpoint" not in read_table(path):
+        return
+    recipe = read_recipe(path, ExportRecipe)
+    if recipe.weights or recipe.head or recipe.layers or not recipe.shape:
+        return
+    architecture = recipe_shape(recipe, path).architecture
+    settings = PlanSettings(recipe.exit_layer, dtype=recipe.dtype, max_length=recipe.max_length)
+    for file in sorted(DEVICES.glob("*.toml")):
+        yield file.stem, recommend(architecture, load_device(file.stem), settings, recipe.block_size).reason
 
 
 def validate(path: Path) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ import click
 from edgeskip.recipes.commands.options import names_of
 from edgeskip.recipes.reader import FOLDERS
 from edgeskip.runtime.commands.options import say
-from edgeskip.runtime.errors import RecipeError, reason
+from edgeskip.runtime.errors import EdgeskipError, RecipeError, reason
 from edgeskip.runtime.printable import printable
 from edgeskip.runtime.reading import kind_of, read_text
 
@@ -34,8 +35,10 @@ def list_recipes() -> None:
 @recipes.command()
 @click.argument("recipe", shell_complete=names_of(*FOLDERS))
 def show(recipe: str) -> None:
-    """Print a RECIPE, by name or file: its text, and what it takes from the one it extends."""
-    from edgeskip.recipes.library import recipe_file
+    """Print a RECIPE, by name or file: its text, what it takes from the one it extends, and the format of weights for
+    each device where it names none.
+    """
+    from edgeskip.recipes.library import formats_by_device, recipe_file
     from edgeskip.recipes.reader import MOST_BYTES, read_table
 
     path = recipe_file(recipe)
@@ -46,6 +49,13 @@ def show(recipe: str) -> None:
         click.echo("\n# From what it extends:")
         for key, value in inherited.items():
             click.echo(printable(f"#   {key} = {json.dumps(value, ensure_ascii=False, default=str)}"))
+    devices: list[tuple[str, str]] = []
+    with suppress(EdgeskipError):  # what is wrong with a recipe is for `validate` to say
+        devices = list(formats_by_device(path))
+    if devices:
+        click.echo("\n# For a device, edgeskip export takes:")
+    for device, text in devices:
+        click.echo(printable(f"#   {device}: {text}"))
 
 
 @recipes.command()

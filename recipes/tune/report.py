@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import shlex
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from edgeskip.recipes.tune.tune import Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
 from edgeskip.runtime.bench.report import print_doubts
+from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.tensors import TABLES, kind_of
 from edgeskip.runtime.terminal import bytes_text, shown
 
 if TYPE_CHECKING:
@@ -104,12 +107,38 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         f"num_speculations = {best.num_speculations}",
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
+        *_formats(report.tensor_formats, report.num_layers),
         f"source = {text(source)}",
         "",
         "[match_rates]  # exit layer -> share of the greedy tokens that it predicts",
         *rates,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _formats(formats: Mapping[str, str], num_layers: int) -> Iterator[str]:
+    """The keys that give tensors these formats, by name, or a comment where no recipe can say them."""
+    if not formats:
+        return
+    kinds = {kind_of(name) for name in formats if name not in TABLES}
+    by_layer = [{formats.get(f"model.layers.{i}.{kind}.weight", "dtype") for kind in kinds} for i in range(num_layers)]
+    tables = {formats[name] for name in TABLES if name in formats}
+    sizes = {size for one in formats.values() if (size := FORMATS[one].block_size)}
+    if len(sizes) > 1 or any(len(of) > 1 for of in (*by_layer, tables)):
+        yield _comment("The formats of its single matrices are not for a recipe to say: give --weights.")
+        return
+    choices = [_choice(of) for of in by_layer]
+    most = statistics.mode(choices)
+    others = [f"{i}={choice}" for i, choice in enumerate(choices) if choice != most]
+    yield f"weights = {_toml_text(most)}"
+    yield f"head = {_toml_text(_choice(tables))}"
+    yield from [f"layers = {json.dumps(others)}"] if others else []
+    yield from [f"block_size = {size}" for size in sizes]
+
+
+def _choice(formats: Iterable[str]) -> str:
+    """What a recipe calls the only one of these formats, if there is one."""
+    return next(iter(formats), "dtype").partition("-")[0]
 
 
 def _comment(text: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -142,7 +142,7 @@ class TuneReport(Provenance):
     `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
     `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
     rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
-    text, decoded whole with the present pair.
+    text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name.
     """
 
     prompts: int
@@ -158,6 +158,7 @@ class TuneReport(Provenance):
     measured: Measured
     valid: bool = True
     doubts: tuple[str, ...] = ()
+    tensor_formats: dict[str, str] = field(default_factory=dict)
 
 
 def tune(
@@ -246,6 +247,7 @@ def tune(
         measured=measured,
         valid=not found,
         doubts=found,
+        tensor_formats=dict(manifest.formats),
     )
 
 

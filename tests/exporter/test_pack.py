@@ -38,6 +38,18 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights_are_packed_as_they_are(weights, bundles, tmp_path):
+    whole = bundles("llama-tied", dtype="fp16", weights=weights)
+    whole = read_bundle(shutil.copytree(whole.folder, tmp_path / "whole"))
+    put_engines(whole, dataclasses.replace(ORIN, dialect="layers"))
+    packed = pack(whole, read_engines(whole), tmp_path / "small")
+    verify_hashes(packed)
+    assert packed.manifest.formats == whole.manifest.formats
+    assert packed.manifest.quantization == whole.manifest.quantization
+    assert packed.path(WEIGHTS).read_bytes() == whole.path(WEIGHTS).read_bytes()
+
+
 def test_it_is_the_bundle_byte_for_byte_and_its_engines(bundle, folder, tmp_path):
     made = pack(bundle, read_engines(bundle), tmp_path / "p")
     assert made == read_bundle(made.folder)

@@ -148,7 +148,10 @@ def test_show_prints_the_text_and_what_the_base_adds(tmp_path):
     assert shown.startswith("# Mine\n")
     assert "#   memory_gb = 8.0" in shown
     assert "#   name" not in shown
-    assert run("recipes", "show", "llama3-8b").output == recipe_file("llama3-8b").read_text()
+    text = recipe_file("llama3.2-1b-int4").read_text()
+    assert run("recipes", "show", "llama3.2-1b-int4").output.startswith(text)
+    of_its_own = recipe_file("python-10m").read_text()  # of no published shape, and extends none
+    assert run("recipes", "show", "python-10m").output == of_its_own
 
 
 def test_copy_writes_a_recipe_that_works_and_overwrites_nothing(tmp_path, monkeypatch):

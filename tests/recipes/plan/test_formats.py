@@ -200,3 +200,11 @@ def test_export_takes_what_plan_recommends(checkpoints, tmp_path):
     assert wanted.reason == "weights int4: fp16 does not fit, int8 does not fit"
     assert wanted.reason in done.output
     assert read_bundle(tmp_path / "b").manifest.formats == wanted.formats
+
+
+def test_a_recipe_is_shown_with_the_format_for_each_device():
+    shown = run("recipes", "show", "llama3-8b")
+    assert shown.exit_code == 0
+    assert "#   orin-nano-8gb: weights int4: fp16 does not fit, int8 does not fit\n" in shown.output
+    assert "#   h100: weights fp16: it fits\n" in shown.output
+    assert "For a device" not in run("recipes", "show", "llama3.2-1b-int4").output

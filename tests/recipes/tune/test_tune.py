@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from tests.conftest import edit_json
 from tests.runtime.bench.test_page import Page
 from tests.standin import HostDevice, standin_model
@@ -23,7 +25,7 @@ from edgeskip.exporter.graphs.probe import Probe
 from edgeskip.recipes.demo import CHECKPOINT
 from edgeskip.recipes.deployment import load_export_recipe
 from edgeskip.recipes.plan.cost import ONE_EXIT, Cost, graph_sizes
-from edgeskip.recipes.tune.report import tuned_recipe, tuning_page
+from edgeskip.recipes.tune.report import print_tuning, tuned_recipe, tuning_page
 from edgeskip.recipes.tune.tune import (
     CallTime,
     Drafts,
@@ -218,6 +220,51 @@ def test_the_recipe_is_an_export_recipe(report, tmp_path):
     head = path.read_text().splitlines()[:2]
     assert head[0] == "# Made by: edgeskip tune b --recipe r.toml"
     assert head[1] == "# Used by: edgeskip export --recipe 'a tuned.toml' [CHECKPOINT] BUNDLE"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "int8"},
+        {"weights": "int4", "head": "dtype"},
+        {"weights": "int4", "head": "int4", "layers": ("0=int8", "3=dtype")},
+        {"head": "int8"},
+        {},
+    ],
+)
+def test_the_recipe_has_the_formats_of_the_bundle(settings, report, bundles, checkpoints, tmp_path):
+    bundle = bundles("llama-tied", **settings)
+    own = dataclasses.replace(report, tensor_formats=bundle.manifest.formats, num_layers=4)
+    (tmp_path / "r.toml").write_text(tuned_recipe(own, "r.toml"))
+    found, _ = load_export_recipe(str(tmp_path / "r.toml"))
+    chosen = ExportSettings(
+        2,
+        weights=found.weights,
+        head=found.head,
+        layers=found.layers,
+        block_size=found.block_size or 32,
+        prefill_chunk=8,
+    )
+    made = export_bundle(open_checkpoint(str(checkpoints("llama-tied"))), tmp_path / "b", chosen)
+    assert made.manifest.formats == bundle.manifest.formats
+
+
+def test_formats_that_no_recipe_says_are_noted(report):
+    formats = {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.self_attn.o_proj.weight": "int4-32"}
+    text = tuned_recipe(dataclasses.replace(report, tensor_formats=formats), "r.toml")
+    assert "# The formats of its single matrices are not for a recipe to say: give --weights." in text
+    assert "weights =" not in text
+
+
+def test_a_quantized_bundle_is_tuned_and_its_formats_are_told(bundles):
+    bundle = bundles("llama-tied", weights="int4", layers=("0=int8",))
+    found = tune(lambda: edgeskip.load(bundle.folder, device="cpu"), ["def f(x):", "import"], TuneSettings((1, 4), 20))
+    assert_sound(dataclasses.replace(found, departures=0), 4)  # its products round what they multiply
+    assert found.tensor_formats == bundle.manifest.formats
+    assert found.formats.keys() == {"int4-32", "int8", "fp32"}
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_tuning(found, console)
+    assert "Weights: " in console.export_text()
 
 
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "line\nbreak", "tab\tand \x7f", "größer"])
