@@ -117,9 +117,9 @@ def _as_stored(_: OpBuilder, stored: StoredValue) -> Value:
 # Quantized formats
 
 _COM = "com.microsoft"
-_ORT_BLOCKS = (32, 16)
-"""Sizes of blocks of 8 bits for MatMulNBits, best first: the faster kernels on CUDA take 32 alone, and on the CPU
-what it multiplies is rounded in the same blocks.
+_SMALL_BLOCKS = (32, 16)
+"""Sizes of blocks for MatMulNBits, best first. Its faster kernels on CUDA take 32 alone for 8 bits. On a CPU, what it
+multiplies is rounded in the same blocks, and with AVX-512 larger ones give other rows one by one than together.
 """
 
 
@@ -156,18 +156,21 @@ def _scaled_rows(op: OpBuilder, stored: StoredValue, rows: Value, numbers: Value
     return out
 
 
-def _int4_product(op: OpBuilder, x: Value, weight: StoredValue) -> Value:
+def _in_its_blocks(op: OpBuilder, x: Value, weight: StoredValue) -> Value:
+    """A product with the blocks that are stored."""
     return _n_bits_product(op, x, weight, _block_size(weight), weight.part(SCALES))
 
 
-def _int8_product(op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
-    """With the scale of a row as that of each of its blocks."""
-    n, k = weight.shape
-    block_size = next((size for size in _ORT_BLOCKS if k % size == 0), None)
-    if block_size is None:
+def _in_small_blocks(op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
+    """A product with each block in parts of the same scale."""
+    (n, k), stored, scales = weight.shape, _block_size(weight), weight.part(SCALES)
+    size = next((size for size in _SMALL_BLOCKS if stored % size == 0), None)
+    if size is None:
         return None
-    scales = op.Expand(weight.part(SCALES), op.Constant(value_ints=[n, k // block_size]))
-    return _n_bits_product(op, x, weight, block_size, scales)
+    if size != stored:
+        parts = op.Expand(op.Unsqueeze(scales, [-1]), op.Constant(value_ints=[n, k // stored, stored // size]))
+        scales = op.Reshape(parts, [n, k // size])
+    return _n_bits_product(op, x, weight, size, scales)
 
 
 def _n_bits_product(op: OpBuilder, x: Value, weight: StoredValue, block_size: int, scales: Value) -> Value:
@@ -204,9 +207,10 @@ def _number(op: OpBuilder, number: int, dtype: ir.DataType) -> Value:
 def _writer(format_: str) -> FormatWriter:
     encode = partial(encoded_rows, format_)
     if format_ == "int8":
-        return FormatWriter(encode, _int8_whole, _int8_rows, products={"ort": _int8_product})
-    products, gathers = {"ort": _int4_product}, {"ort": _int4_gather}
-    return FormatWriter(encode, _int4_whole, _int4_rows, products=products, gathers=gathers)
+        products = dict.fromkeys(("ort", "cpu"), _in_small_blocks)
+        return FormatWriter(encode, _int8_whole, _int8_rows, products)
+    both = {"ort": _in_its_blocks, "cpu": _in_small_blocks}
+    return FormatWriter(encode, _int4_whole, _int4_rows, both, dict.fromkeys(both, _int4_gather))
 
 
 WRITERS: dict[str, FormatWriter] = {

@@ -26,7 +26,7 @@ def load(
         backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: engines that fit this machine, else ONNX Runtime.
         device: ONNX Runtime's: `cpu`, `cuda`, or `auto`, which takes the GPU where there is one.
         threads: CPU threads; 0 means one per core.
-        dialect: `ort` or `standard`; by default what suits the device.
+        dialect: `cpu`, `ort` or `standard`; by default what suits the device.
         exit_layer: the exit that drafts; by default the bundle's own. It must be one that the bundle was cut at, except
             where engines of the `layers` dialect run, which serve any.
         progress: called while the files are checked.

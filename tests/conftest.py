@@ -94,7 +94,7 @@ class Backend:
 
 
 BACKENDS = [
-    Backend("cpu", "ort", "fp32", 1e-4),
+    Backend("cpu", "cpu", "fp32", 1e-4),
     Backend("host", "engines", "fp32", 1e-4),  # TensorRT's session with stand-ins
     *(
         pytest.param(backend, marks=pytest.mark.gpu)

@@ -124,7 +124,7 @@ def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle)
         wanted = model.complete("def f(x):", max_new_tokens=20)
     result = succeed("generate", bundle, "--prompt", "def f(x):", "--max-new-tokens", 20)
     assert result.stdout == wanted.text + "\n"
-    assert re.match(r"ONNX Runtime \S+, CPU, ort dialect, fp32; MB: weights 0.7, caches 0.1", result.stderr)
+    assert re.match(r"ONNX Runtime \S+, CPU, cpu dialect, fp32; MB: weights 0.7, caches 0.1", result.stderr)
     assert re.search(r"\n20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
     assert re.search(r"tokens per round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
 
@@ -259,7 +259,8 @@ def test_inspect_shows_what_is_quantized(bundles, checkpoints, tmp_path):
         f"weights int8, head int8, layers 2 int4-32, layers 3 fp16; {size / 1e6:.1f} MB, {bits:.2f} bits per weight"
     )
     assert f"quantized: {wanted}" in lines
-    assert "dialects: standard (draft.onnx, ...), ort (draft.ort.onnx, ...), layers (first.layers.onnx, ...)" in lines
+    fused = "ort (draft.ort.onnx, ...), cpu (draft.cpu.onnx, ...)"
+    assert f"dialects: standard (draft.onnx, ...), {fused}, layers (first.layers.onnx, ...)" in lines
     assert not [
         line for line in succeed("inspect", bundles("llama-gqa").folder).stdout.splitlines() if "bits per" in line
     ]

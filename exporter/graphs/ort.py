@@ -31,7 +31,7 @@ class _OrtPlaces:
     capacity: Value
 
 
-class _Ort(DialectWriter):
+class Ort(DialectWriter):
     """ONNX Runtime's fused operators around the attention."""
 
     name = "ort"
@@ -59,12 +59,12 @@ class _Ort(DialectWriter):
         return out
 
 
-class OrtGrouped(_Ort):
+class OrtGrouped(Ort):
     """With GroupQueryAttention, which attends to the rows in use and not to the whole capacity."""
 
     opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads opset 24 from release 1.24 on
 
-    def suited(self, architecture: Architecture) -> DialectWriter:
+    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
         """GroupQueryAttention has kernels for heads of 8, 16, 24, ... numbers."""
         return self if architecture.head_dim % 8 == 0 else OrtPlain()
 
@@ -116,7 +116,7 @@ class OrtGrouped(_Ort):
         return out
 
 
-class OrtPlain(_Ort, Standard):
+class OrtPlain(Ort, Standard):
     """With the attention of `standard`, for heads of any size."""
 
     opsets = MappingProxyType(dict(Standard.opsets) | {"com.microsoft": 1})

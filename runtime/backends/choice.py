@@ -39,7 +39,7 @@ def open_session(
         device: ONNX Runtime's; `auto` takes the GPU if both library and machine have one, else the CPU. The session's
             description then says why.
         threads: CPU threads; 0 means one per core.
-        dialect: that of ONNX Runtime's graphs, `ort` or `standard`; by default what suits the device.
+        dialect: that of ONNX Runtime's graphs, `cpu`, `ort` or `standard`; by default what suits the device.
         exit_layer: the exit that drafts, for what a device compiles beforehand; by default the bundle's own.
         progress: called while engines are checked.
 
@@ -172,4 +172,4 @@ def _open_onnxruntime(
             why.append(f"not the GPU: {error}")
         else:
             return OrtCudaSession(bundle, gpu, dialect=dialect, exit_layer=exit_layer)
-    return OrtCpuSession(bundle, threads=threads, dialect=dialect or "ort")
+    return OrtCpuSession(bundle, threads=threads, dialect=dialect or "cpu")

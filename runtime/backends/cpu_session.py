@@ -11,26 +11,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.backends.alike import LARGEST_HEAD, MOST_ROWS, choose_attention, fewest_rows
 from edgeskip.runtime.backends.ort import OrtGraphs, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import Rows, mapped_weights
-from edgeskip.runtime.decoding.rounds import Call, Round, View, workspace
+from edgeskip.runtime.decoding.rounds import Call, Round, View, verification_round, workspace
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.host import cpu_name, usable_cores
 
 
 class OrtCpuSession(MeasuredSession):
-    """The `ort` dialect on ONNX Runtime's CPU provider, updating caches in place.
+    """ONNX Runtime's CPU provider, updating caches in place.
 
     Args:
         bundle: what to load.
         threads: threads of the one pool that all graphs share, and so does every session of this process; 0 means
             one per core.
-        dialect: `ort`, or `standard` to run the graphs that TensorRT gets.
+        dialect: `cpu`; `ort`, which computes a single row faster and not quite as one of several; or that of the graphs
+            that TensorRT gets.
 
     Raises:
         BackendError: ONNX Runtime is missing or refuses the graphs, or the bundle is in bf16, which its CPU
@@ -40,7 +42,7 @@ class OrtCpuSession(MeasuredSession):
     device = "cpu"
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "ort") -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "cpu") -> None:
         manifest = bundle.manifest
         if manifest.dtype == "bf16":
             raise BackendError(
@@ -50,6 +52,7 @@ class OrtCpuSession(MeasuredSession):
             )
         ort = onnxruntime()
         options = cpu_options(ort, threads)
+        choose_attention()
         self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, [("CPUExecutionProvider", {})])
         self._graph_table, self._dims = manifest.graphs, dimensions(manifest.architecture, manifest.max_length)
         numbers = {"float": np.dtype(NUMBER_TYPES[manifest.dtype].numpy), "int64": np.dtype(np.int64)}
@@ -67,6 +70,31 @@ class OrtCpuSession(MeasuredSession):
         self._threads = threads or usable_cores()
         self.hardware = f"{cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
+        self._fewest_rows = 1
+        if dialect == "cpu":
+            fewest = fewest_rows(self._verification(bundle)) if manifest.max_length > MOST_ROWS else None
+            self._fewest_rows = fewest or 1
+            self.exact = fewest is not None and manifest.architecture.head_dim <= LARGEST_HEAD
+            self.description += (
+                "" if self.exact else "; a row depends on their number here, so drafts may change a token"
+            )
+
+    def _verification(self, bundle: Bundle) -> Callable[[int], list[npt.NDArray[Any]]]:
+        """Runs a verification of so many random rows at the start of the caches, by all graphs after the first."""
+        split = bundle.manifest.split(min(bundle.manifest.exit_layers))
+        states = np.random.default_rng(0).standard_normal((MOST_ROWS, self._dims["H"]))
+        self.write(split.exit_states, states)
+        self._buffers["position_ids"][:MOST_ROWS] = np.arange(MOST_ROWS)
+
+        def run(rows: int) -> list[npt.NDArray[Any]]:
+            calls = [call for call in verification_round(split, rows - 1).calls if call.verifies]
+            for call in calls:
+                self._bound_call(call)()
+            for cache in self._caches.values():
+                cache[:, :, :MOST_ROWS] = 0
+            return [self.read(view) for call in calls for _, view in call.outputs]
+
+        return run
 
     def _make_caches(
         self, graphs: Iterable[Graph], number: np.dtype[Any], dialect: str
@@ -86,8 +114,17 @@ class OrtCpuSession(MeasuredSession):
         return dict(self._stage_ns)
 
     def _bind(self, round_: Round) -> BoundRound:
-        calls = [(call.graph, self._bound_call(call)) for call in round_.calls]
-        return _CpuRound(round_, calls, self._buffers, self._stage_ns)
+        def bound(calls: Iterable[Call]) -> _BoundCalls:
+            return [(call.graph, self._bound_call(call)) for call in calls]
+
+        wide = tuple(map(self._widened, round_.calls))
+        calls, last = bound(wide), self._dims["C"] - max(call.rows for call in wide)
+        both = calls, calls if wide == round_.calls else bound(round_.calls)
+        return _CpuRound(round_, both, last, self._buffers, self._stage_ns)
+
+    def _widened(self, call: Call) -> Call:
+        """A verification with as many rows as it takes."""
+        return call.widened(self._fewest_rows) if call.verifies else call
 
     def _bound_call(self, call: Call) -> Callable[[], None]:
         def address(place: str | View) -> int:
@@ -143,7 +180,7 @@ class OrtCpuSession(MeasuredSession):
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:
         """Median time of one call by itself, its first row at `position`; overwrites cache rows from there on."""
         self._buffers["position_ids"][:] = position + np.arange(len(self._buffers["position_ids"]))
-        run, times = self._bound_call(call), []
+        run, times = self._bound_call(self._widened(call)), []
         for _ in range(repeats + 2):
             start = perf_counter_ns()
             run()
@@ -176,19 +213,27 @@ class OrtCpuSession(MeasuredSession):
         self._new_rows.clear()
 
 
+_BoundCalls = Sequence[tuple[str, Callable[[], None]]]
+
+
 class _CpuRound:
-    """A round bound to memory: it runs when somebody waits."""
+    """A round bound to memory: it runs when somebody waits.
+
+    Its calls come widened and as they are: from positions after `last` on, the caches have no room for the former.
+    """
 
     def __init__(
         self,
         round_: Round,
-        calls: Sequence[tuple[str, Callable[[], None]]],
+        calls: tuple[_BoundCalls, _BoundCalls],
+        last: int,
         buffers: Mapping[str, npt.NDArray[Any]],
         stage_ns: dict[str, int],
     ) -> None:
-        self._calls, self._stage_ns = calls, stage_ns
-        self._rows = np.arange(round_.rows)
-        self._positions = buffers["position_ids"][: round_.rows]
+        (self._wide, self._alone), self._last, self._stage_ns = calls, last, stage_ns
+        self._calls = self._alone
+        self._rows = np.arange(round_.rows + 1)  # that of a row beside a single one too
+        self._positions = buffers["position_ids"][: round_.rows + 1]
         self._row_inputs = {name: buffers[name][: round_.rows] for name in round_.row_inputs}
         self._drafts = buffers["draft_token_ids"][: round_.num_drafts]
         self._targets = buffers["target_token_ids"][: round_.num_targets]
@@ -196,6 +241,7 @@ class _CpuRound:
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
         """Writes the positions of its rows, and what its heads are told of them."""
+        self._calls = self._wide if position <= self._last else self._alone
         np.add(self._rows, position, out=self._positions)
         for name, buffer in self._row_inputs.items():
             buffer[:] = row_inputs[name]

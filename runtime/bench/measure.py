@@ -25,7 +25,7 @@ from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import Mode, distinct_calls, speculative_round
+from edgeskip.runtime.decoding.rounds import MODES, Mode, distinct_calls, speculative_round
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError
@@ -119,7 +119,8 @@ class StageTime:
 class Difference:
     """A contestant's first token that is not plain decoding's.
 
-    `gap` is how far the lower of the two tokens' logits is below the top one.
+    `gap` is how far the lower of the two tokens' logits is below the top one. Where verification is exact, none is a
+    tie.
     """
 
     mode: str
@@ -385,5 +386,6 @@ def _differences(
         if parted is not None:
             position, a, b = parted
             gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b)
-            tie = gap < TIE_GAP[model.bundle.manifest.dtype]
+            exact = model.session.exact and contestant.mode in MODES
+            tie = not exact and gap < TIE_GAP[model.bundle.manifest.dtype]
             yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)

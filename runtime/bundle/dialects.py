@@ -48,13 +48,14 @@ class Dialect:
 DIALECTS: dict[str, Dialect] = {
     "standard": Dialect("standard", "{}.onnx"),
     "ort": Dialect("ort", "{}.ort.onnx"),
+    "cpu": Dialect("cpu", "{}.cpu.onnx"),
     "standard-inputs": Dialect("standard-inputs", "{}.inputs.onnx", weights="inputs", quantized=False),
     "primitive": Dialect("primitive", "{}.primitive.onnx", caches="new-rows", weights="inputs", quantized=False),
     "layers": Dialect("layers", "{}.layers.onnx", weights="inputs", in_parts=True),
 }
-"""`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones. `standard-inputs` is `standard` for
-engines, `primitive` has none but the operators that TensorRT has had since 10.3, and `layers` has those without the
-attention, which is a kernel of ours.
+"""`standard` has ONNX operators only; `ort` also has ONNX Runtime's fused ones, and so has `cpu`, where rows do not
+depend on how many a call has. `standard-inputs` is `standard` for engines, `primitive` has none but the operators that
+TensorRT has had since 10.3, and `layers` has those without the attention, which is a kernel of ours.
 """
 
 ENGINE_DIALECTS: dict[str, Dialect] = {

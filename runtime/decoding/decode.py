@@ -2,7 +2,8 @@
 
 Position n is the number of rows in the caches; the token at n is known, but its row is not computed yet. A round
 computes rows n .. n+K, keeps those of the accepted drafts, and leaves the rest stale: they are hidden by their position
-and overwritten by the next round.
+and overwritten by the next round. The last row of the caches is computed by itself in every way of decoding: a session
+may need a second row beside a single one, and there it has no room.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     def started() -> _Started | None:
         if position >= end:
             return None
-        round_ = drafting(min(how.num_speculations, capacity - position - 1))
+        round_ = drafting(max(0, min(how.num_speculations, capacity - position - 2)))
         round_.start(position)
         return round_
 

@@ -18,7 +18,7 @@ If a bundle has several exits, `draft` and `verify` each stand for a chain of gr
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -46,18 +46,28 @@ class Call:
     """One run of a graph: its workspace inputs and outputs by tensor name.
 
     The caches are the session's. Where one graph serves several runs of layers, `layer_shift` binds the caches of
-    layers that many further on than those that the graph was made for.
+    layers that many further on than those that the graph was made for. `verifies` says that the rows are those of a
+    verification: they should be the same however many they are, so that drafts change no token.
     """
 
     graph: GraphName
     inputs: tuple[tuple[str, View], ...]
     outputs: tuple[tuple[str, View], ...]
     layer_shift: int = 0
+    verifies: bool = False
 
     @property
     def rows(self) -> int:
         """Rows T that the call computes."""
         return self.inputs[0][1].rows
+
+    def widened(self, rows: int) -> Call:
+        """The same call with at least so many rows; those that are added lie behind in the workspace."""
+
+        def wide(views: tuple[tuple[str, View], ...]) -> tuple[tuple[str, View], ...]:
+            return tuple((name, replace(view, rows=max(view.rows, rows))) for name, view in views)
+
+        return replace(self, inputs=wide(self.inputs), outputs=wide(self.outputs))
 
     def cache(self, name: str) -> str:
         """The cache that is bound to this input or output of the graph."""
@@ -126,8 +136,8 @@ def draft_round(split: Split, row: int) -> Round:
 def verification_round(split: Split, num_speculations: int) -> Round:
     """The part of a speculative round that follows its K drafts."""
     k = num_speculations
-    head = _target_head(split.head, "hidden_states", 0, k + 1)
-    return _round(split, (*_chain(split.draft, k, 1), *_chain(split.verify, 0, k + 1), head), k)
+    calls = (*_chain(split.verify, 0, k + 1), _target_head(split.head, "hidden_states", 0, k + 1))
+    return _round(split, (*_chain(split.draft, k, 1), *(replace(call, verifies=True) for call in calls)), k)
 
 
 @cache

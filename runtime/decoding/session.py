@@ -116,6 +116,9 @@ class MeasuredSession(Session):
     hardware: str
     """The chip's own name."""
 
+    exact = False
+    """Whether the logits of a verification are those of plain decoding, so that drafts change no token."""
+
     compute_capability: int | None = None
     """A GPU's SM, 87 for 8.7."""
 

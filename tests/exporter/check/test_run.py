@@ -38,7 +38,7 @@ from edgeskip.runtime.errors import RequestError
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
-DIALECTS = ["ort", pytest.param("standard", marks=OLD_MARK)]
+DIALECTS = ["cpu", "ort", pytest.param("standard", marks=OLD_MARK)]
 PROMPTS = load_prompts()[:1]
 
 
@@ -62,7 +62,7 @@ def test_healthy_bundles_pass(variant, dialect, bundles, checkpoints):
 
 @pytest.mark.parametrize(
     ("variant", "dialect"),
-    [*((variant, "ort") for variant in VARIANTS), pytest.param("llama-gqa", "standard", marks=OLD_MARK)],
+    [*((variant, "cpu") for variant in VARIANTS), pytest.param("llama-gqa", "standard", marks=OLD_MARK)],
 )
 def test_healthy_bundles_pass_in_half_precision(variant, dialect, bundles, checkpoints):
     report = check(bundles(variant, dtype="fp16"), str(checkpoints(variant)), dialect)

@@ -23,7 +23,7 @@ from edgeskip.runtime.decoding.rounds import early_exit_round, prefill_round, sp
 
 OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 24)
 OLD_MARK = pytest.mark.skipif(OLD, reason="ONNX Runtime has opset 24 since 1.24")
-RUNNABLE = ["ort", "primitive", pytest.param("standard", marks=OLD_MARK)]
+RUNNABLE = ["cpu", "ort", "primitive", pytest.param("standard", marks=OLD_MARK)]
 WHOLE = [name for name, dialect in DIALECTS.items() if not dialect.in_parts]
 """Dialects whose graphs ONNX Runtime can run by themselves: parts of layers need an attention between them."""
 
@@ -182,7 +182,7 @@ def test_a_decoder_layer_has_the_operators_that_tensorrt_maps_natively(bundles):
 
 
 HALVES = [
-    ("cpu", "ort", "fp16"),
+    ("cpu", "cpu", "fp16"),
     ("cpu", "primitive", "fp16"),
     pytest.param("cpu", "standard", "fp16", marks=OLD_MARK),
 ] + [pytest.param("cuda", dialect, dtype, marks=pytest.mark.gpu) for dialect in WHOLE for dtype in ("fp16", "bf16")]

@@ -34,6 +34,10 @@ MIXTURES = (
 )
 
 
+FUSED = ("cpu", "ort")
+"""Dialects with ONNX Runtime's products of quantized matrices."""
+
+
 def named(mixture):
     return "-".join(str(value) for value in mixture.values())
 
@@ -94,15 +98,16 @@ def wanted_logits(bundle, model, prompt):
         return dequantized_model(bundle, model)(torch.tensor([prompt])).logits[0, -1].double().numpy()
 
 
+@pytest.mark.parametrize("dialect", FUSED)
 @pytest.mark.parametrize("mixture", MIXTURES, ids=named)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_ort_dialect_computes_the_same_but_for_the_rounding_of_activations(
-    variant, mixture, bundles, reference, tmp_path
+def test_fused_dialects_compute_the_same_but_for_the_rounding_of_activations(
+    variant, mixture, dialect, bundles, reference, tmp_path
 ):
     """ONNX Runtime rounds activations to 8 bits at accuracy level 4, and not at level 1."""
     bundle = bundles(variant, **mixture)
     exact = Bundle(shutil.copytree(bundle.folder, tmp_path / "exact"), bundle.manifest)
-    for path in exact.folder.glob("*.ort.onnx"):
+    for path in exact.folder.glob(f"*.{dialect}.onnx"):
         model = onnx.load(path, load_external_data=False)
         for node in model.graph.node:
             for attribute in node.attribute:
@@ -111,22 +116,23 @@ def test_the_ort_dialect_computes_the_same_but_for_the_rounding_of_activations(
         onnx.save(model, path)
     for prompt in PROMPTS:
         wanted = wanted_logits(bundle, reference(variant), prompt)
-        np.testing.assert_allclose(logits_after(exact, "ort", prompt), wanted, atol=2e-4)
-        found = logits_after(bundle, "ort", prompt)
+        np.testing.assert_allclose(logits_after(exact, dialect, prompt), wanted, atol=2e-4)
+        found = logits_after(bundle, dialect, prompt)
         assert np.linalg.norm(found - wanted) < 0.2 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("dialect", FUSED)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("mixture", MIXTURES, ids=named)
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen2"])
-def test_onnx_runtime_dequantizes_no_whole_matrix_in_a_call(variant, mixture, dtype, bundles, tmp_path):
+def test_onnx_runtime_dequantizes_no_whole_matrix_in_a_call(variant, mixture, dtype, dialect, bundles, tmp_path):
     """Of the graphs as it runs them: products read the parts, and what could be folded has been."""
     bundle = bundles(variant, **mixture, dtype=dtype)
     quantized = {name for name, format_ in bundle.manifest.formats.items()}
     for name, graph in bundle.manifest.graphs.items():
         options = cpu_options(onnxruntime, 0)
         options.optimized_model_filepath = str(tmp_path / f"{name}.onnx")
-        onnxruntime.InferenceSession(bundle.graph_path(name, "ort"), options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(bundle.graph_path(name, dialect), options, providers=["CPUExecutionProvider"])
         nodes = Counter(
             node.op_type for node in onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph.node
         )
@@ -144,7 +150,7 @@ def test_onnx_runtime_dequantizes_no_whole_matrix_in_a_call(variant, mixture, dt
 def test_graphs_that_are_fed_whole_matrices_do_not_know_of_formats(mixture, bundles):
     for variant in ("llama-gqa", "llama-tied", "qwen2"):
         plain, quantized = bundles(variant), bundles(variant, **mixture)
-        assert quantized.manifest.dialects.keys() == {"standard", "ort", "layers"}
+        assert quantized.manifest.dialects.keys() == {"standard", "ort", "cpu", "layers"}
         assert quantized.manifest.engine_dialects.keys() == {"layers"}
         wanted = plain.manifest.graph_hashes(DIALECTS["layers"])
         assert quantized.manifest.graph_hashes(DIALECTS["layers"]) == wanted

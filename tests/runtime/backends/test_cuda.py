@@ -184,7 +184,7 @@ def test_auto_takes_the_cpu_and_says_why_not_the_gpu(bundles, monkeypatch):
         assert "GPU" not in session.description  # this ONNX Runtime is for a CPU
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     with open_session(bundles("llama-gqa")) as session:
-        assert "CPU, ort dialect, fp32; not the GPU: GPU: there is no NVIDIA GPU" in session.description
+        assert "CPU, cpu dialect, fp32; not the GPU: GPU: there is no NVIDIA GPU" in session.description
 
 
 def test_cuda_core_that_is_missing_is_named(bundles, monkeypatch):

@@ -190,11 +190,11 @@ def test_a_manifest_of_other_weights(change, folder):
 
 
 def test_a_graph_of_another_bundle(folder, bundles):
-    data = bundles("llama-gqa", max_length=64).path("verify.ort.onnx").read_bytes()
-    (folder / "verify.ort.onnx").write_bytes(data)
+    data = bundles("llama-gqa", max_length=64).path("verify.cpu.onnx").read_bytes()
+    (folder / "verify.cpu.onnx").write_bytes(data)
     record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit_json(folder / MANIFEST, lambda m: m["files"].update({"verify.ort.onnx": record}))
-    assert_refused(folder, "verify.ort.onnx: its tensors are not those of the manifest; export the bundle again")
+    edit_json(folder / MANIFEST, lambda m: m["files"].update({"verify.cpu.onnx": record}))
+    assert_refused(folder, "verify.cpu.onnx: its tensors are not those of the manifest; export the bundle again")
 
 
 @pytest.mark.parametrize(
