@@ -29,6 +29,7 @@ from edgeskip.runtime.bench.validity import Watch, doubts
 from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations, single_exit
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
+from edgeskip.runtime.decoding.decode import drafts_that_fit
 from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import Round, draft_round, speculative_round, verification_round
 from edgeskip.runtime.decoding.session import MeasuredSession
@@ -282,7 +283,7 @@ def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshol
         runs = _runs(text.right, end=0)
         sure = _runs(text.confidences >= confidence_threshold, end=num_speculations)
         while left:
-            k = min(num_speculations, text.room - at - 1)
+            k = drafts_that_fit(num_speculations, text.room - at)
             made = min(sure[at] + 1, k)
             by_drafts[made] += 1
             good = min(runs[at], made)

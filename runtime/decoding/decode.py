@@ -113,7 +113,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     def started() -> _Started | None:
         if position >= end:
             return None
-        round_ = drafting(max(0, min(how.num_speculations, capacity - position - 2)))
+        round_ = drafting(drafts_that_fit(how.num_speculations, capacity - position))
         round_.start(position)
         return round_
 
@@ -190,6 +190,11 @@ class _WhileConfident:
     def _run(self, round_: _Whole) -> RoundResult:
         round_.start(self._position)
         return round_.wait()
+
+
+def drafts_that_fit(num_speculations: int, room: int) -> int:
+    """Drafts of the next round, K at most, where this many rows of the caches are left: one or more."""
+    return max(0, min(num_speculations, room - 2))
 
 
 def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:

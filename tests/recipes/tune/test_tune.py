@@ -128,8 +128,8 @@ def test_rounds_by_hand():
     # the second draft is not sure: its round ends behind it
     text = drafts([1, 1, 0, 0, 1, 0, 1], [0.9, 0.4, 0.9, 0.4, 0.9, 0.9, 0.9])
     assert simulate([text], 3, 0.5) == Rounds((0, 1, 1, 2), tokens=7, drafted=7, tested=6, accepted=4)
-    # five rows behind the prompt: the drafts of a round get fewer, the last round makes none
-    assert simulate([drafts([0, 0, 0, 0, 0], room=5)], 8, 0.0).by_drafts == (1, 1, 1, 1, 1, 0, 0, 0, 0)
+    # five rows after the prompt: the drafts of a round get fewer, and the last two rows are computed one by one
+    assert simulate([drafts([0, 0, 0, 0, 0], room=5)], 8, 0.0).by_drafts == (2, 1, 1, 1, 0, 0, 0, 0, 0)
 
 
 COST = Cost(call_ms=0.02, layer_ms=0.03, several_ms=0.01, row_ms=0.005, row_byte_ms=1e-9, bytes_per_ms=2e7)
