@@ -156,6 +156,7 @@ def run_check(
         wanted = golden.generate(ids, min(NEW_TOKENS, manifest.max_length - len(ids)))
         look(_text(index, [*ids, *wanted.token_ids], len(ids), manifest))
         for mode in _MODES:
+            model.forget()
             given = model.complete(ids, mode=mode, max_new_tokens=len(wanted.token_ids)).token_ids
             parted = _first_difference(wanted, given)
             agreed[mode] += parted is None

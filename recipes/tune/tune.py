@@ -353,7 +353,9 @@ def _measure(
     repeats = -(-_TIMED_ROUNDS // len(prompt_ids)) if in_situ else 0
 
     def turn(ids: list[int], max_new_tokens: int) -> _Turn:
+        model.forget()
         plain = model.complete(ids, mode="autoregressive", max_new_tokens=max_new_tokens)
+        model.forget()
         speculative = model.complete(
             ids, confidence_threshold=settings.confidence_threshold, max_new_tokens=max_new_tokens
         )

@@ -165,6 +165,17 @@ class OrtCpuSession(MeasuredSession):
         cache: npt.NDArray[Any] = self._caches[name][0].astype(np.float32)
         return cache
 
+    def read_caches(self, rows: int) -> dict[str, npt.NDArray[Any]]:
+        """A copy of the first rows of every cache, as raw bytes."""
+        return {name: _raw(cache[0, :, :rows].copy()) for name, cache in self._caches.items()}
+
+    def write_caches(self, caches: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Puts back what `read_caches` returned."""
+        for name, raw in caches.items():
+            cache = self._caches[name][0]
+            rows = raw.view(cache.dtype).reshape(len(cache), -1, cache.shape[-1])
+            cache[:, : rows.shape[1]] = rows
+
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
         self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]
@@ -255,6 +266,11 @@ class _CpuRound:
             self._stage_ns[graph] += after - before
             before = after
         return RoundResult(self._drafts.tolist(), self._targets.tolist(), self._target_logits.tolist())
+
+
+def _raw(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Rows [N,T,D] as bytes [N, T * bytes of a row]."""
+    return rows.reshape(len(rows), -1).view(np.uint8)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
-from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import Rows
@@ -179,6 +179,27 @@ class CudaSession(MeasuredSession):
         ]
         return np.concatenate(parts).reshape([self._dims[dim] for dim in "NCD"])
 
+    def read_caches(self, rows: int) -> dict[str, npt.NDArray[Any]]:
+        """A copy in host memory of the first rows of every cache, as raw bytes."""
+        size, found = rows * self._row_bytes, {}
+        with self._device.borrowed(self._dims["N"] * size) as host:
+            for name in self._caches:
+                for place, head in zip(self._heads(name), host.reshape(-1, size), strict=True):
+                    self._device.copier(head.ctypes.data, place, size)()
+                self._device.stream.sync()
+                found[name] = host.reshape(-1, size).copy()
+        return found
+
+    def write_caches(self, caches: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Puts back what `read_caches` returned."""
+        size = next(iter(caches.values())).shape[1]
+        with self._device.borrowed(self._dims["N"] * size) as host:
+            for name, raw in caches.items():
+                host[:] = raw.reshape(-1)
+                for place, head in zip(self._heads(name), host.reshape(-1, size), strict=True):
+                    self._device.copier(place, head.ctypes.data, size)()
+                self._device.stream.sync()
+
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
         self._carry[row]()
@@ -225,6 +246,16 @@ class CudaSession(MeasuredSession):
             self._release()
         finally:
             self._device.close()
+
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of a cache's row of one head."""
+        return self._dims["D"] * ITEMSIZE[self._dtype]
+
+    def _heads(self, cache: str) -> range:
+        """Where each head's rows of a cache begin."""
+        start, step = self._caches[cache].address, self._dims["C"] * self._row_bytes
+        return range(start, start + self._dims["N"] * step, step)
 
     def _adjacent(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, DeviceArray]:
         (block,) = self._device.zeros([(sum(row_bytes * rows for row_bytes, rows in shapes.values()), 1)])

@@ -310,6 +310,7 @@ def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> f
     """
     if -1 in (ours, theirs):
         return math.inf
+    model.forget()
     prefill(
         model.session, Decoding(model.split), model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk
     )
@@ -321,6 +322,7 @@ def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
     mode: Mode = "self-speculative" if k else "autoregressive"
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
+        model.forget()  # every run is a whole one
         generation: Generation = model.complete(
             ids,
             mode=mode,

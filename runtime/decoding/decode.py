@@ -71,23 +71,24 @@ class Step:
         return len(self.token_ids) - 1
 
 
-def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Step:
+def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start: int = 0) -> Step:
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
     It runs in full chunks, the last one overlapping backwards so that there are few shapes: its first rows are computed
-    again from the same inputs. A prompt shorter than a chunk is one call of its own length.
+    again from the same inputs. A prompt shorter than a chunk is one call of its own length. The caches hold its first
+    `start` rows already, less than all: only the rest runs.
 
     Raises:
         BackendError: the model's logits are not finite.
     """
     length = len(embeddings)
-    rows = min(chunk, length)
-    starts = [*range(0, length - rows, rows), length - rows]
-    for start in starts:
-        session.write("inputs_embeds", embeddings[start : start + rows])
-        last = start == starts[-1]
+    rows = min(chunk, length - start)
+    places = [*range(start, length - rows, rows), length - rows]
+    for place in places:
+        session.write("inputs_embeds", embeddings[place : place + rows])
+        last = place == places[-1]
         round_ = session.bind(prefill_round(how.split, rows, last=last, early_exit=how.early_exit))
-        round_.start(start, how.picker.row_inputs(start, rows))
+        round_.start(place, how.picker.row_inputs(place, rows))
         result = round_.wait()
     session.carry(0)
     return _step(result, 0, length)

@@ -13,10 +13,11 @@ from edgeskip.runtime.bundle.graphs import check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
+from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
 from edgeskip.runtime.decoding.sampling import GREEDY
 from edgeskip.runtime.decoding.session import MeasuredSession
-from edgeskip.runtime.decoding.statistics import RoundRecord, Statistics, summarize
+from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 from edgeskip.runtime.errors import RequestError
 
@@ -49,7 +50,9 @@ class Piece:
 class Model:
     """A bundle on a device, serving one sequence at a time; a context manager.
 
-    `edgeskip.load` makes one.
+    `edgeskip.load` makes one. It remembers whose rows its caches hold: of a prompt that begins like the text before it,
+    as each turn of a chat does, only the rest is computed. `forget` ends that for what comes next. With
+    `held.most_saved_bytes` of host memory, it also keeps the rows of earlier texts.
     """
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
@@ -57,6 +60,7 @@ class Model:
         self.split = bundle.manifest.split(exit_layer, GREEDY.name)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
+        self.held = HeldRows(session)
         self._busy = self._closed = False
         self._steps_under_way: Generator[Step, None, None] | None = None
 
@@ -72,6 +76,12 @@ class Model:
         if self._steps_under_way is not None:  # it holds what the session must free
             self._steps_under_way.close()
         self.session.close()
+
+    def forget(self) -> None:
+        """Computes the next prompt from its beginning, whatever the caches hold: for whoever has used the session, or
+        measures that time.
+        """
+        self.held.forget()
 
     def generate(
         self,
@@ -178,7 +188,11 @@ class Model:
         spans: list[Span] = []
         records: list[RoundRecord] = []
         reason: StopReason | None = None
-        steps = self._steps_under_way = self._steps(request)
+        early_exit = request.mode == "early-exit"
+        start = perf_counter()
+        cached = self.held.take(request.prompt_ids, early_exit=early_exit)
+        taking = perf_counter() - start
+        steps = self._steps_under_way = self._steps(request, cached)
         while reason is None:
             if self._closed:
                 raise _closed_error()
@@ -210,8 +224,7 @@ class Model:
         statistics = summarize(
             request.mode,
             request.num_speculations,
-            len(request.prompt_ids),
-            first.seconds,
+            Prefilled(len(request.prompt_ids), cached, taking + first.seconds),
             rounds,
             stage_ms,
             None if replayed is None or captured is None else replayed - captured,
@@ -232,18 +245,25 @@ class Model:
             return "stop_string"
         return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
 
-    def _steps(self, request: _Request) -> Generator[Step, None, None]:
-        manifest, new_tokens = self.bundle.manifest, request.max_new_tokens
-        embeddings = TokenRows(self.embeddings, request.prompt_ids)
+    def _steps(self, request: _Request, cached: int) -> Generator[Step, None, None]:
+        """Steps of a prompt whose first `cached` rows are there."""
+        manifest, new_tokens, ids = self.bundle.manifest, request.max_new_tokens, request.prompt_ids
+        embeddings = TokenRows(self.embeddings, ids)
         how = Decoding(
             self.split,
             request.num_speculations,
             request.confidence_threshold,
             early_exit=request.mode == "early-exit",
         )
-        yield prefill(self.session, how, embeddings, manifest.prefill_chunk)
-        end = None if new_tokens is None else len(embeddings) + new_tokens - 1
-        yield from decode(self.session, how, len(embeddings), manifest.max_length, end=end)
+        step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
+        self.held.add(ids[cached:], early_exit=how.early_exit)
+        yield step
+        end = None if new_tokens is None else len(ids) + new_tokens - 1
+        for following in decode(self.session, how, len(ids), manifest.max_length, end=end):
+            # the rows of a round are those of the token that it began with, and of the drafts that it accepted
+            self.held.add((step.token_ids[-1], *following.token_ids[:-1]), early_exit=how.early_exit)
+            step = following
+            yield step
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,16 @@ class Session(ABC):
         """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
 
     @abstractmethod
+    def read_caches(self, rows: int) -> dict[str, npt.NDArray[Any]]:
+        """A copy in host memory of the first rows of every cache, as raw bytes [N, rows * bytes of a row], by its
+        input's name (`past_key_values.0.key`).
+        """
+
+    @abstractmethod
+    def write_caches(self, caches: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Puts back what `read_caches` returned."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees everything; the session is of no use afterwards."""
 

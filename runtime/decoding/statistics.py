@@ -23,19 +23,32 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
+class Prefilled:
+    """A prompt as it was run: its tokens, those of them whose rows the caches held already, and the time to the first
+    new token.
+    """
+
+    tokens: int
+    cached: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Times and rates of one generation.
 
-    `acceptance_rate` is accepted / drafted, as LayerSkip reports it; `match_rate` is accepted / tested, where a draft
-    after the first mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted
-    drafts. Rates of tokens leave out the first token, which comes from the prefill; a token's latency is its
-    round's time over the round's tokens. `stage_ms` is the time in each graph, without the prefill; null where the
-    device hides it. `captured_rounds` is how many rounds ran as one captured CUDA graph; null on a CPU.
+    `cached_tokens` are those of the prompt that needed no computing, as the caches held their rows. `acceptance_rate`
+    is accepted / drafted, as LayerSkip reports it; `match_rate` is accepted / tested, where a draft after the first
+    mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted drafts. Rates of tokens
+    leave out the first token, which comes from the prefill; a token's latency is its round's time over the round's
+    tokens. `stage_ms` is the time in each graph, without the prefill; null where the device hides it. `captured_rounds`
+    is how many rounds ran as one captured CUDA graph; null on a CPU.
     """
 
     mode: str
     num_speculations: int
     prompt_tokens: int
+    cached_tokens: int
     new_tokens: int
     rounds: int
     drafted: int
@@ -56,8 +69,7 @@ class Statistics:
 def summarize(
     mode: str,
     num_speculations: int,
-    prompt_tokens: int,
-    first_token_seconds: float,
+    prompt: Prefilled,
     rounds: Sequence[RoundRecord],
     stage_ms: dict[str, float] | None,
     captured_rounds: int | None,
@@ -72,7 +84,8 @@ def summarize(
     return Statistics(
         mode=mode,
         num_speculations=num_speculations,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=prompt.tokens,
+        cached_tokens=prompt.cached,
         new_tokens=tokens + 1,
         rounds=len(rounds),
         drafted=drafted,
@@ -82,7 +95,7 @@ def summarize(
         match_rate=accepted / tested if tested else None,
         tokens_per_round=tokens / len(rounds) if rounds else None,
         acceptance_histogram=tuple(int(n) for n in histogram),
-        time_to_first_token_ms=first_token_seconds * 1e3,
+        time_to_first_token_ms=prompt.seconds * 1e3,
         tokens_per_second=tokens / seconds if tokens else None,
         ms_per_token=seconds * 1e3 / tokens if tokens else None,
         latency_ms=_latencies_ms(rounds) if tokens else None,

@@ -1,0 +1,109 @@
+"""What the caches hold: what a prompt has in common with it need not be computed again.
+
+A row depends on the tokens up to its own position and on nothing else, so the rows of a common beginning serve any
+text that begins alike. Rows of other texts can wait in host memory, so that several conversations share one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy.typing as npt
+
+from edgeskip.runtime.decoding.session import Session
+
+LEAST_SAVED = 16
+"""Tokens: fewer are computed sooner than they are copied there and back."""
+
+
+@dataclass(frozen=True)
+class SavedRows:
+    """The rows of these tokens, by cache."""
+
+    token_ids: tuple[int, ...]
+    rows: Mapping[str, npt.NDArray[Any]]
+
+    @property
+    def bytes(self) -> int:
+        """Host memory that they take."""
+        return sum(array.nbytes for array in self.rows.values())
+
+
+class HeldRows:
+    """The tokens whose rows a session's caches hold, and the rows that were saved from them.
+
+    Early exit computes no rows of the layers after the exit, and leaves those that are there: they are counted apart.
+
+    `most_saved_bytes` is the host memory for saved rows; what was used least recently goes first.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._before_exit: list[int] = []
+        self._after_exit: list[int] = []
+        self._saved: list[SavedRows] = []  # used least recently first
+        self.most_saved_bytes = 0
+
+    @property
+    def saved_bytes(self) -> int:
+        """Host memory that is taken for saved rows."""
+        return sum(saved.bytes for saved in self._saved)
+
+    def take(self, token_ids: Sequence[int], *, early_exit: bool) -> int:
+        """How many rows of a prompt, from its beginning, the caches hold; all after them are about to be overwritten.
+
+        The last token's row is never among them: the first new token is picked from its state. Rows that were saved
+        are brought back if they have more in common with the prompt.
+        """
+        shared = self._shared(token_ids, early_exit)
+        best = max((_common(saved.token_ids, token_ids) for saved in self._saved), default=0)
+        if self.most_saved_bytes:
+            found = next((s for s in self._saved if best > shared and _common(s.token_ids, token_ids) == best), None)
+            self._save(shared)
+            if found is not None:
+                self._bring_back(found)
+                shared = best
+        shared = min(shared, len(token_ids) - 1)
+        del self._before_exit[shared:]
+        if not early_exit:
+            del self._after_exit[shared:]
+        return shared
+
+    def add(self, token_ids: Iterable[int], *, early_exit: bool) -> None:
+        """Notes tokens whose rows were computed after those that are held."""
+        new = list(token_ids)
+        self._before_exit += new
+        if not early_exit:
+            self._after_exit += new
+
+    def forget(self) -> None:
+        """Notes that something else was written to the caches. Saved rows stay."""
+        self._before_exit, self._after_exit = [], []
+
+    def _shared(self, token_ids: Sequence[int], early_exit: bool) -> int:
+        shared = _common(self._before_exit, token_ids)
+        return shared if early_exit else min(shared, _common(self._after_exit, token_ids))
+
+    def _save(self, shared: int) -> None:
+        """Saves what is held, unless little of it after the first `shared` rows would be lost."""
+        length = _common(self._before_exit, self._after_exit)
+        if length - shared < LEAST_SAVED:
+            return
+        token_ids = tuple(self._before_exit[:length])
+        self._saved = [s for s in self._saved if _common(s.token_ids, token_ids) < len(s.token_ids)]
+        self._saved.append(SavedRows(token_ids, self._session.read_caches(length)))
+        while self.saved_bytes > self.most_saved_bytes:
+            self._saved.pop(0)
+
+    def _bring_back(self, saved: SavedRows) -> None:
+        self._saved = [other for other in self._saved if other is not saved]
+        self._session.write_caches(saved.rows)
+        self._before_exit, self._after_exit = list(saved.token_ids), list(saved.token_ids)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
