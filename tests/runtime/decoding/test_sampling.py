@@ -1,0 +1,209 @@
+"""Draws: their noise against the generator's paper, the filters against transformers, frequencies against softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as judges
+
+from edgeskip.runtime.decoding.sampling import HostSampler, candidates, drawn, gumbel, penalized, uniform_bits
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.sampling import GREEDY, Sampling
+
+FILTERS = [
+    Sampling(1.0),
+    Sampling(0.7),
+    Sampling(1.3, top_k=7),
+    Sampling(1.0, top_p=0.8),
+    Sampling(0.9, min_p=0.1),
+    Sampling(1.1, top_k=20, top_p=0.9, min_p=0.02),
+]
+
+
+def philox(counter, key, rounds=10):
+    """Philox4x64 as its paper defines it, in whole numbers of any size."""
+    word = (1 << 64) - 1
+    for _ in range(rounds):
+        high_0, low_0 = divmod(0xD2E7470EE14C6C93 * counter[0], 1 << 64)
+        high_1, low_1 = divmod(0xCA5A826395121157 * counter[2], 1 << 64)
+        counter = (high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0)
+        key = ((key[0] + 0x9E3779B97F4A7C15) & word, (key[1] + 0xBB67AE8584CAA73B) & word)
+    return counter
+
+
+def test_the_generator_of_the_judge_gives_the_published_words():
+    words = philox((0, 0, 0, 0), (0, 0))
+    assert words == (0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B)
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (1, 1), ((1 << 64) - 1, 77), (1 << 40, 131071)])
+def test_each_token_has_its_own_32_bits_of_philox(seed, position):
+    bits = uniform_bits(seed, position, 1001)
+    assert len(bits) == 1001
+    for token in (0, 1, 7, 8, 500, 999, 1000):
+        word = philox((1 + token // 8, position, 0, 0), (seed, 0))[token % 8 // 2]
+        assert bits[token] == (word >> 32 * (token % 2)) & 0xFFFFFFFF
+    np.testing.assert_array_equal(uniform_bits(seed, position, 10), bits[:10])
+
+
+def test_noise_is_gumbels_but_for_rounding():
+    bits = np.concatenate([np.random.default_rng(0).integers(0, 1 << 32, 1 << 19), [0, 1, 0xB504F333, 0xB504F334]])
+    bits = np.concatenate([bits, [0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0x80000000]]).astype(np.uint32)
+    wanted = -np.log(-np.log((bits.astype(np.longdouble) + 0.5) / 2**32))
+    found = gumbel(bits)
+    assert found.dtype == np.float32
+    assert np.abs(found - wanted).max() < 2e-6
+
+
+def noise(seed, positions, tokens=64):
+    return np.stack([gumbel(uniform_bits(seed, int(position), tokens)) for position in positions])
+
+
+def test_noise_of_other_seeds_positions_and_tokens_is_independent():
+    at = np.arange(2000)
+    one = noise(5, at)
+    others = {"seed": noise(6, at), "high bit": noise(5 | 1 << 63, at), "next": np.roll(one, 1, 0)}
+    others |= {"neighbour": np.roll(one, 1, 1), "block": np.roll(one, 8, 1), "mirrored": one[::-1]}
+    for name, other in others.items():
+        found = np.corrcoef([one.ravel(), other.ravel(), np.exp(-one).ravel(), np.exp(-other).ravel()])
+        assert np.abs(found[[0, 2, 0], [1, 3, 3]]).max() < 5 / np.sqrt(one.size), name
+
+
+def judged(sampling, logits, token_ids=(), prompt=0):
+    """Scores [V] as transformers filters them; its presence and frequency penalties are those of OpenAI's formula."""
+    s, made = sampling, LogitsProcessorList()
+    if s.repetition_penalty != 1:
+        made.append(judges.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+    scores = torch.from_numpy(np.array(logits))[None]
+    scores = made(torch.tensor([list(token_ids)]), scores)
+    counts = torch.bincount(torch.tensor(list(token_ids[prompt:]), dtype=torch.long), minlength=len(logits))
+    scores = scores - s.presence_penalty * (counts > 0) - s.frequency_penalty * counts
+    warpers = LogitsProcessorList([judges.TemperatureLogitsWarper(float(s.temperature))])
+    if s.top_k:
+        warpers.append(judges.TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        warpers.append(judges.TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        warpers.append(judges.MinPLogitsWarper(s.min_p))
+    return warpers(None, scores)[0]
+
+
+@pytest.mark.parametrize("sampling", FILTERS[2:], ids=str)
+def test_the_filters_keep_what_those_of_transformers_keep(sampling):
+    random = np.random.default_rng(1)
+    for size in (5, 40, 3000):
+        for spread in (0.5, 3, 20):
+            logits = (random.normal(size=size) * spread).astype(np.float32)
+            tokens, scaled = candidates(sampling, logits)
+            scores = judged(sampling, logits)
+            np.testing.assert_array_equal(tokens, torch.isfinite(scores).nonzero()[:, 0])
+            shifted = scores[tokens] - scores.max()
+            np.testing.assert_allclose(scaled, shifted, rtol=1e-5, atol=1e-5)
+
+
+def test_equally_probable_tokens_are_kept_or_dropped_together():
+    logits = np.array([1, 3, 2, 3, 2, 0, 2, 3], np.float32)
+    assert candidates(Sampling(1, top_k=1), logits)[0].tolist() == [1, 3, 7]
+    assert candidates(Sampling(1, top_k=4), logits)[0].tolist() == [1, 2, 3, 4, 6, 7]
+    assert candidates(Sampling(1, top_p=0.01), logits)[0].tolist() == [1, 3, 7]
+    assert candidates(Sampling(1, top_p=0.0), logits)[0].tolist() == [1, 3, 7]
+    assert candidates(Sampling(1, top_p=0.71), logits)[0].tolist() == [1, 2, 3, 4, 6, 7]  # the three 3s have 0.6995
+    assert candidates(Sampling(1, top_p=0.69), logits)[0].tolist() == [1, 3, 7]
+
+
+def test_penalties_are_those_of_transformers_and_openai():
+    random = np.random.default_rng(2)
+    logits, token_ids = random.normal(size=50).astype(np.float32) * 4, random.integers(0, 50, 60)
+    sampling = Sampling(1, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=-0.3)
+    found = penalized(sampling, logits, token_ids, prompt=20)
+    np.testing.assert_allclose(found, judged(sampling, logits, token_ids, 20), rtol=1e-5, atol=1e-5)
+    few = penalized(sampling, logits[:30], token_ids, prompt=20)  # of a draft head that knows fewer tokens
+    np.testing.assert_array_equal(few, found[:30])
+
+
+def test_draws_are_those_of_softmax():
+    """100,000 draws with each filter from two vocabularies, by Pearson's chi-square; tokens that should come less than
+    8 times count as one.
+    """
+    draws, random = 100_000, np.random.default_rng(6)
+    logits = [(random.normal(size=size) * 2).astype(np.float32) for size in (40, 300)]
+    cases = [(sampling, row, *candidates(sampling, row)) for row in logits for sampling in FILTERS]
+    counts = [np.zeros(300, int) for _ in cases]
+    for start in range(0, draws, 1000):
+        made = noise(11, range(start, start + 1000), 300)
+        for count, (_, _, tokens, scaled) in zip(counts, cases, strict=True):
+            count += np.bincount(tokens[(scaled + made[:, tokens]).argmax(1)], minlength=300)
+    for (sampling, row, _, _), count in zip(cases, counts, strict=True):
+        wanted = draws * judged(sampling, row).double().softmax(0).numpy()
+        rare = wanted < 8
+        assert not count[: len(row)][wanted == 0].any()
+        found = np.append(count[: len(row)][~rare], count[: len(row)][rare].sum())
+        wanted = np.append(wanted[~rare], wanted[rare].sum())
+        chi_square = ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
+        spread = 2 / (9 * (np.count_nonzero(wanted) - 1))  # Wilson and Hilferty: its cube root is nearly normal
+        deviations = ((chi_square * spread * 4.5) ** (1 / 3) - 1 + spread) / np.sqrt(spread)
+        assert deviations < 4, (sampling, len(row))
+
+
+def test_the_tokens_that_are_left_out_of_many_could_not_have_won():
+    random = np.random.default_rng(3)
+    for spread in (0.1, 1, 4, 12):
+        for position in range(30):
+            scaled = (random.normal(size=5000) * spread).astype(np.float32)
+            scaled -= scaled.max()
+            bits = uniform_bits(1, position, 5000)
+            assert drawn(scaled, bits) == (scaled + gumbel(bits)).argmax()
+
+
+def test_a_token_hangs_on_seed_position_and_logits_alone():
+    logits = np.random.default_rng(4).normal(size=(60, 200)).astype(np.float32)
+    sampling = Sampling(1, seed=9, top_p=0.95)
+    forth = HostSampler(sampling, [1, 2], 60)
+    back = HostSampler(sampling, [1, 2], 60)
+    found = [forth.pick(row, position) for position, row in enumerate(logits)]
+    assert found == [back.pick(row, position) for position, row in reversed([*enumerate(logits)])][::-1]
+    assert len({*found}) > 20
+    other = HostSampler(Sampling(1, seed=10, top_p=0.95), [1, 2], 60)
+    assert found != [other.pick(row, position) for position, row in enumerate(logits)]
+
+
+def test_no_token_is_drawn_from_what_is_not_finite():
+    logits = np.array([0, np.nan, 2, np.inf], np.float32)
+    assert HostSampler(Sampling(1, seed=1), [], 9).pick(logits, 3) == 1
+    assert HostSampler(Sampling(1, seed=1), [], 9).pick(logits[2:], 3) == 1
+    assert HostSampler(Sampling(1, seed=1), [], 9).pick(np.array([-np.inf, 1], np.float32), 3) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": -1},
+        {"temperature": "hot"},
+        {"temperature": float("nan")},
+        {"temperature": 1e-9},
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"top_p": 1.01},
+        {"min_p": -0.1},
+        {"seed": 1 << 64},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 1e9},
+        {"top_q": 1},
+    ],
+)
+def test_what_cannot_be_is_refused(given):
+    with pytest.raises(RequestError, match=next(iter(given)).replace("_", "[ _]")):
+        GREEDY.changed(**given)
+
+
+def test_what_is_given_comes_before_the_bundles_own():
+    own = Sampling(0.6, top_p=0.9)
+    assert own.changed(top_p=None, top_k=5) == Sampling(0.6, 5, 0.9)
+    assert own.changed(temperature=0).is_greedy
+    assert GREEDY.changed(top_p=0.9) == Sampling(1.0, top_p=0.9)
+    assert GREEDY.changed(temperature=0, seed=3).is_greedy
+    assert GREEDY.seeded() == GREEDY
+    assert own.seeded().seed is not None
+    assert own.changed(seed=3).seeded().seed == 3
