@@ -240,6 +240,29 @@ def bundles(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return get
 
 
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="session")
+def chat_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Bundle]:
+    """A bundle with a chat template and room for so many tokens, made once."""
+    folder = tmp_path_factory.mktemp("chats")
+
+    def get(capacity: int) -> Bundle:
+        from edgeskip.runtime.bundle.manifest import read_bundle
+
+        path = folder / f"{capacity}"
+        if not path.exists():
+            model = make_model("llama-gqa", max_position_embeddings=capacity)
+            checkpoint = save_checkpoint(model, folder / f"{capacity}-checkpoint")
+            (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+            settings = ExportSettings(exit_layer=2, prefill_chunk=32)
+            export_bundle(open_checkpoint(str(checkpoint)), path, settings)
+        return read_bundle(path)
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def reference(checkpoints: Callable[[str], Path]) -> Callable[[str], Any]:
     """The variant's model in transformers, read back from its checkpoint."""

@@ -97,9 +97,10 @@ FLOORS = {  # each folder of runtime, and those that it may import; modules besi
     "bundle": set(),
     "decoding": {"bundle"},
     "backends": {"bundle", "decoding"},
+    "chat": {"bundle", "decoding"},
     "bench": {"bundle", "decoding"},
     "doctor": {"bundle", "backends"},
-    "commands": {"bundle", "decoding", "backends", "bench", "doctor"},
+    "commands": {"bundle", "decoding", "backends", "chat", "bench", "doctor"},
 }
 
 

@@ -100,6 +100,7 @@ class HeldRows:
 
     def _bring_back(self, saved: SavedRows) -> None:
         self._saved = [other for other in self._saved if other is not saved]
+        self.forget()
         self._session.write_caches(saved.rows)
         self._before_exit, self._after_exit = list(saved.token_ids), list(saved.token_ids)
 

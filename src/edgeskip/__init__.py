@@ -16,6 +16,7 @@ if getattr(sys, "argv", [])[:1] == ["-m"] and not getattr(sys.flags, "safe_path"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from edgeskip.runtime.bundle.store import add_engines as add_engines
+    from edgeskip.runtime.chat.conversation import Chat as Chat
     from edgeskip.runtime.decoding.model import Generation as Generation
     from edgeskip.runtime.decoding.model import Model as Model
     from edgeskip.runtime.decoding.model import Piece as Piece
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decoding.model") | {
+    "Chat": "edgeskip.runtime.chat.conversation",
     "add_engines": "edgeskip.runtime.bundle.store",
     "load": "edgeskip.runtime.load",
 }
-__all__ = ["Generation", "Model", "Piece", "__version__", "add_engines", "load"]
+__all__ = ["Chat", "Generation", "Model", "Piece", "__version__", "add_engines", "load"]
 
 for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unless the user says so
     os.environ[f"{_library}_DISABLE_TELEMETRY"] = os.environ.get(f"{_library}_DISABLE_TELEMETRY") or "1"

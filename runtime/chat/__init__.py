@@ -1,0 +1,1 @@
+"""Conversations: a Python object, and a terminal's."""
