@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,13 +14,12 @@ from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
-from edgeskip.exporter.quantization.choice import FormatChoice, chosen_formats
-from edgeskip.exporter.quantization.quantizer import Search
-from edgeskip.exporter.weights import plan_weights, write_weights
+from edgeskip.exporter.quantization.choice import QuantizationChoice
+from edgeskip.exporter.quantization.plan import plan_quantization
+from edgeskip.exporter.weights import check_tensors, plan_weights, write_weights
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import dialects_of
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.bundle.formats import BlockSize, is_quantized
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
@@ -42,9 +40,7 @@ from edgeskip.runtime.bundle.manifest import (
     Manifest,
     Progress,
     chains_of,
-    formats_problem,
 )
-from edgeskip.runtime.bundle.tensors import bundle_tensors
 from edgeskip.runtime.errors import CheckpointError, RequestError
 from edgeskip.runtime.files import whole_folder, write_hashed
 from edgeskip.runtime.reading import read_bytes
@@ -53,8 +49,8 @@ DEFAULT_MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """How to export.
+class ExportSettings(QuantizationChoice):
+    """How to export; what is quantized is among it.
 
     Args:
         exit_layer: E; layers[:E] draft, the rest verify.
@@ -65,11 +61,6 @@ class ExportSettings:
         other_exits: exit layers besides E from which the bundle can draft.
         draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from.
         picker: how the heads pick tokens.
-        weights: the format of the layers' matrices; by default the dtype.
-        head: that of the tables of tokens; by default int8 where `weights` are given, and else the dtype.
-        layers: formats of single layers or ranges, such as `0-3=int8`.
-        block_size: numbers that share a scale, in 4 bits.
-        formats: formats of single tensors by name, before all of these.
     """
 
     exit_layer: int
@@ -80,11 +71,6 @@ class ExportSettings:
     other_exits: tuple[int, ...] = ()
     draft_vocabulary: int | None = None
     picker: str = "greedy"
-    weights: FormatChoice | None = None
-    head: FormatChoice | None = None
-    layers: tuple[str, ...] = ()
-    block_size: BlockSize = 32
-    formats: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -102,19 +88,21 @@ def export_bundle(
         BundleError: the destination exists or cannot be written.
     """
     capacity = _check_settings(checkpoint, settings)
+    check_tensors(checkpoint)
     architecture = checkpoint.architecture
-    formats = _formats(architecture, settings)
-    layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
+    quantization = plan_quantization(checkpoint, settings, settings.dtype)
+    formats = quantization.formats
+    layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     graphs = graph_table(architecture.num_layers, exits, heads)
-    texts, quantizer = _text_files(checkpoint), Search(checkpoint)
+    texts = _text_files(checkpoint)
     if settings.dtype == "fp16" and (found := beyond_fp16(checkpoint)):
         warn(
             f"{found.tensor} gives numbers of about {found.value:.0e}, and fp16 ends at {LARGEST_FP16:.0f}; "
             "export in bf16 or fp32, or compare the bundle with `edgeskip check`"
         )
     with whole_folder(destination, layout.bytes) as folder:
-        files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, quantizer, progress)}
+        files = {WEIGHTS: write_weights(checkpoint, layout, folder / WEIGHTS, quantization.quantizer, progress)}
         model = Model(architecture, settings.dtype, capacity, layout.tensors, layout.arrays)
         for dialect in dialects_of(formats.values()).values():
             for name, graph in files_of(graphs, dialect).items():
@@ -142,7 +130,7 @@ def export_bundle(
             files=files,
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
             split_special_tokens=checkpoint.tokenizer.split_special_tokens,
-            quantization=quantizer.record if is_quantized(formats.values()) else None,
+            quantization=quantization.record,
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Bundle(destination, manifest)
@@ -167,15 +155,6 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity
-
-
-def _formats(architecture: Architecture, settings: ExportSettings) -> dict[str, str]:
-    """The formats of tensors that are not stored in the dtype, by name."""
-    s = settings
-    formats = chosen_formats(architecture, s.dtype, s.weights, s.head, s.layers, s.block_size) | dict(s.formats)
-    if problem := formats_problem(formats, bundle_tensors(architecture, 0, s.dtype), s.dtype):
-        raise RequestError("formats", problem)
-    return formats
 
 
 def _heads(architecture: Architecture, settings: ExportSettings) -> dict[GraphName, HeadRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from safetensors import safe_open
 
 from edgeskip.exporter.config import architecture_from_config, read_json, sliding_window
 from edgeskip.exporter.folder import is_own, refuse_other_kinds
+from edgeskip.exporter.formats import NUMPY_DTYPES
 from edgeskip.exporter.index import SourceTensor, Warn, index_tensors, tensor_rows
+from edgeskip.exporter.quantization.layouts import QuantizedTensor, with_quantized
+from edgeskip.exporter.quantization.methods import method_of
 from edgeskip.exporter.tokenizer import (
     CheckpointTokenizer,
     chat_template_files,
@@ -22,8 +26,13 @@ from edgeskip.exporter.tokenizer import (
     read_checkpoint_tokenizer,
 )
 from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.tensors import TensorRecord
 from edgeskip.runtime.errors import CheckpointError
 from edgeskip.runtime.reading import expanded, kind_of
+
+Array = npt.NDArray[Any]
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 # Folders hold the same weights in other layouts, except for additional_chat_templates.
@@ -42,7 +51,7 @@ class Checkpoint:
     """A model folder whose files are all there and agree with its config.
 
     `tensors` maps each tensor's name to its file, shape and dtype; no data has been read. `licences` are licence and
-    notice files, which travel with the weights.
+    notice files, which travel with the weights. `quantized_by` is the method of one that comes quantized.
     """
 
     source: str
@@ -54,13 +63,14 @@ class Checkpoint:
     tokenizer: CheckpointTokenizer
     tensors: dict[str, SourceTensor]
     licences: tuple[Path, ...]
+    quantized_by: str | None = None
 
 
 class TensorReader:
     """Opens shards as they are needed and reads tensors by blocks of rows; a context manager."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._stack = ExitStack()
         self._files: dict[Path, Any] = {}
 
@@ -71,23 +81,94 @@ class TensorReader:
         self._stack.close()
 
     def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[npt.NDArray[Any]]:
-        """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype."""
-        stored = self._checkpoint.tensors[name]
-        yield from tensor_rows(self._opened(stored), stored, block_bytes)
+        """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype; of one that is stored
+        quantized, what they stand for, in fp32.
+        """
+        stored = self.checkpoint.tensors[name]
+        if isinstance(stored, QuantizedTensor):
+            for start, stop in _spans(stored.shape, block_bytes):
+                yield self._values(stored, start, stop)
+        else:
+            yield from tensor_rows(self._opened(stored), stored, block_bytes)
+
+    def rows(self, tensor: TensorRecord, dtype: DType) -> Iterator[npt.NDArray[Any]]:
+        """A bundle's tensor by blocks of rows, in order, put together from its sources.
+
+        Numbers are in the dtype if that is the tensor's format, and else as they are stored.
+
+        Raises:
+            CheckpointError: a number is not finite in the dtype.
+        """
+        for source, _ in tensor.sources:
+            for block in self.blocks(source):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    converted = block.astype(NUMPY_DTYPES[dtype], copy=False)
+                if not _is_finite(converted):
+                    raise CheckpointError(
+                        self.checkpoint.tensors[source].file,
+                        f"{source} has values that are not finite in {dtype}",
+                        fix="export in another dtype" if np.isfinite(block).all() else "the checkpoint is damaged",
+                    )
+                yield converted if tensor.format == dtype else block
+
+    def stored_parts(self, tensor: TensorRecord, dtype: DType) -> Iterator[tuple[Array, Array]]:
+        """A bundle's tensor whose sources are stored quantized, by blocks of rows, with scales in the dtype.
+
+        Raises:
+            CheckpointError: a source that is not symmetric, or a scale that is not finite in the dtype.
+        """
+        for source, _ in tensor.sources:
+            stored = self.checkpoint.tensors[source]
+            assert isinstance(stored, QuantizedTensor)
+            stored.check(self._slices)
+            for start, stop in _spans(stored.shape):
+                numbers, scales = stored.rows(self._slices, start, stop)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    converted = np.ascontiguousarray(scales).astype(NUMPY_DTYPES[dtype], copy=False)
+                if not _is_finite(converted):
+                    found = f"{source} has scales that are not finite in {dtype}"
+                    raise CheckpointError(stored.file, found, fix="export in another dtype")
+                yield numbers, converted
 
     def sample(self, name: str, runs: int = 16, rows: int = 16) -> npt.NDArray[np.float32]:
         """Some rows from all over a matrix, or a whole vector, in fp32."""
-        stored = self._checkpoint.tensors[name]
-        view, count = self._opened(stored).get_slice(stored.name), stored.shape[0]
-        if len(stored.shape) == 1 or count <= runs * rows:
-            return np.asarray(view[:], np.float32)
-        starts = np.linspace(0, count - rows, runs).astype(int)
-        return np.concatenate([np.asarray(view[start : start + rows], np.float32) for start in starts])
+        stored = self.checkpoint.tensors[name]
+        count = stored.shape[0]
+        whole = len(stored.shape) == 1 or count <= runs * rows
+        starts = [0] if whole else np.linspace(0, count - rows, runs).astype(int).tolist()
+        spans = [(start, count if whole else start + rows) for start in starts]
+        if isinstance(stored, QuantizedTensor):
+            return np.concatenate([self._values(stored, *span) for span in spans])
+        view = self._slices(stored)
+        return np.concatenate([np.asarray(view[start:stop], np.float32) for start, stop in spans])
+
+    def _values(self, stored: QuantizedTensor, start: int, stop: int) -> Array:
+        """Rows of a tensor that is stored quantized."""
+        numbers, scales = stored.rows(self._slices, start, stop)
+        values: Array = FORMATS[stored.dtype].decode((numbers, np.asarray(scales, np.float32)), "fp32")
+        return values
+
+    def _slices(self, stored: SourceTensor) -> Any:
+        return self._opened(stored).get_slice(stored.name)
 
     def _opened(self, stored: SourceTensor) -> Any:
         if stored.file not in self._files:
             self._files[stored.file] = self._stack.enter_context(safe_open(stored.file, "numpy"))
         return self._files[stored.file]
+
+
+def _spans(shape: tuple[int, ...], block_bytes: int = 1 << 24) -> Iterator[tuple[int, int]]:
+    """The rows of a matrix by blocks of about so many bytes in fp32; whole eights."""
+    count = max(8, block_bytes // (4 * shape[1]) // 8 * 8)
+    return ((start, min(start + count, shape[0])) for start in range(0, shape[0], count))
+
+
+def _is_finite(block: npt.NDArray[Any]) -> bool:
+    """Whether there is no infinity and no NaN; told from the bits of 16-bit numbers, which is faster."""
+    if block.dtype.itemsize != 2:
+        return bool(np.isfinite(block).all())
+    infinity = 0x7C00 if block.dtype == np.float16 else 0x7F80
+    return bool((block.view(np.uint16) & 0x7FFF).max(initial=0) < infinity)
 
 
 def open_checkpoint(
@@ -123,7 +204,9 @@ def open_checkpoint(
             raise CheckpointError(path, "is a link out of the checkpoint", fix=fix)
     tokenizer = read_checkpoint_tokenizer(folder, config)
     eos_token_ids = _eos_token_ids(folder, config, architecture.vocab_size)
-    tensors, architecture = index_tensors(folder, architecture, warn)
+    method = method_of(folder, config)
+    joined = partial(with_quantized, layout=method.layout, bits=method.bits) if method else dict
+    tensors, architecture = index_tensors(folder, architecture, warn, joined)
     check_vocabulary(tokenizer, architecture.vocab_size, folder, warn)
     _warn_of_generation(folder, warn)
     return Checkpoint(
@@ -135,6 +218,7 @@ def open_checkpoint(
         eos_token_ids=eos_token_ids,
         tokenizer=tokenizer,
         tensors=tensors,
+        quantized_by=method.name if method else None,
         licences=tuple(_licences(folder, warn)),
     )
 

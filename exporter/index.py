@@ -34,7 +34,9 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor is stored, and under which name; dtype is fp64, fp32, fp16, bf16 or one that is not read."""
+    """Where a tensor is stored, and under which name; dtype is fp64, fp32, fp16, bf16, one that is not read, or the
+    format of a matrix that is stored quantized.
+    """
 
     file: Path
     name: str
@@ -66,12 +68,15 @@ def weight_files(folder: Path, warn: Warn = lambda _: None) -> tuple[list[Path],
 
 
 def index_tensors(
-    folder: Path, architecture: Architecture, warn: Warn = lambda _: None
+    folder: Path,
+    architecture: Architecture,
+    warn: Warn = lambda _: None,
+    joined: Callable[[dict[str, SourceTensor]], dict[str, SourceTensor]] = lambda tensors: tensors,
 ) -> tuple[dict[str, SourceTensor], Architecture]:
     """Reads the headers of all files: where each tensor is, by the model's name for it.
 
     The architecture comes back with a head of its own if the files have one. No data is read, except to compare two
-    heads.
+    heads. What several tensors stand for is `joined` from them.
 
     Raises:
         CheckpointError: a file that is missing or damaged, two tensors with one name, or no head.
@@ -96,6 +101,7 @@ def index_tensors(
         other = tensors.setdefault(_model_name(tensor.name), tensor)
         if other is not tensor:
             raise CheckpointError(tensor.file, f"{other.name} and {tensor.name} are one tensor of the model")
+    tensors = joined(tensors)
     return tensors, _resolve_head(folder, architecture, tensors, warn)
 
 

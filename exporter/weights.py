@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
-from edgeskip.exporter.formats import NUMPY_DTYPES, WRITERS
+from edgeskip.exporter.formats import WRITERS
 from edgeskip.exporter.index import READABLE
+from edgeskip.exporter.quantization.layouts import QuantizedTensor
 from edgeskip.exporter.quantization.quantizer import Quantizer
 from edgeskip.runtime.bundle.architecture import Rope
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.manifest import FileRecord, Progress
 from edgeskip.runtime.bundle.tensors import ROPE_TABLES, TensorRecord, bundle_tensors
 from edgeskip.runtime.bundle.weights import StoredArray, header_of, lay_out
@@ -44,19 +46,24 @@ class WeightsLayout:
     bytes: int
 
 
-def plan_weights(
-    checkpoint: Checkpoint, dtype: DType, capacity: int, formats: Mapping[str, str] | None = None
-) -> WeightsLayout:
-    """Lays out the weights file, with tensors in the format of the dtype, except for `formats`, by name.
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Finds that a checkpoint has the tensors that its config calls for, and no others.
 
     Raises:
-        CheckpointError: a tensor is missing, or its shape or dtype is not what the config calls for.
+        CheckpointError: a tensor is missing or not known, or its shape or dtype is not what the config calls for.
     """
-    tensors = bundle_tensors(checkpoint.architecture, capacity, dtype, formats)
+    tensors = bundle_tensors(checkpoint.architecture, 0, "")
     for record in tensors.values():
         for source, rows in record.sources:
             _check_stored(checkpoint, source, (rows, *record.shape[1:]))
     _refuse_unused(checkpoint, {source for record in tensors.values() for source, _ in record.sources})
+
+
+def plan_weights(
+    checkpoint: Checkpoint, dtype: DType, capacity: int, formats: Mapping[str, str] | None = None
+) -> WeightsLayout:
+    """Lays out the weights file, with tensors in the format of the dtype, except for `formats`, by name."""
+    tensors = bundle_tensors(checkpoint.architecture, capacity, dtype, formats)
     arrays = lay_out(tensors.values(), dtype)
     header = header_of(arrays)
     placed = {name: replace(array, offset=len(header) + array.offset) for name, array in arrays.items()}
@@ -95,8 +102,9 @@ def write_weights(
                 under_way.pop().result()
 
         write(layout.header)
-        for record in layout.tensors.values():
-            for suffix, block in _parts(record, _encoded(checkpoint, reader, record, layout.dtype, quantizer)):
+        stored = {name: record for name, record in layout.tensors.items() if record.sources}
+        for record, encoded in chain(quantizer.encoded(stored, reader, layout.dtype), _computed(checkpoint, layout)):
+            for suffix, block in _parts(record, encoded):
                 if suffix is not None:
                     write(b"\0" * (layout.arrays[record.name + suffix].offset - written))
                 write(_bytes(block))
@@ -133,7 +141,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
         raise CheckpointError(
             stored.file, f"{name} has shape {list(stored.shape)}", wanted=f"{list(shape)}, by config.json"
         )
-    if stored.dtype not in READABLE.values():
+    if stored.dtype not in READABLE.values() and not isinstance(stored, QuantizedTensor):
         raise CheckpointError(
             stored.file,
             f"{name} has dtype {stored.dtype}",
@@ -145,7 +153,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> 
 def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
     """Refuses a tensor that nothing reads: config.json does not describe such a model."""
     for name in checkpoint.tensors:
-        if name not in used and not name.endswith("rotary_emb.inv_freq"):
+        if name not in used and not name.endswith("rotary_emb.inv_freq") and not _is_zero_bias(checkpoint, name):
             raise CheckpointError(
                 checkpoint.tensors[name].file,
                 f"has {name}, for which config.json has no place",
@@ -153,14 +161,24 @@ def _refuse_unused(checkpoint: Checkpoint, used: set[str]) -> None:
             )
 
 
-def _encoded(
-    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType, quantizer: Quantizer
-) -> Iterator[Sequence[npt.NDArray[Any]]]:
-    """Blocks of a tensor's rows, each as the same rows of every part."""
-    rows = _rows(checkpoint, reader, record, dtype)
-    if is_quantized([record.format]):
-        return quantizer.encoded(record, rows, dtype)
-    return (WRITERS[record.format].encode(block, dtype, None) for block in rows)
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether this is a bias of zeros, which some quantizers give to matrices that have none."""
+    matrix = checkpoint.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or not isinstance(matrix, QuantizedTensor):
+        return False
+    with TensorReader(checkpoint) as reader:
+        return not any(block.any() for block in reader.blocks(name))
+
+
+def _computed(
+    checkpoint: Checkpoint, layout: WeightsLayout
+) -> Iterator[tuple[TensorRecord, Iterator[Sequence[npt.NDArray[Any]]]]]:
+    """The tables of RoPE, which come last."""
+    a = checkpoint.architecture
+    records = [layout.tensors[name] for name in ROPE_TABLES]
+    tables = rope_tables(a.rope, a.head_dim, records[0].shape[0])
+    for record, table in zip(records, tables, strict=True):
+        yield record, iter([WRITERS[record.format].encode(table, layout.dtype, None)])
 
 
 def _parts(
@@ -181,35 +199,6 @@ def _parts(
     for part, blocks in zip(others, waiting, strict=True):
         for i, block in enumerate(blocks):
             yield (None if i else part.suffix), block
-
-
-def _rows(
-    checkpoint: Checkpoint, reader: TensorReader, record: TensorRecord, dtype: DType
-) -> Iterator[npt.NDArray[Any]]:
-    """A tensor's rows, as the checkpoint has them or computed, checked to be finite in the bundle's dtype."""
-    if not record.sources:
-        a = checkpoint.architecture
-        yield rope_tables(a.rope, a.head_dim, record.shape[0])[ROPE_TABLES.index(record.name)]
-        return
-    for source, _ in record.sources:
-        for block in reader.blocks(source):
-            with np.errstate(over="ignore", invalid="ignore"):
-                converted = block.astype(NUMPY_DTYPES[dtype], copy=False)
-            if not _is_finite(converted):
-                raise CheckpointError(
-                    checkpoint.tensors[source].file,
-                    f"{source} has values that are not finite in {dtype}",
-                    fix="export in another dtype" if np.isfinite(block).all() else "the checkpoint is damaged",
-                )
-            yield converted if record.format == dtype else block
-
-
-def _is_finite(block: npt.NDArray[Any]) -> bool:
-    """Whether there is no infinity and no NaN; told from the bits of 16-bit numbers, which is faster."""
-    if block.dtype.itemsize != 2:
-        return bool(np.isfinite(block).all())
-    infinity = 0x7C00 if block.dtype == np.float16 else 0x7F80
-    return bool((block.view(np.uint16) & 0x7FFF).max(initial=0) < infinity)
 
 
 def _bytes(block: npt.NDArray[Any]) -> memoryview:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeskip.exporter.config import architecture_from_config, read_json
+from edgeskip.exporter.config import QUANTIZED, architecture_from_config, read_json
 from edgeskip.runtime.bundle.architecture import Architecture
-from edgeskip.runtime.errors import BackendError, RequestError
+from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
 from edgeskip.runtime.reading import kind_of
 
 FOLDER = Path(__file__).parent / "shapes"
@@ -36,7 +36,8 @@ def load_shape(name: str) -> Shape:
 
     Raises:
         RequestError: no such name, file, folder or hub id.
-        CheckpointError: the config.json is not that of a supported model, or cannot be had from the hub.
+        CheckpointError: the config.json is not that of a supported model, or of one that comes quantized, or cannot be
+            had from the hub.
     """
     names = shape_names()
     path = FOLDER / f"{name}.json" if name in names else Path(name)
@@ -46,6 +47,9 @@ def load_shape(name: str) -> Shape:
     elif not found:
         path = _from_hub(name, names)
     config = read_json(path, "give a checkpoint in transformers' format")
+    if any(config.get(key) is not None for key in QUANTIZED):  # its tensors' formats are told by their files alone
+        fix = "export it and plan the bundle, or give the checkpoint that this one was made from"
+        raise CheckpointError(path, "is of a model that comes quantized", wanted="one that is not", fix=fix)
     whose = path.parent if path.name == "config.json" else path
     return Shape(name if name in names else whose.name, config, architecture_from_config(config, path))
 

@@ -51,7 +51,7 @@ class Golden:
         threads: CPU threads; 0 leaves the number to torch.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or its architecture is not the bundle's.
+        CheckpointError: the checkpoint cannot be read or comes quantized, or its architecture is not the bundle's.
     """
 
     def __init__(self, bundle: Bundle, checkpoint: str | None = None, device: str = "cpu", threads: int = 0) -> None:
@@ -161,6 +161,11 @@ def _loaded(bundle: Bundle, source: str) -> Any:
     from transformers.utils import logging
 
     checkpoint = open_checkpoint(source)
+    if checkpoint.quantized_by is not None:
+        fix = "give the checkpoint that it was made from, or none to compare with the bundle's own weights"
+        raise CheckpointError(
+            source, f"comes quantized by {checkpoint.quantized_by}", wanted="one that is not quantized", fix=fix
+        )
     wanted, found = bundle.manifest.architecture, checkpoint.architecture
     for field in wanted.__dataclass_fields__:
         if getattr(found, field) != getattr(wanted, field):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, cast, get_args
 
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -21,6 +22,25 @@ LAYERS_TEXT = "a layer or a range of layers and int4, int8 or dtype, such as 0-3
 LayersChoice = Annotated[str, Pattern(_LAYERS.pattern, LAYERS_TEXT)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizationChoice:
+    """What is to be quantized.
+
+    Args:
+        weights: the format of the layers' matrices; by default the dtype, or what the checkpoint has.
+        head: that of the tables of tokens; by default int8 where `weights` are quantized, and else the dtype.
+        layers: formats of single layers or ranges, such as `0-3=int8`.
+        block_size: numbers that share a scale, in 4 bits.
+        formats: formats of single tensors by name, before all of these.
+    """
+
+    weights: FormatChoice | None = None
+    head: FormatChoice | None = None
+    layers: tuple[str, ...] = ()
+    block_size: BlockSize = 32
+    formats: Mapping[str, str] = field(default_factory=dict)
+
+
 def chosen_formats(
     architecture: Architecture,
     dtype: DType,
@@ -35,8 +55,8 @@ def chosen_formats(
         architecture: the model's.
         dtype: the bundle's.
         weights: the format of all layers; by default the dtype.
-        head: that of the tables of tokens, tied or not; by default int8 where `weights` are int8 or int4, and else
-            the dtype.
+        head: that of the tables of tokens, tied or not; by default int8 where `weights` are quantized, and else the
+            dtype.
         layers: formats of single layers or ranges, which include their ends, as `3=int8` or `0-3=dtype`; the last one
             that names a layer counts.
         block_size: numbers along a row that share a scale, in 4 bits.
@@ -58,6 +78,15 @@ def chosen_formats(
             formats[record.name] = chosen if chosen == "int8" else f"int4-{block_size}"
     _check_blocks(architecture, dtype, formats, block_size)
     return formats
+
+
+def free_layers(architecture: Architecture, layers: Sequence[str]) -> set[int]:
+    """The layers that none of these choices names.
+
+    Raises:
+        RequestError: layers that the model lacks.
+    """
+    return set(range(architecture.num_layers)) - _by_layer(layers, architecture.num_layers).keys()
 
 
 def _check_blocks(architecture: Architecture, dtype: DType, formats: Mapping[str, str], block_size: BlockSize) -> None:

@@ -94,6 +94,7 @@ def export(
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
     from edgeskip.exporter.quantization.choice import chosen_formats
+    from edgeskip.exporter.quantization.plan import stored_formats
     from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
     from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
@@ -123,12 +124,12 @@ def export(
     if device is not None:
         wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
         size = first(size, fitting_block_size(opened.architecture, device))
-        if not (weights or head or layers):
+        if not (weights or head or layers or opened.quantized_by):
             recommended = recommend(opened.architecture, device, wanted, size)
             weights = recommended.weights
             say(f"{device.name}: {recommended.reason}")
         formats = chosen_formats(opened.architecture, "fp16", weights, head, layers, size)
-        wanted = replace(wanted, formats=formats)
+        wanted = replace(wanted, formats=formats | stored_formats(opened))
         fitted, problems = fit(opened.architecture, device, wanted)
         dtype, max_length = fitted.dtype, fitted.max_length
         for problem in problems:

@@ -101,15 +101,6 @@ def test_rope_tables_equal_transformers(rope, parameters):
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; wanted 1.0"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; wanted 'silu'"),
-        (
-            {"quantization_config": {"bits": 4}},
-            "quantization_config is {'bits': 4}; wanted a model that is not quantized",
-        ),
-        (
-            {"quantization_config": {"quant_method": "awq"}},
-            "quantization_config is by 'awq'; wanted a model that is not",
-        ),
-        ({"quantization": {"bits": 4}}, "quantization is"),
         ({"logits_scaling": 8.0}, "logits_scaling is 8.0, which may change the mathematics"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"num_key_value_heads": 3}, "4 attention heads over 3 KV heads"),

@@ -1,0 +1,97 @@
+"""What is quantized in a bundle and how, from what was asked for and what the checkpoint is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from edgeskip.exporter.checkpoint import Checkpoint
+from edgeskip.exporter.quantization.choice import QuantizationChoice, chosen_formats, free_layers
+from edgeskip.exporter.quantization.layouts import ORIGINAL, QuantizedTensor
+from edgeskip.exporter.quantization.quantizer import Quantizer, Search
+from edgeskip.runtime.bundle.dtypes import DType
+from edgeskip.runtime.bundle.formats import is_quantized
+from edgeskip.runtime.bundle.manifest import Quantization, formats_problem
+from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
+from edgeskip.runtime.errors import CheckpointError, RequestError
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The formats of the tensors that are not stored in the dtype, by name; what finds their numbers; and what the
+    manifest says of it.
+    """
+
+    formats: dict[str, str]
+    quantizer: Quantizer
+    record: Quantization | None
+
+
+def plan_quantization(checkpoint: Checkpoint, choice: QuantizationChoice, dtype: DType) -> QuantizationPlan:
+    """Decides on formats, and on what finds the numbers.
+
+    Args:
+        checkpoint: what is exported.
+        choice: what was asked for.
+        dtype: the bundle's.
+
+    Raises:
+        RequestError: formats or layers that the model cannot have, or another format for what comes quantized.
+        CheckpointError: matrices that come quantized in ways that do not go together.
+    """
+    architecture = checkpoint.architecture
+    tensors = bundle_tensors(architecture, 0, dtype)
+    stored = stored_formats(checkpoint)
+    formats = chosen_formats(architecture, dtype, choice.weights, choice.head, choice.layers, choice.block_size)
+    formats |= choice.formats
+    free = set() if choice.weights == "dtype" else free_layers(architecture, choice.layers)
+    _check_as_stored(formats, stored, free, tensors)
+    formats |= stored
+    if problem := formats_problem(formats, tensors, dtype):
+        raise RequestError("formats", problem)
+    quantizer = Search()
+    ways = [checkpoint.quantized_by if stored else None, quantizer.method if formats.keys() - stored.keys() else None]
+    record = Quantization(" and ".join(filter(None, ways)))
+    return QuantizationPlan(formats, quantizer, record if is_quantized(formats.values()) else None)
+
+
+def stored_formats(checkpoint: Checkpoint) -> dict[str, str]:
+    """The formats of a bundle's tensors that a checkpoint has quantized, by name.
+
+    Raises:
+        CheckpointError: matrices that the bundle has as one are in different formats.
+    """
+    found: dict[str, str] = {}
+    for record in bundle_tensors(checkpoint.architecture, 0, "").values():
+        sources = [checkpoint.tensors[name] for name, _ in record.sources if name in checkpoint.tensors]
+        formats = sorted({one.dtype for one in sources})
+        if any(isinstance(one, QuantizedTensor) for one in sources):
+            if len(formats) > 1:
+                mixed = f"{' and '.join(one.name for one in sources)} are in {' and '.join(formats)}"
+                wanted = "one format, as they are multiplied as one"
+                raise CheckpointError(sources[0].file, mixed, wanted=wanted, fix=ORIGINAL)
+            found[record.name] = formats[0]
+    return found
+
+
+def _check_as_stored(
+    formats: Mapping[str, str], stored: Mapping[str, str], free: Collection[int], tensors: Mapping[str, TensorRecord]
+) -> None:
+    """Refuses other formats for what comes quantized.
+
+    Args:
+        formats: those that were asked for, by name.
+        stored: those that the checkpoint has.
+        free: the layers for which nothing by itself was asked.
+        tensors: the bundle's.
+
+    Raises:
+        RequestError: another format was asked for.
+    """
+    for name, format_ in stored.items():
+        layer = tensors[name].layer
+        asked = name in formats or (layer is not None and layer not in free)
+        if asked and formats.get(name) != format_:
+            wanted = formats.get(name, "the dtype")
+            fix = "ask for no format of it, or give the checkpoint that this one was made from"
+            raise RequestError(name, f"{wanted} is asked for, and the checkpoint has it in {format_}", fix=fix)
