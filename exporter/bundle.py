@@ -131,6 +131,7 @@ def export_bundle(
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
             split_special_tokens=checkpoint.tokenizer.split_special_tokens,
             quantization=quantization.record,
+            sampling=checkpoint.sampling,
         )
         _write(folder / MANIFEST, manifest.to_json().encode())
     return Bundle(destination, manifest)

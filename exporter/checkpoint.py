@@ -29,8 +29,9 @@ from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.tensors import TensorRecord
-from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.errors import CheckpointError, RequestError
 from edgeskip.runtime.reading import expanded, kind_of
+from edgeskip.runtime.sampling import Sampling
 
 Array = npt.NDArray[Any]
 
@@ -50,8 +51,9 @@ _CHANGES_GREEDY = {
 class Checkpoint:
     """A model folder whose files are all there and agree with its config.
 
-    `tensors` maps each tensor's name to its file, shape and dtype; no data has been read. `licences` are licence and
-    notice files, which travel with the weights. `quantized_by` is the method of one that comes quantized.
+    `sampling` is what generation_config.json says of how tokens are drawn. `tensors` maps each tensor's name to its
+    file, shape and dtype; no data has been read. `licences` are licence and notice files, which travel with the
+    weights. `quantized_by` is the method of one that comes quantized.
     """
 
     source: str
@@ -60,6 +62,7 @@ class Checkpoint:
     architecture: Architecture
     sliding_window: int | None
     eos_token_ids: tuple[int, ...]
+    sampling: Sampling
     tokenizer: CheckpointTokenizer
     tensors: dict[str, SourceTensor]
     licences: tuple[Path, ...]
@@ -216,11 +219,26 @@ def open_checkpoint(
         architecture=architecture,
         sliding_window=sliding_window(config, folder / "config.json"),
         eos_token_ids=eos_token_ids,
+        sampling=_sampling(folder),
         tokenizer=tokenizer,
         tensors=tensors,
         quantized_by=method.name if method else None,
         licences=tuple(_licences(folder, warn)),
     )
+
+
+def _sampling(folder: Path) -> Sampling:
+    """Temperature and filters of generation_config.json, as far as it has them; nothing is drawn unless it says so."""
+    path = folder / "generation_config.json"
+    config = read_json(path) if kind_of(path, CheckpointError) else {}
+    keys = ("temperature", "top_k", "top_p", "min_p")
+    asked = {"temperature": 1.0} | {key: config[key] for key in keys if config.get(key) is not None}
+    if config.get("do_sample") is not True:
+        asked["temperature"] = 0.0
+    try:
+        return Sampling(**asked)
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error.place}", error.found, wanted=error.wanted) from None
 
 
 def _warn_of_generation(folder: Path, warn: Warn) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_args, get_type_hints
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast, get_args, get_type_hints
 
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.structure import Range
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 LEAST_TEMPERATURE = 1e-3
-"""Of draws; at 0, nothing is drawn."""
+"""Below it, nothing is drawn: noise could not change what is picked but among equals."""
 
 Seed = Annotated[int, Range(0, (1 << 64) - 1)]
 
@@ -69,13 +69,11 @@ class Sampling:
             if not isinstance(value, kinds) or isinstance(value, bool) or value not in bounds:
                 wanted = f"{'a whole number, ' if kind is int else ''}{bounds}"
                 raise RequestError(name.replace("_", " "), f"{value!r:.60}", wanted=wanted)
-        if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise RequestError("temperature", f"{self.temperature}", wanted=f"0, or at least {LEAST_TEMPERATURE}")
 
     @property
     def is_drawn(self) -> bool:
         """Whether tokens are drawn by chance."""
-        return self.temperature > 0
+        return self.temperature >= LEAST_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
@@ -86,6 +84,18 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether the token with the largest logit is picked, as heads do it themselves."""
         return not (self.is_drawn or self.has_penalties)
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """As keyword arguments."""
+        return cast("SamplingSettings", asdict(self))
+
+    def __str__(self) -> str:
+        """What it has of its own, for people: `temperature 0.8, top_p 0.95, seed 7`."""
+        if self.is_greedy:
+            return "greedy"
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name} {value}" for name, value in own.items() if value != getattr(GREEDY, name))
 
     def changed(self, **given: Unpack[SamplingSettings]) -> Sampling:
         """With what is given and not None. Whoever asks a greedy model for a filter or a seed and no temperature wants

@@ -73,6 +73,8 @@ def print_statistics(generation: Generation, console: Console) -> None:
         f"[dim]{s.new_tokens} tokens, {rate}, first after {s.time_to_first_token_ms:.0f} ms; "
         f"ended by {generation.stop_reason}[/dim]"
     )
+    if not generation.sampling.is_greedy:
+        console.print(f"[dim]drawn with {generation.sampling}[/dim]")
     if s.acceptance_rate is not None:
         console.print(
             f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
@@ -115,6 +117,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"round, RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS "
         f"{shown(', '.join(map(str, m.eos_token_ids)) or 'none')}"
     )
+    picks = "the most probable one" if m.sampling.is_greedy else f"drawn with {m.sampling}"
+    console.print(f"the next token is {picks}, unless you say otherwise")
     for exit_layer, chains in m.chains.items():
         for chain, graphs in chains.items():
             after = f" after layer {exit_layer}" if len(m.chains) > 1 else ""

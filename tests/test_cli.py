@@ -129,6 +129,18 @@ def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle)
     assert re.search(r"tokens per round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
 
 
+def test_draws_are_shown_with_their_seed_and_can_be_drawn_again(bundle):
+    asked = ("generate", bundle, "--prompt", "def f(x):", "-n", 20, "--temperature", 0.7, "--top-p", 0.9)
+    first = succeed(*asked)
+    seed = re.search(r"\ndrawn with temperature 0.7, top_p 0.9, seed (\d+)\n", first.stderr)[1]
+    assert succeed(*asked, "--seed", seed).stdout == first.stdout
+    made = json.loads(succeed(*asked, "--seed", seed, "--logprobs", 2, "--json").stdout)
+    assert made["text"] + "\n" == first.stdout
+    assert made["sampling"]["seed"] == int(seed)
+    assert [len(one["top"]) for one in made["logprobs"]] == [2] * 20
+    assert "the next token is the most probable one" in succeed("inspect", bundle).stdout
+
+
 def test_the_prompt_can_come_from_a_file_or_from_stdin(bundle, tmp_path):
     (tmp_path / "prompt.txt").write_text("naïve: 日本\n", encoding="utf-8")
     wanted = succeed("generate", bundle, "--prompt", "naïve: 日本\n", "-n", 12).stdout
@@ -172,7 +184,7 @@ def test_json_is_one_object_with_the_documented_keys(bundle):
     assert result.stdout.count("\n") == 1
     assert result.stderr == ""
     made = json.loads(result.stdout)
-    assert set(made) == {"prompt_token_ids", "token_ids", "text", "stop_reason", "statistics"}
+    assert set(made) == {"prompt_token_ids", "token_ids", "text", "stop_reason", "statistics", "sampling", "logprobs"}
     assert made["prompt_token_ids"] == [0, *(model.tokenizer.token_to_id(c) for c in "defĠf(x):")]
     assert made["token_ids"] == list(wanted.token_ids)
     assert (made["text"], made["stop_reason"]) == (wanted.text, "max_new_tokens")

@@ -24,6 +24,7 @@ from edgeskip.runtime.bundle.manifest import Manifest, Progress
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.rounds import Mode
 from edgeskip.runtime.provenance import Provenance, provenance
+from edgeskip.runtime.sampling import GREEDY
 
 NEW_TOKENS = 48
 """Tokens of each greedy text."""
@@ -157,7 +158,7 @@ def run_check(
         look(_text(index, [*ids, *wanted.token_ids], len(ids), manifest))
         for mode in _MODES:
             model.forget()
-            given = model.complete(ids, mode=mode, max_new_tokens=len(wanted.token_ids)).token_ids
+            given = model.complete(ids, mode=mode, max_new_tokens=len(wanted.token_ids), **GREEDY.settings).token_ids
             parted = _first_difference(wanted, given)
             agreed[mode] += parted is None
             if parted:

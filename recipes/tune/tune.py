@@ -36,6 +36,7 @@ from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Statistics
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
+from edgeskip.runtime.sampling import GREEDY
 
 _TIMED_ROUNDS = 24  # of each length, over all prompts
 _REPEATS = 30
@@ -354,10 +355,13 @@ def _measure(
 
     def turn(ids: list[int], max_new_tokens: int) -> _Turn:
         model.forget()
-        plain = model.complete(ids, mode="autoregressive", max_new_tokens=max_new_tokens)
+        plain = model.complete(ids, mode="autoregressive", max_new_tokens=max_new_tokens, **GREEDY.settings)
         model.forget()
         speculative = model.complete(
-            ids, confidence_threshold=settings.confidence_threshold, max_new_tokens=max_new_tokens
+            ids,
+            confidence_threshold=settings.confidence_threshold,
+            max_new_tokens=max_new_tokens,
+            **GREEDY.settings,
         )
         position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - largest), 0)
         times = tuple(_times_in_rounds(session, largest, position) for _ in range(repeats))

@@ -17,11 +17,13 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import Rows, mapped_weights
+from edgeskip.runtime.bundle.weights import Rows, embedding_table, mapped_weights
 from edgeskip.runtime.decoding.rounds import Call, Round, View, verification_round, workspace
+from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.host import cpu_name, usable_cores
+from edgeskip.runtime.sampling import GREEDY, Sampling
 
 
 class OrtCpuSession(MeasuredSession):
@@ -40,6 +42,7 @@ class OrtCpuSession(MeasuredSession):
     """
 
     device = "cpu"
+    takes_penalties = True
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "cpu") -> None:
@@ -64,6 +67,7 @@ class OrtCpuSession(MeasuredSession):
         self._weights_bytes = manifest.weights_bytes
         self._weights = mapped_weights(bundle) if DIALECTS[dialect].weights == "inputs" else {}
         self._scratch, self._ones = np.empty(self._dims["V"], np.float32), np.ones(self._dims["V"], np.float32)
+        self._table, self._sampler = embedding_table(bundle), HostSampler(GREEDY, (), 0)
         self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(manifest.graphs, 0)
@@ -115,11 +119,14 @@ class OrtCpuSession(MeasuredSession):
 
     def _bind(self, round_: Round) -> BoundRound:
         def bound(calls: Iterable[Call]) -> _BoundCalls:
-            return [(call.graph, self._bound_call(call)) for call in calls]
+            for call, narrow in zip(calls, round_.calls, strict=True):
+                yield call.graph, self._bound_call(call)
+                if round_.sampled and self._graph_table[call.graph].head:
+                    yield call.graph, self._picking(narrow)
 
         wide = tuple(map(self._widened, round_.calls))
-        calls, last = bound(wide), self._dims["C"] - max(call.rows for call in wide)
-        both = calls, calls if wide == round_.calls else bound(round_.calls)
+        calls, last = [*bound(wide)], self._dims["C"] - max(call.rows for call in wide)
+        both = calls, calls if wide == round_.calls else [*bound(round_.calls)]
         return _CpuRound(round_, both, last, self._buffers, self._stage_ns)
 
     def _widened(self, call: Call) -> Call:
@@ -151,13 +158,40 @@ class OrtCpuSession(MeasuredSession):
 
         return run_and_write
 
+    def _picking(self, call: Call) -> Callable[[], None]:
+        """Picks tokens from the logits that a head's call has left, and puts them where it put its own."""
+        head = self._graph_table[call.graph].head
+        assert head is not None
+        outputs = dict(call.outputs)
+        logits, token_ids, token_logits, embeddings = (
+            self._rows(outputs[name]) for name in ("logits", "token_ids", "token_logits", "inputs_embeds")
+        )
+        states = call.inputs[0][1]
+        positions, drafts = self._rows(View("position_ids", states.start, call.rows)), self._buffers["draft_token_ids"]
+
+        def pick() -> None:
+            for row in range(call.rows):
+                token = self._sampler.pick(logits[row, : head.vocabulary], int(positions[row]) + 1)
+                token_ids[row], token_logits[row], embeddings[row] = token, logits[row, token], self._table[token]
+                if row + 1 < call.rows and token != drafts[row]:
+                    break  # the rows after it follow another token
+
+        return pick
+
+    def _rows(self, view: View) -> npt.NDArray[Any]:
+        return self._buffers[view.buffer][view.start : view.start + view.rows]
+
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones."""
+        self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"])
+
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
         self._buffers[buffer][: len(rows)] = np.asarray(rows)
 
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer: ids as they are, all else in fp32."""
-        rows: npt.NDArray[Any] = self._buffers[view.buffer][view.start : view.start + view.rows]
+        rows = self._rows(view)
         return rows.copy() if rows.dtype == np.int64 else rows.astype(np.float32)
 
     def read_cache(self, name: str) -> npt.NDArray[Any]:
@@ -224,7 +258,7 @@ class OrtCpuSession(MeasuredSession):
         self._new_rows.clear()
 
 
-_BoundCalls = Sequence[tuple[str, Callable[[], None]]]
+_BoundCalls = Iterable[tuple[str, Callable[[], None]]]
 
 
 class _CpuRound:

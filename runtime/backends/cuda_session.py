@@ -11,7 +11,7 @@ settle its memory; the second captures the same sequence into one CUDA graph, an
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,6 +34,8 @@ from edgeskip.runtime.decoding.session import (
     RowInputs,
     softmax_of,
 )
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.sampling import Sampling
 
 _IDS = ("draft_token_ids", "target_token_ids")
 _READ_BACK = (*_IDS, "target_token_logits")
@@ -155,6 +157,10 @@ class CudaSession(MeasuredSession):
     def stage_ns(self) -> Mapping[str, int]:
         """Device time of all rounds so far: the host cannot see what runs within one."""
         return {"device": self._device_ns}
+
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+        """Refuses to."""
+        raise RequestError("sampling", f"{sampling}", wanted="greedy decoding on a GPU", fix="give --device cpu")
 
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""

@@ -31,6 +31,7 @@ from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.reading import read_json
+from edgeskip.runtime.sampling import GREEDY, Sampling
 from edgeskip.runtime.structure import Range, structure
 
 TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
@@ -54,6 +55,7 @@ class BenchSettings:
     repeats: int
     confidence_threshold: float | None = None
     prompt_tokens: int | None = None
+    sampling: Sampling = GREEDY
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
             num_speculations=k or None,
             confidence_threshold=settings.confidence_threshold,
             max_new_tokens=max_new_tokens,
+            **settings.sampling.settings,
         )
         s = generation.statistics
         seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3

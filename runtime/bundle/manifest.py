@@ -42,6 +42,7 @@ from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import BundleError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
+from edgeskip.runtime.sampling import GREEDY, Sampling
 from edgeskip.runtime.structure import Pattern, Range, structure
 
 MANIFEST = "manifest.json"
@@ -93,7 +94,8 @@ class Manifest:
     `bos_token`; with `split_special_tokens`, they are ordinary text wherever they stand in a prompt. `graphs` and
     `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
     `synthetic` says that the weights are random, from `edgeskip synth`: good for nothing but measuring speed.
-    `quantization` is null where no tensor is quantized.
+    `quantization` is null where no tensor is quantized. `sampling` is how tokens are picked unless the user says
+    otherwise, from the checkpoint's generation_config.json.
     """
 
     format_version: int
@@ -116,6 +118,7 @@ class Manifest:
     synthetic: bool = False
     split_special_tokens: bool = False
     quantization: Quantization | None = None
+    sampling: Sampling = GREEDY
 
     def to_json(self) -> str:
         """The text of manifest.json."""

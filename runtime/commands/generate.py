@@ -14,6 +14,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     report_option,
+    sampling_options,
     threads_option,
     threshold_option,
 )
@@ -33,6 +34,8 @@ from edgeskip.runtime.reading import decode_text, read_stream
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
+@sampling_options
+@click.option("--logprobs", type=int, help="Add log-probabilities to --json: each token's, and this many others'.")
 @report_option("json", "Write text, tokens and statistics to FILE as a JSON object; without FILE, to stdout.")
 @backend_option
 @device_option
@@ -47,10 +50,12 @@ def generate(
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
+    logprobs: int | None,
     json_path: Path | None,
     backend: Any,
     device: Any,
     threads: int,
+    **sampling: Any,
 ) -> None:
     """Continue a prompt. On a terminal, text that the early layers drafted is green."""
     if (prompt is None) == (prompt_file is None):
@@ -69,6 +74,8 @@ def generate(
             "confidence_threshold": confidence_threshold,
             "max_new_tokens": max_new_tokens,
             "stop": stop,
+            "logprobs": logprobs,
+            **sampling,
         }
         asked: Any = [{"role": "user", "content": text}] if chat else text
         if on_stdout(json_path):

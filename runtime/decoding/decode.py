@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from edgeskip.runtime.bundle.graphs import Split
@@ -23,7 +23,7 @@ from edgeskip.runtime.decoding.rounds import (
     speculative_round,
     verification_round,
 )
-from edgeskip.runtime.decoding.sampling import GREEDY, Picker
+from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
 from edgeskip.runtime.errors import BackendError, RequestError
 
@@ -37,7 +37,9 @@ class Decoding:
         num_speculations: K, the most drafts per round; 0 is plain decoding.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
-        picker: how tokens are picked; the split's heads must pick so.
+        picker: how the heads pick tokens; the split's must pick so.
+        sampled: the session picks instead, as `Session.sample` told it.
+        logprobs: how many of the most probable tokens each token is given with; None reads no logits.
 
     Raises:
         RequestError: they do not.
@@ -48,6 +50,8 @@ class Decoding:
     confidence_threshold: float = 0.0
     early_exit: bool = False
     picker: Picker = GREEDY
+    sampled: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.picker.name != self.split.picker:
@@ -59,11 +63,12 @@ class Decoding:
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is the number of drafts that were made.
+    `drafted` is the number of drafts that were made; `logprobs`, if they were asked for, has an entry for each token.
     """
 
     token_ids: tuple[int, ...]
     drafted: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def accepted(self) -> int:
@@ -87,11 +92,12 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
         last = place == places[-1]
-        round_ = session.bind(prefill_round(how.split, rows, last=last, early_exit=how.early_exit))
+        round_ = _bound(session, how, prefill_round(how.split, rows, last=last, early_exit=how.early_exit))
         round_.start(place, how.picker.row_inputs(place, rows))
         result = round_.wait()
+    logprobs = _logprobs(session, how, result.target_ids)
     session.carry(0)
-    return _step(result, 0, length)
+    return _step(result, 0, length, logprobs)
 
 
 def decode(session: Session, how: Decoding, position: int, capacity: int, *, end: int | None = None) -> Iterator[Step]:
@@ -122,10 +128,22 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     while under_way:
         result = under_way.wait()
         accepted = count_accepted(result.draft_ids, result.target_ids)
+        logprobs = _logprobs(session, how, result.target_ids[: accepted + 1])  # before the next round writes others
         session.carry(accepted)
         position += accepted + 1
         under_way = started()
-        yield _step(result, accepted, position)
+        yield _step(result, accepted, position, logprobs)
+
+
+def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
+    return session.bind(replace(round_, sampled=True) if how.sampled else round_)
+
+
+def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    if how.logprobs is None:
+        return ()
+    logits = session.read_logits(len(token_ids))
+    return tuple(token_logprob(row, token, how.logprobs) for row, token in zip(logits, token_ids, strict=True))
 
 
 class _Started(Protocol):
@@ -152,7 +170,7 @@ class _Whole:
     """A round that a device runs without the host."""
 
     def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
-        self._bound: BoundRound = session.bind(round_)
+        self._bound = _bound(session, how, round_)
         self._rows, self._picker = round_.rows, how.picker
         self.wait = self._bound.wait
 
@@ -206,7 +224,7 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
     return len(draft_ids)
 
 
-def _step(result: RoundResult, accepted: int, position: int) -> Step:
+def _step(result: RoundResult, accepted: int, position: int, logprobs: tuple[TokenLogprob, ...]) -> Step:
     """What a round gives out; its last token is the one at `position`.
 
     Logits that are not finite pick a token all the same, usually the first one, and so would all that follow.
@@ -218,4 +236,4 @@ def _step(result: RoundResult, accepted: int, position: int) -> Step:
             "the model's logits are not finite, so nothing can be picked from them",
             fix="export with --dtype fp32 or bf16, whose numbers reach farther than fp16's, or check the weights",
         )
-    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids))
+    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids), logprobs)

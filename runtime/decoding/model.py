@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer
 
@@ -15,24 +15,38 @@ from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
 from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
-from edgeskip.runtime.decoding.sampling import GREEDY
+from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.sampling import GREEDY as ARGMAX
+from edgeskip.runtime.sampling import Sampling, SamplingSettings
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
 
 
+MOST_LOGPROBS = 100
+"""Of the most probable tokens that are given with each token."""
+
+
 @dataclass(frozen=True)
 class Generation:
-    """A finished generation. `token_ids` includes an EOS token or the last token of a stop string; `text` does not."""
+    """A finished generation. `token_ids` includes an EOS token or the last token of a stop string; `text` does not.
+
+    `sampling` is how tokens were picked, with the seed; `logprobs`, if asked for, has an entry for each token.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     stop_reason: StopReason
     statistics: Statistics
+    sampling: Sampling = ARGMAX
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Model:
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
         self.bundle, self.session = bundle, session
+        self.sampling = bundle.manifest.sampling
         self.split = bundle.manifest.split(exit_layer, GREEDY.name)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
@@ -92,8 +107,10 @@ class Model:
         confidence_threshold: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Iterator[Piece]:
-        """Continues a prompt greedily, yielding text as soon as it is certain.
+        """Continues a prompt, yielding text as soon as it is certain.
 
         Args:
             prompt: text, token ids, or chat messages.
@@ -103,6 +120,11 @@ class Model:
                 It changes the speed, never the tokens. By default, what suits the backend.
             max_new_tokens: by default, until the caches are full.
             stop: texts that end the generation.
+            logprobs: how many of the most probable tokens to give with each token, and their probabilities, in the
+                generation; 0 gives that of the token alone, None nothing.
+            sampling: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
+                `frequency_penalty`, which `edgeskip.Sampling` describes. What is not given is the bundle's own,
+                `model.sampling`. The same seed gives the same text in every mode.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
@@ -123,8 +145,16 @@ class Model:
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"a {type(text).__name__}"
                 raise RequestError("stop", found, wanted="at least one character")
+        if not (logprobs is None or (type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS)):
+            raise RequestError("logprobs", f"{logprobs!r:.60}", wanted=f"0 to {MOST_LOGPROBS}")
+        picked = self.sampling.changed(**sampling).seeded()
         k = num_speculations if mode == "self-speculative" else 0
-        return self._generate(_Request(self._held(prompt), mode, k, confidence_threshold, max_new_tokens, stops))
+        ids = self._held(prompt)
+        if picked.has_penalties and not self.session.takes_penalties:
+            found, fix = f"{picked}, with penalties", "give --device cpu, or a repetition penalty of 1 and no others"
+            raise RequestError("sampling", found, wanted="none on a GPU, which picks tokens without the host", fix=fix)
+        request = _Request(ids, mode, k, confidence_threshold, max_new_tokens, stops, picked, logprobs)
+        return self._generate(request)
 
     def complete(
         self,
@@ -135,6 +165,8 @@ class Model:
         confidence_threshold: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Generation:
         """Like `generate`, but returns everything at once."""
         *_, last = self.generate(
@@ -144,6 +176,8 @@ class Model:
             confidence_threshold=confidence_threshold,
             max_new_tokens=max_new_tokens,
             stop=stop,
+            logprobs=logprobs,
+            **sampling,
         )
         assert last.generation is not None
         return last.generation
@@ -185,6 +219,7 @@ class Model:
     def _pieces(self, request: _Request) -> Iterator[Piece]:
         stream = TextStream(self.tokenizer, request.prompt_ids, request.stop)
         token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
         spans: list[Span] = []
         records: list[RoundRecord] = []
         reason: StopReason | None = None
@@ -214,6 +249,7 @@ class Model:
                 # a device goes on working while the caller holds a piece: that time counts too
                 seconds = max(perf_counter() - start, self._session_seconds() - device_start)
                 records.append(_record(step, kept, seconds))
+                logprobs += step.logprobs[:kept]
                 if len(records) == 1:
                     clock, captured = self.session.stage_ns, self.session.captured_rounds
             spans += released
@@ -230,7 +266,10 @@ class Model:
             None if replayed is None or captured is None else replayed - captured,
         )
         text = "".join(span.text for span in spans)
-        generation = Generation(tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics)
+        told = None if request.logprobs is None else tuple(logprobs)
+        generation = Generation(
+            tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics, request.sampling, told
+        )
         yield Piece("", generation=generation)
 
     def _session_seconds(self) -> float:
@@ -254,7 +293,11 @@ class Model:
             request.num_speculations,
             request.confidence_threshold,
             early_exit=request.mode == "early-exit",
+            sampled=not request.sampling.is_greedy,
+            logprobs=request.logprobs,
         )
+        if how.sampled:
+            self.session.sample(request.sampling, ids)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], early_exit=how.early_exit)
         yield step
@@ -276,6 +319,8 @@ class _Request:
     confidence_threshold: float
     max_new_tokens: int | None
     stop: tuple[str, ...]
+    sampling: Sampling
+    logprobs: int | None
 
 
 def _closed_error() -> RequestError:

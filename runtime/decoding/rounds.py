@@ -86,7 +86,8 @@ class Call:
 class Round:
     """Calls in order; `rows` positions are written before them, ids are read back after them.
 
-    `row_inputs` are the buffers, besides the positions, that must be filled for each row.
+    `row_inputs` are the buffers, besides the positions, that must be filled for each row. In one that is `sampled`, the
+    session picks tokens from the heads' logits, as `Session.sample` told it; else they are those that the heads pick.
     """
 
     calls: tuple[Call, ...]
@@ -94,6 +95,7 @@ class Round:
     num_drafts: int
     num_targets: int
     row_inputs: tuple[str, ...] = ()
+    sampled: bool = False
 
 
 def workspace(graphs: Iterable[Graph], chunk: int) -> dict[str, tuple[str | None, str, int]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +57,27 @@ class Greedy:
 
 
 GREEDY = Greedy()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, the logarithm of the probability that the model itself gave it (at temperature 1, without penalties and
+    filters), and the most probable tokens in its place with theirs, the most probable one first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprob(logits: Array, token_id: int, count: int) -> TokenLogprob:
+    """The logarithms of probabilities that logits [V] give a token and so many of the most probable ones."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    total = math.log(np.exp(wide).sum())
+    best = np.argpartition(wide, -count)[-count:] if 0 < count < len(wide) else np.arange(len(wide) if count else 0)
+    best = best[np.lexsort((best, -wide[best]))]
+    return TokenLogprob(token_id, float(wide[token_id]) - total, tuple((int(t), float(wide[t]) - total) for t in best))
 
 
 class HostSampler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View
+from edgeskip.runtime.sampling import Sampling
 
 RowInputs = Mapping[str, npt.NDArray[Any]]
 """What a round's heads are told about each row besides its position: int64 arrays [rows] by buffer."""
@@ -61,6 +62,9 @@ class Session(ABC):
     """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 lets a round run as a
     whole, for devices that should not wait for the host."""
 
+    takes_penalties = False
+    """Whether `sample` may be told of penalties: the picks of a round then depend on the tokens that it drafts."""
+
     _bound: dict[Round, BoundRound]
 
     def bind(self, round_: Round) -> BoundRound:
@@ -76,6 +80,14 @@ class Session(ABC):
     @abstractmethod
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
+
+    @abstractmethod
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones."""
+
+    @abstractmethod
+    def read_logits(self, rows: int) -> npt.NDArray[Any]:
+        """The first `rows` rows of the latest target logits, [rows,V] in fp32."""
 
     @abstractmethod
     def carry(self, row: int) -> None:
@@ -154,7 +166,7 @@ class MeasuredSession(Session):
         """A whole cache, [N,C,D] in fp32, by its input's name (`past_key_values.0.key`)."""
 
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
-        """The first `rows` rows of the latest target logits, [rows,V]."""
+        """The first `rows` rows of the latest target logits, [rows,V] in fp32."""
         return self.read(View("target_logits", 0, rows))
 
     @abstractmethod

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from edgeskip.runtime.decoding.model import Model as Model
     from edgeskip.runtime.decoding.model import Piece as Piece
     from edgeskip.runtime.load import load as load
+    from edgeskip.runtime.sampling import Sampling as Sampling
 
 __version__ = "0.1.0"
 _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decoding.model") | {
     "Chat": "edgeskip.runtime.chat.conversation",
     "add_engines": "edgeskip.runtime.bundle.store",
     "load": "edgeskip.runtime.load",
+    "Sampling": "edgeskip.runtime.sampling",
 }
-__all__ = ["Chat", "Generation", "Model", "Piece", "__version__", "add_engines", "load"]
+__all__ = ["Chat", "Generation", "Model", "Piece", "Sampling", "__version__", "add_engines", "load"]
 
 for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unless the user says so
     os.environ[f"{_library}_DISABLE_TELEMETRY"] = os.environ.get(f"{_library}_DISABLE_TELEMETRY") or "1"

@@ -18,6 +18,7 @@ from edgeskip.exporter.checkpoint import TensorReader, open_checkpoint
 from edgeskip.exporter.reference import reference_model
 from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.errors import CheckpointError
+from edgeskip.runtime.sampling import Sampling
 
 HEAD, TABLE, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -269,10 +270,16 @@ def test_settings_that_would_change_a_greedy_text_are_told(folder):
     settings = {"temperature": 0.6, "top_k": 20, "do_sample": True, "num_beams": 1, "repetition_penalty": 1.1}
     edit_json(folder / "generation_config.json", lambda config: config.update(settings))
     warnings = []
-    open_checkpoint(str(folder), warn=warnings.append)
+    found = open_checkpoint(str(folder), warn=warnings.append)
     assert [warning.partition(": ")[2] for warning in warnings] == [
         "asks for repetition_penalty 1.1, which is not applied: a text is what the model itself finds most likely"
     ]
+    assert found.sampling == Sampling(0.6, top_k=20)
+    edit_json(folder / "generation_config.json", lambda config: config.update(do_sample=False))
+    assert open_checkpoint(str(folder)).sampling == Sampling(0, top_k=20)
+    edit_json(folder / "generation_config.json", lambda config: config.update(top_k=0.5))
+    with pytest.raises(CheckpointError, match=r"config\.json: top k: 0\.5; wanted a whole"):
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("place", ["folder", "cache"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from tests.conftest import edit_json
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as judges
 
+import edgeskip
+from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.decoding.sampling import HostSampler, candidates, drawn, gumbel, penalized, uniform_bits
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.sampling import GREEDY, Sampling
@@ -19,6 +25,13 @@ FILTERS = [
     Sampling(1.0, top_p=0.8),
     Sampling(0.9, min_p=0.1),
     Sampling(1.1, top_k=20, top_p=0.9, min_p=0.02),
+]
+
+SETTINGS = [
+    {"temperature": 0.4},
+    {"temperature": 0.5, "top_k": 30, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.3, "repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_penalty": 0.1},
+    {"temperature": 0, "repetition_penalty": 1.3},
 ]
 
 
@@ -128,13 +141,13 @@ def test_draws_are_those_of_softmax():
     8 times count as one.
     """
     draws, random = 100_000, np.random.default_rng(6)
-    logits = [(random.normal(size=size) * 2).astype(np.float32) for size in (40, 300)]
+    logits = [(random.normal(size=size) * 2).astype(np.float32) for size in (40, 120)]
     cases = [(sampling, row, *candidates(sampling, row)) for row in logits for sampling in FILTERS]
-    counts = [np.zeros(300, int) for _ in cases]
+    counts = [np.zeros(120, int) for _ in cases]
     for start in range(0, draws, 1000):
-        made = noise(11, range(start, start + 1000), 300)
+        made = noise(11, range(start, start + 1000), 120)
         for count, (_, _, tokens, scaled) in zip(counts, cases, strict=True):
-            count += np.bincount(tokens[(scaled + made[:, tokens]).argmax(1)], minlength=300)
+            count += np.bincount(tokens[(scaled + made[:, tokens]).argmax(1)], minlength=120)
     for (sampling, row, _, _), count in zip(cases, counts, strict=True):
         wanted = draws * judged(sampling, row).double().softmax(0).numpy()
         rare = wanted < 8
@@ -182,7 +195,6 @@ def test_no_token_is_drawn_from_what_is_not_finite():
         {"temperature": -1},
         {"temperature": "hot"},
         {"temperature": float("nan")},
-        {"temperature": 1e-9},
         {"top_k": 1.5},
         {"top_k": True},
         {"top_p": 1.01},
@@ -207,3 +219,50 @@ def test_what_is_given_comes_before_the_bundles_own():
     assert GREEDY.seeded() == GREEDY
     assert own.seeded().seed is not None
     assert own.changed(seed=3).seeded().seed == 3
+
+
+def test_the_same_seed_draws_the_same_text_with_any_exit_and_length(bundles):
+    texts, accepted, cases = {}, 0, itertools.product(SETTINGS, range(3))
+    cases = [([5 + seed, 90, 33], how | {"seed": seed, "max_new_tokens": 30}) for how, seed in cases]
+    for exit_layer in (1, 3):
+        with edgeskip.load(bundles("llama-tied", exit_layer=exit_layer).folder, device="cpu") as model:
+            for number, (prompt, settings) in enumerate(cases):
+                plain = texts.setdefault(number, model.complete(prompt, mode="autoregressive", **settings).token_ids)
+                for k, threshold in ((1, 0.0), (4, 0.0), (6, 0.3)):
+                    ours = model.complete(prompt, num_speculations=k, confidence_threshold=threshold, **settings)
+                    assert ours.token_ids == plain
+                    accepted += ours.statistics.accepted
+                assert model.complete(prompt, mode="early-exit", **settings).token_ids != plain
+    assert len({*texts.values()}) == len(cases)
+    assert accepted
+
+
+def test_each_token_is_what_the_picker_draws_from_the_logits_of_transformers(bundles, reference):
+    prompt, sampling = [5, 90, 33, 7], Sampling(0.4, top_p=0.9, seed=3, presence_penalty=0.5)
+    with edgeskip.load(bundles("llama-tied").folder, device="cpu") as model:
+        made = model.complete(prompt, max_new_tokens=30, logprobs=3, **sampling.settings)
+    with torch.no_grad():
+        logits = reference("llama-tied")(torch.tensor([[*prompt, *made.token_ids]])).logits[0, len(prompt) - 1 : -1]
+    judge = HostSampler(sampling, prompt, 96)
+    assert [judge.pick(row.numpy(), 4 + i) for i, row in enumerate(logits)] == list(made.token_ids)
+    likely = logits.double().log_softmax(-1)
+    for row, token, told in zip(likely, made.token_ids, made.logprobs, strict=True):
+        assert told.token_id == token
+        assert told.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [t for t, _ in told.top] == row.topk(3).indices.tolist()
+        np.testing.assert_allclose([value for _, value in told.top], row.topk(3).values, atol=1e-4)
+
+
+def test_a_bundle_may_draw_by_itself_and_a_seed_is_told(bundles, tmp_path):
+    shutil.copytree(bundles("llama-tied").folder, tmp_path / "b")
+    edit_json(tmp_path / "b" / "manifest.json", lambda manifest: manifest.update(sampling={"temperature": 0.5}))
+    assert read_bundle(tmp_path / "b").manifest.sampling == Sampling(0.5)
+    with edgeskip.load(tmp_path / "b", device="cpu") as model:
+        drawn = [model.complete([5, 6], max_new_tokens=20) for _ in range(3)]
+        assert len({made.token_ids for made in drawn}) == 3
+        again = model.complete([5, 6], max_new_tokens=20, seed=drawn[0].sampling.seed)
+        assert again.token_ids == drawn[0].token_ids
+        assert model.complete([5, 6], max_new_tokens=5, temperature=0).sampling.is_greedy
+        for wrong in ({"logprobs": -1}, {"logprobs": 1.0}, {"logprobs": 1000}, {"top_p": 7}):
+            with pytest.raises(RequestError, match=next(iter(wrong)).replace("_", " ")):
+                model.generate([5, 6], **wrong)
