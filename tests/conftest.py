@@ -245,7 +245,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor
 
 @pytest.fixture(scope="session")
 def chat_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Bundle]:
-    """A bundle with a chat template and room for so many tokens, made once."""
+    """A bundle with a chat template, room for so many tokens and no EOS, so that texts are long; made once."""
     folder = tmp_path_factory.mktemp("chats")
 
     def get(capacity: int) -> Bundle:
@@ -253,7 +253,7 @@ def chat_bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Bu
 
         path = folder / f"{capacity}"
         if not path.exists():
-            model = make_model("llama-gqa", max_position_embeddings=capacity)
+            model = make_model("llama-gqa", max_position_embeddings=capacity, eos_token_id=None)
             checkpoint = save_checkpoint(model, folder / f"{capacity}-checkpoint")
             (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
             settings = ExportSettings(exit_layer=2, prefill_chunk=32)

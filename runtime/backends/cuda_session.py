@@ -162,6 +162,10 @@ class CudaSession(MeasuredSession):
         """Refuses to."""
         raise RequestError("sampling", f"{sampling}", wanted="greedy decoding on a GPU", fix="give --device cpu")
 
+    def make_current(self) -> None:
+        """Lets the calling thread use the session."""
+        self._device.make_current()
+
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
         self._device.stream.sync()  # a round that nobody waited for may still be reading

@@ -81,6 +81,7 @@ class CudaDevice:
             self._device = core.Device(0)
             self._device.set_current()
             self.stream = self._device.create_stream()
+            _, self._context = driver.cuCtxGetCurrent()
         except Exception as error:  # its type depends on what is missing: driver, device, a newer driver
             if "OUT_OF_MEMORY" in str(error):  # a context takes some 400 MB
                 raise BackendError("CUDA", "no memory free for a context", fix="free the device's memory") from None
@@ -128,6 +129,10 @@ class CudaDevice:
     def multiprocessors(self) -> int:
         """How many blocks run side by side at least."""
         return int(self._device.properties.multiprocessor_count)
+
+    def make_current(self) -> None:
+        """Lets the calling thread use this device, as the thread that opened it can."""
+        self._checked(self._driver.cuCtxSetCurrent(self._context))
 
     def free_bytes(self) -> int:
         """Device memory that is free."""

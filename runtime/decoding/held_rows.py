@@ -55,8 +55,9 @@ class HeldRows:
     def take(self, token_ids: Sequence[int], *, early_exit: bool) -> int:
         """How many rows of a prompt, from its beginning, the caches hold; all after them are about to be overwritten.
 
-        The last token's row is never among them: the first new token is picked from its state. Rows that were saved
-        are brought back if they have more in common with the prompt.
+        The last row is never among them, as the first new token is picked from its state, nor is the one before it:
+        where kernels treat a single row differently, this one would not be that of the whole prompt. Rows that were
+        saved are brought back if they have more in common with the prompt.
         """
         shared = self._shared(token_ids, early_exit)
         best = max((_common(saved.token_ids, token_ids) for saved in self._saved), default=0)
@@ -66,11 +67,15 @@ class HeldRows:
             if found is not None:
                 self._bring_back(found)
                 shared = best
-        shared = min(shared, len(token_ids) - 1)
-        del self._before_exit[shared:]
-        if not early_exit:
-            del self._after_exit[shared:]
+        shared = max(min(shared, len(token_ids) - 2), 0)
+        self.cut(shared, early_exit=early_exit)
         return shared
+
+    def cut(self, length: int, *, early_exit: bool) -> None:
+        """Notes that rows from this length on are of no use."""
+        del self._before_exit[length:]
+        if not early_exit:
+            del self._after_exit[length:]
 
     def add(self, token_ids: Iterable[int], *, early_exit: bool) -> None:
         """Notes tokens whose rows were computed after those that are held."""

@@ -212,6 +212,7 @@ class Model:
             )
         self._busy = True
         try:
+            self.session.make_current()
             yield from self._pieces(request)
         finally:
             self._busy = False
@@ -252,6 +253,8 @@ class Model:
                 logprobs += step.logprobs[:kept]
                 if len(records) == 1:
                     clock, captured = self.session.stage_ns, self.session.captured_rounds
+            if reason:  # what is held depends on the text alone, not on how many drafts the last round had
+                self.held.cut(len(request.prompt_ids) + len(token_ids) - 1, early_exit=early_exit)
             spans += released
             yield from (Piece(span.text, span.drafted) for span in released)
         first, *rounds = records

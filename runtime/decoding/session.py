@@ -77,6 +77,10 @@ class Session(ABC):
     def _bind(self, round_: Round) -> BoundRound:
         """Binds a round that has not been bound before."""
 
+    def make_current(self) -> None:
+        """Lets the calling thread use the session, where only the one that made it could; on a CPU, any thread can."""
+        return
+
     @abstractmethod
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""

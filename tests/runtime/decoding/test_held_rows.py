@@ -68,7 +68,7 @@ def test_a_turn_computes_its_own_tokens_alone(pair):
     second = model.complete(told, max_new_tokens=2)
     assert second.statistics.cached_tokens == len(told) - 3  # the last answer's last token was never an input
     again = model.complete(told, max_new_tokens=2)
-    assert again.statistics.cached_tokens == len(told) - 1
+    assert again.statistics.cached_tokens == len(told) - 2
 
 
 def test_early_exit_counts_for_the_layers_that_it_ran(pair):
@@ -78,7 +78,7 @@ def test_early_exit_counts_for_the_layers_that_it_ran(pair):
     model.complete(prompt, max_new_tokens=4)
     other = [0, *range(100, 110), *range(50, 60)]
     model.complete(other, max_new_tokens=4, mode="early-exit")
-    assert model.complete(other, max_new_tokens=1, mode="early-exit").statistics.cached_tokens == 20
+    assert model.complete(other, max_new_tokens=1, mode="early-exit").statistics.cached_tokens == 19
     whole = model.complete(other, max_new_tokens=8)
     assert whole.statistics.cached_tokens == 11  # of the layers after the exit, what the first text has in common
     assert_same(fresh, other, whole, from_scratch(fresh, other, max_new_tokens=8), None)

@@ -1,0 +1,124 @@
+"""What clients get, in OpenAI's shapes: objects, the events of a stream, and errors."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from edgeskip.runtime.decoding.model import Generation
+from edgeskip.runtime.decoding.sampling import TokenLogprob
+from edgeskip.runtime.decoding.statistics import Statistics
+
+_FINISHES = {"eos": "stop", "stop_string": "stop", "max_new_tokens": "length", "capacity": "length"}
+
+END = "data: [DONE]\n\n"
+"""The last event of a stream."""
+
+
+class Answer:
+    """The objects of one answer, which have an id and a time in common.
+
+    Args:
+        model: the name that it is served under.
+        tokenizer: spells tokens, where their probabilities are told.
+        is_chat: whether it is a chat's next message or a text's continuation.
+    """
+
+    def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool) -> None:
+        self._is_chat, self._tokenizer = is_chat, tokenizer
+        self._kind = "chat.completion" if is_chat else "text_completion"
+        name = "chatcmpl" if is_chat else "cmpl"
+        self._head = {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, generation: Generation) -> dict[str, Any]:
+        """The answer at once."""
+        message = {"role": "assistant", "content": generation.text, "refusal": None}
+        said = {"message": message} if self._is_chat else {"text": generation.text}
+        choice = self._choice(said, generation)
+        return {**self._head, "object": self._kind, "choices": [choice], "usage": usage_of(generation.statistics)}
+
+    def begins(self) -> list[str]:
+        """The events before any text."""
+        return [self._event({"delta": {"role": "assistant", "content": ""}})] if self._is_chat else []
+
+    def goes_on(self, text: str) -> str:
+        """An event with more text."""
+        return self._event({"delta": {"content": text}} if self._is_chat else {"text": text})
+
+    def ends(self, generation: Generation, *, include_usage: bool) -> list[str]:
+        """The events after all text; the first has the probabilities of all tokens, where they are told."""
+        said: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
+        events = [self._event(said, generation)]
+        if include_usage:
+            events.append(event(self._chunk([]) | {"usage": usage_of(generation.statistics)}))
+        return [*events, END]
+
+    def _event(self, said: Mapping[str, Any], ended: Generation | None = None) -> str:
+        return event(self._chunk([self._choice(said, ended)]))
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": f"{self._kind}.chunk" if self._is_chat else self._kind, "choices": choices}
+
+    def _choice(self, said: Mapping[str, Any], ended: Generation | None) -> dict[str, Any]:
+        finish, logprobs = (None, None) if ended is None else (_FINISHES[ended.stop_reason], ended.logprobs)
+        told = None if logprobs is None else self._told(logprobs)
+        return {"index": 0, **said, "logprobs": told, "finish_reason": finish}
+
+    def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Probabilities of tokens, in the shape of chats or that of texts."""
+        if self._is_chat:
+            content = [
+                self._spelled(one.token_id, one.logprob)
+                | {"top_logprobs": [self._spelled(token_id, logprob) for token_id, logprob in one.top]}
+                for one in logprobs
+            ]
+            return {"content": content, "refusal": None}
+        tokens = [self._text(one.token_id) for one in logprobs]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [{self._text(token_id): logprob for token_id, logprob in one.top} for one in logprobs],
+            "text_offset": [0, *accumulate(map(len, tokens))][:-1],
+        }
+
+    def _spelled(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _text(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def usage_of(statistics: Statistics) -> dict[str, Any]:
+    """Tokens read and made, those of the prompt that needed no computing, and drafts by what became of them."""
+    return {
+        "prompt_tokens": statistics.prompt_tokens,
+        "completion_tokens": statistics.new_tokens,
+        "total_tokens": statistics.prompt_tokens + statistics.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": statistics.accepted,
+            "rejected_prediction_tokens": statistics.drafted - statistics.accepted,
+        },
+    }
+
+
+def event(data: Mapping[str, Any]) -> str:
+    """An event of a stream."""
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def error_of(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error, as clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def model_of(name: str, created: int) -> dict[str, Any]:
+    """A model, as clients list it."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "edgeskip"}

@@ -1,0 +1,172 @@
+"""What clients ask for: OpenAI's parameters, checked. What cannot be served is refused, and nothing is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.sampling import SamplingSettings
+
+MOST_STOPS = 16
+_SAMPLING = tuple(SamplingSettings.__annotations__)
+_SHARED = {"model", "stream", "stream_options", "stop", "n", "max_tokens", "logprobs", *_SAMPLING}
+_ACCEPTED = {
+    True: _SHARED | {"messages", "max_completion_tokens", "top_logprobs"},
+    False: _SHARED | {"prompt"},
+}
+_NOTES = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+}
+"""Parameters that say nothing about the answer."""
+
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+"""Parameters that are not served, and the values with which they change nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, checked: the prompt, and how to generate, as for `Model.generate`."""
+
+    model: str
+    prompt: Any
+    settings: Mapping[str, Any]
+    is_chat: bool
+    stream: bool = False
+    include_usage: bool = False
+
+
+def read_request(data: Any, *, is_chat: bool) -> Asked:
+    """Reads the body of a request for a chat's next message or a text's continuation.
+
+    Raises:
+        RequestError: a parameter that is unknown or not served, or has a wrong value; the place is its name.
+    """
+    if not isinstance(data, dict):
+        raise RequestError("body", f"a {type(data).__name__}", wanted="an object with the parameters")
+    given = {name: value for name, value in data.items() if value is not None}
+    for name, value in given.items():
+        if name not in _ACCEPTED[is_chat] | _NOTES and value not in _WITHOUT_EFFECT.get(name, ()):
+            raise RequestError(name, f"{value!r:.60} is not served here", fix="leave it out")
+    if given.get("n", 1) != 1:
+        raise RequestError("n", f"{given['n']!r:.60}", wanted="1, as one text is decoded at a time")
+    options = _value(given, "stream_options", _table, {})
+    settings = {name: given[name] for name in _SAMPLING if name in given}
+    if type(settings.get("seed")) is int:
+        settings["seed"] %= 1 << 64  # clients may give negative ones
+    settings["logprobs"] = _logprobs(given, is_chat)
+    most = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+    if most in given:
+        settings["max_new_tokens"] = _value(given, most, _count, None)
+    if stops := _value(given, "stop", _stops, ()):
+        settings["stop"] = stops
+    return Asked(
+        model=_value(given, "model", _text, ""),
+        prompt=_messages(given.get("messages")) if is_chat else _prompt(given.get("prompt")),
+        settings=settings,
+        is_chat=is_chat,
+        stream=_value(given, "stream", _flag, False),
+        include_usage=_value(options, "include_usage", _flag, False),
+    )
+
+
+def _logprobs(given: Mapping[str, Any], is_chat: bool) -> int | None:
+    """How many of the most probable tokens to give with each; None gives no probabilities."""
+    if not is_chat:
+        count: int | None = _value(given, "logprobs", _natural, None)
+        return count
+    wanted, top = _value(given, "logprobs", _flag, False), _value(given, "top_logprobs", _natural, 0)
+    if top and not wanted:
+        raise RequestError("top_logprobs", f"{top}, without logprobs", wanted="`logprobs`: true beside it")
+    return top if wanted else None
+
+
+def _messages(messages: Any) -> list[Any]:
+    """Messages as templates take them: contents that come in parts joined, and a developer's role as the system's."""
+    if not isinstance(messages, list) or not messages:
+        found = "missing" if messages is None else f"{messages!r:.60}"
+        raise RequestError("messages", found, wanted="a list of at least one message")
+    return [_message(message) if isinstance(message, dict) else message for message in messages]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+            raise RequestError("messages", "a part of a content that is not a text", wanted="texts alone")
+        content = "".join(part["text"] for part in parts)
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    return message | {"role": role, "content": content}
+
+
+def _prompt(prompt: Any) -> Any:
+    """One text or one list of token ids, which may be the only one of a list."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        (prompt,) = prompt
+    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+        return prompt
+    found = "missing" if prompt is None else f"{prompt!r:.60}"
+    raise RequestError("prompt", found, wanted="one text, or one list of token ids")
+
+
+def _value(given: Mapping[str, Any], name: str, reads: Callable[[Any], Any], otherwise: Any) -> Any:
+    if name not in given:
+        return otherwise
+    try:
+        return reads(given[name])
+    except ValueError as error:
+        raise RequestError(name, f"{given[name]!r:.60}", wanted=str(error)) from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a whole number from 0")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("a whole number from 1")
+    return value
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("an object")
+    return value
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f"a text, or a list of up to {MOST_STOPS}")
+    return tuple(stops)

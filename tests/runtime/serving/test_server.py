@@ -1,0 +1,310 @@
+"""OpenAI's own client against a real server: what it gets is the model's, whoever else asks, leaves or errs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import edgeskip
+
+CAPACITY = 1024
+NAME = "tiny"
+
+
+@contextmanager
+def serving(bundle, *options, **variables):
+    """A server in a process of its own; yields the process and its address."""
+    command = [sys.executable, "-m", "edgeskip", "serve", bundle.folder, "--port", 0, "--name", NAME, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    process = subprocess.Popen(
+        [*map(str, command), "--threads", "1"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "is served at" in line:
+                break
+        else:
+            pytest.fail("".join(said))
+        drain = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
+        drain.start()
+        process.said = said
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def client_of(url, key="none"):
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(chat_bundles):
+    with serving(chat_bundles(CAPACITY), "--queue", 60) as (_, url):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return client_of(server)
+
+
+@pytest.fixture(scope="module")
+def model(chat_bundles):
+    with edgeskip.load(chat_bundles(CAPACITY).folder, device="cpu", threads=1) as loaded:
+        yield loaded
+
+
+def figures(url):
+    """Samples of /metrics by name and labels."""
+    text = httpx.get(url.replace("/v1", "/metrics")).text
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def say(text):
+    return [{"role": "system", "content": "S"}, {"role": "user", "content": text}]
+
+
+def test_a_chat_s_answer_is_the_model_s_whole_and_streamed(client, model):
+    wanted = model.complete(say("Hi"), max_new_tokens=24)
+    whole = client.chat.completions.create(model=NAME, messages=say("Hi"), max_completion_tokens=24)
+    assert whole.choices[0].message.content == wanted.text
+    assert whole.choices[0].finish_reason == "length"
+    usage = whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(wanted.prompt_token_ids), 24)
+    details, statistics = usage.completion_tokens_details, wanted.statistics
+    assert details.accepted_prediction_tokens == statistics.accepted
+    assert details.rejected_prediction_tokens == statistics.drafted - statistics.accepted
+    *chunks, last = client.chat.completions.create(
+        model=NAME, messages=say("Hi"), max_tokens=24, stream=True, stream_options={"include_usage": True}
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len(chunks) > 5
+    assert (last.choices, last.usage.completion_tokens) == ([], 24)
+    assert last.usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 2  # said a moment ago
+
+
+def test_a_text_s_continuation_is_the_model_s(client, model):
+    wanted = model.complete("def f(x):", max_new_tokens=20)
+    for prompt in ("def f(x):", ["def f(x):"], model.encode("def f(x):")):
+        made = client.completions.create(model=NAME, prompt=prompt, max_tokens=20)
+        assert made.choices[0].text == wanted.text
+    chunks = list(client.completions.create(model=NAME, prompt="def f(x):", max_tokens=20, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == wanted.text
+    stop = wanted.text[7:9]
+    cut = client.completions.create(model=NAME, prompt="def f(x):", max_tokens=20, stop=stop)
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (wanted.text[: wanted.text.index(stop)], "stop")
+
+
+def test_a_seed_draws_the_model_s_text_and_its_probabilities(client, model):
+    settings = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
+    wanted = model.complete(say("Hi"), max_new_tokens=12, logprobs=2, top_k=40, **settings)
+    made = client.chat.completions.create(
+        model=NAME,
+        messages=say("Hi"),
+        max_tokens=12,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"top_k": 40},
+        **settings,
+    )
+    assert made.choices[0].message.content == wanted.text
+    told = made.choices[0].logprobs.content
+    assert [one.logprob for one in told] == pytest.approx([one.logprob for one in wanted.logprobs], abs=1e-4)
+    for ours, theirs in zip(told, wanted.logprobs, strict=True):
+        tops = [logprob for _, logprob in theirs.top]
+        assert [top.logprob for top in ours.top_logprobs] == pytest.approx(tops, abs=1e-4)
+    request = {"model": NAME, "prompt": "a", "max_tokens": 6, "logprobs": 1, "temperature": 0}
+    text = client.completions.create(**request).choices[0].logprobs
+    assert [list(top.values()) for top in text.top_logprobs] == [[one] for one in text.token_logprobs]
+    *_, last = client.completions.create(**request, stream=True)
+    assert last.choices[0].logprobs.tokens == text.tokens
+
+
+def test_parts_of_a_content_and_a_developer_s_message_are_taken(client, model):
+    wanted = model.complete(say("Hi"), max_new_tokens=8).text
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}]
+    made = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, user="me", tools=[])
+    assert made.choices[0].message.content == wanted
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
+        client.models.retrieve("gpt")
+
+
+BAD = [
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"n": 2}, "n"),
+    ({"stop": [""]}, "stop"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"stream": "yes"}, "stream"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user"}]}, "message_1"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"extra_body": {"beam_width": 4}}, "beam_width"),
+    ({"messages": [{"role": "user", "content": "x" * CAPACITY}]}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), BAD, ids=lambda one: one if isinstance(one, str) else "")
+def test_bad_input_is_refused_by_name(change, param, client):
+    request = {"model": NAME, "messages": say("a"), "max_tokens": 2} | change
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**request)
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+    assert (caught.value.code == "context_length_exceeded") == (param == "prompt")
+
+
+def test_what_is_no_request_at_all_is_refused_in_the_same_shape(server):
+    url, head = f"{server}/chat/completions", {"Content-Type": "application/json"}
+    answers = [
+        (httpx.post(url, content="{", headers=head), 400),
+        (httpx.post(url, content="[" * 10_000, headers=head), 400),
+        (httpx.post(url, content="[]", headers=head), 400),
+        (httpx.post(url, content="{}"), 415),  # as a page from elsewhere could without asking
+        (httpx.post(url, json={}, headers={"Host": "evil.example"}), 403),
+        (httpx.post(url, content=b" " * (1 << 23) + b"{}", headers=head), 413),
+        (httpx.get(url), 405),
+        (httpx.get(f"{server}/nothing"), 404),
+    ]
+    for answer, status in answers:
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.get(server.replace("/v1", "/health")).json() == {"status": "ok"}
+
+
+def test_of_50_clients_at_once_each_gets_its_own_answer(client, model, server):
+    texts = [f"client {number} says {number * number}" for number in range(50)]
+    wanted = [model.complete(text, max_new_tokens=12).text for text in texts]
+    assert len(set(wanted)) > 25
+    before = figures(server)
+
+    def ask(text):
+        request = {"model": NAME, "prompt": text, "max_tokens": 12}
+        if texts.index(text) % 2:
+            return client.completions.create(**request).choices[0].text
+        return "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True))
+
+    with ThreadPoolExecutor(50) as pool:
+        assert list(pool.map(ask, texts)) == wanted
+    served = ("edgeskip_requests_total", "/v1/completions", "200")
+    until(lambda: figures(server)[served] - before.get(served, 0) == 50)
+    after = figures(server)
+    assert after[("edgeskip_generated_tokens_total",)] - before[("edgeskip_generated_tokens_total",)] == 50 * 12
+    assert after[("edgeskip_accepted_tokens_total",)] > 0
+    assert after["edgeskip_time_to_first_token_seconds_count",] >= 50
+    assert (after[("edgeskip_waiting_requests",)], after[("edgeskip_decoding",)]) == (0, 0)
+
+
+def test_a_client_that_leaves_ends_its_text_and_its_wait(client, server):
+    """A long text is left while streaming, one while it waits, and one that is not streamed."""
+    path = "/v1/chat/completions"
+
+    def left():
+        return figures(server).get(("edgeskip_requests_total", path, "499"), 0)
+
+    long = {"model": NAME, "messages": say("tell me"), "max_tokens": 900}
+    before, made = left(), figures(server)[("edgeskip_generated_tokens_total",)]
+    first = client.chat.completions.create(**long, stream=True)
+    next(first), next(first)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).chat.completions.create(**long)  # waits for the first
+    first.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.2).chat.completions.create(**long)
+    until(lambda: left() == before + 3)
+    until(lambda: figures(server)[("edgeskip_decoding",)] == 0)
+    assert figures(server)[("edgeskip_generated_tokens_total",)] == made  # none came to its end
+    assert client.chat.completions.create(**long | {"max_tokens": 2}).usage.completion_tokens == 2
+
+
+def test_a_full_queue_a_key_and_a_clean_stop(chat_bundles):
+    with serving(chat_bundles(CAPACITY), "--queue", 1, EDGESKIP_API_KEY="secret") as (process, url):
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            client_of(url, "guess").models.list()
+        client = client_of(url, "secret")
+        long = {"model": NAME, "messages": say("tell me"), "max_tokens": 1000}
+        running = client.chat.completions.create(**long, stream=True)
+        next(running), next(running)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(lambda: client.chat.completions.create(**long))
+            until(lambda: figures(url)[("edgeskip_waiting_requests",)] == 1)
+            with pytest.raises(openai.RateLimitError) as full:
+                client.chat.completions.create(**long)
+            assert int(full.value.response.headers["retry-after"]) >= 1
+            process.send_signal(signal.SIGTERM)
+            finishes = [chunk.choices[0].finish_reason for chunk in running]
+            assert finishes[-1] == "length"  # what was under way came to its end
+            with pytest.raises(openai.InternalServerError, match="closing"):
+                waiting.result()
+        assert process.wait(20) == 0
+        assert not any("Traceback" in line for line in process.said)
+
+
+def test_a_port_that_is_taken_is_refused_in_one_line(server, chat_bundles):
+    port = httpx.URL(server).port
+    command = [sys.executable, "-m", "edgeskip", "serve", str(chat_bundles(CAPACITY).folder), "--port", str(port)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 5
+    assert run.stderr.startswith(f"edgeskip: 127.0.0.1:{port}: cannot listen there (Address already in use)")
+    assert run.stderr.count("\n") == 1
+
+
+def test_an_error_within_a_stream_is_its_last_event(model, monkeypatch):
+    """What fails on the device is the server's error, in the stream of whom it happened to; the next one is served."""
+    from starlette.testclient import TestClient
+
+    from edgeskip.runtime.decoding.model import Piece
+    from edgeskip.runtime.errors import BackendError
+    from edgeskip.runtime.serving.app import Served, make_app
+    from edgeskip.runtime.serving.worker import Worker
+
+    def fails(*_, **__):
+        yield Piece("a")
+        raise BackendError("the GPU", "is gone")
+
+    served = Served(model, Worker(4), NAME)
+    request = {"model": NAME, "prompt": "a", "max_tokens": 2}
+    with TestClient(make_app(served), base_url="http://localhost") as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "generate", fails)
+            whole = client.post("/v1/completions", json=request)
+            assert (whole.status_code, whole.json()["error"]["message"]) == (500, "the GPU: is gone")
+            *_, last, _ = client.post("/v1/completions", json=request | {"stream": True}).text.split("\n\n")
+            assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert client.post("/v1/completions", json=request).status_code == 200
+    served.worker.close()
