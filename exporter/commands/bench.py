@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     command_line,
     device_option,
+    drawing_options,
     html_option,
     json_option,
     max_new_tokens_option,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Repeats of each run; medians are shown."
 )
 @click.option("--compare", type=click.Choice(["transformers"]), help="Measure another runtime in the same run.")
+@drawing_options
 @json_option
 @html_option
 @backend_option
@@ -70,6 +72,7 @@ def bench(
     backend: Any,
     device: Any,
     threads: int,
+    **drawing: Any,
 ) -> None:
     """Measure plain and self-speculative decoding of a BUNDLE, interleaved, on held-out prompts."""
     from edgeskip.runtime.bench.measure import BenchSettings, run_bench
@@ -77,6 +80,7 @@ def bench(
     from edgeskip.runtime.bench.prompts import load_prompts
     from edgeskip.runtime.bench.report import print_bench
     from edgeskip.runtime.load import load
+    from edgeskip.runtime.sampling import GREEDY
     from edgeskip.runtime.terminal import console, progress_bar
 
     check_writable(json_path, html_path)
@@ -85,7 +89,12 @@ def bench(
     if compare:
         require("bench --compare")
     settings = BenchSettings(
-        tuple(grid) or tuple(range(1, 9)), max_new_tokens, repeats, confidence_threshold, prompt_tokens
+        tuple(grid) or tuple(range(1, 9)),
+        max_new_tokens,
+        repeats,
+        confidence_threshold,
+        prompt_tokens,
+        GREEDY.changed(**drawing),
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

@@ -23,9 +23,10 @@ from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
-from edgeskip.runtime.decoding.decode import Decoding, prefill
+from edgeskip.runtime.decoding.decode import Decoding, count_accepted, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import MODES, Mode, distinct_calls, speculative_round
+from edgeskip.runtime.decoding.rounds import MODES, Mode, View, distinct_calls, speculative_round
+from edgeskip.runtime.decoding.sampling import distribution, draw_gap
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
 from edgeskip.runtime.errors import RequestError
@@ -140,6 +141,8 @@ class BenchReport(Provenance):
 
     `copy_gb_per_s` counts bytes read and bytes written; `weight_bytes` is what one call of each graph reads, and
     `ideal_ms_per_token` the time for those of a plain step at that rate. `prompt_tokens` is a median.
+    `best_match_rate` is, where tokens are drawn, the largest that any way of drawing has: over the tested drafts of
+    K = 1, the mean of the sum over tokens of the smaller of the exit's and the model's probabilities.
     """
 
     exit_layer: Size
@@ -156,6 +159,7 @@ class BenchReport(Provenance):
     faults: int
     valid: bool = True
     doubts: tuple[str, ...] = ()
+    best_match_rate: float | None = None
 
 
 def read_report(path: Path) -> BenchReport:
@@ -186,6 +190,7 @@ def run_bench(
     """
     for k in settings.grid:
         check_num_speculations(k)
+    settings = replace(settings, sampling=settings.sampling.seeded())
     session = model.session
     prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
@@ -211,7 +216,9 @@ def run_bench(
             difference
             for contestant, kept in zip(contestants[1:], measured[1:], strict=True)
             for runs_of_repeat in kept
-            for difference in _differences(model, contestant, prompt_ids, measured[0][0], runs_of_repeat)
+            for difference in _differences(
+                model, contestant, prompt_ids, measured[0][0], runs_of_repeat, settings.sampling
+            )
         )
     )
     foreign_modes = {other.mode for other in foreign}
@@ -231,6 +238,7 @@ def run_bench(
         faults=sum(not d.is_tie and d.mode not in foreign_modes for d in differences),
         valid=not found,
         doubts=found,
+        best_match_rate=_best_match_rate(model, prompt_ids, settings) if settings.sampling.is_drawn else None,
     )
 
 
@@ -305,8 +313,9 @@ def _cache_bytes(bundle: Bundle, graph: GraphName, rows: int) -> int:
     return len(manifest.graphs[graph].layers) * 2 * a.num_kv_heads * a.head_dim * rows * ITEMSIZE[manifest.dtype]
 
 
-def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> float:
+def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int, sampling: Sampling = GREEDY) -> float:
     """How far the lower of two candidates' logits is below the top one after these tokens: what rounding must bridge.
+    Where tokens are drawn, their noise counts.
 
     Infinite where one of them is -1, no token: a text that ends and one that goes on are not a tie.
     """
@@ -317,7 +326,31 @@ def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int) -> f
         model.session, Decoding(model.split), model.embeddings[list(token_ids)], model.bundle.manifest.prefill_chunk
     )
     logits = model.session.read_logits(1)[0]
+    if sampling.is_drawn:
+        return draw_gap(sampling, logits, len(token_ids), (ours, theirs))
     return float(logits.max() - min(logits[ours], logits[theirs]))
+
+
+def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: BenchSettings) -> float:
+    session, manifest, sampling = model.session, model.bundle.manifest, settings.sampling
+    how = Decoding(model.split, 1, sampled=True)
+    round_ = session.bind(replace(speculative_round(model.split, 1), sampled=True))
+    vocabulary, shared = model.split.draft_head.vocabulary, []
+    for ids in prompts:
+        session.sample(sampling, ids)
+        prefill(session, how, model.embeddings[ids], manifest.prefill_chunk)
+        position, end = len(ids), min(len(ids) + settings.max_new_tokens, manifest.max_length - 1) - 1
+        while position < end:
+            round_.start(position)
+            result = round_.wait()
+            draft = distribution(sampling, session.read(View("draft_logits", 0, 1))[0, :vocabulary])
+            target = distribution(sampling, session.read_logits(1)[0])
+            shared.append(float(np.minimum(draft, target[:vocabulary]).sum()))
+            accepted = count_accepted(result.draft_ids, result.target_ids)
+            session.carry(accepted)
+            position += accepted + 1
+    model.forget()
+    return float(np.mean(shared)) if shared else 1.0
 
 
 def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
@@ -383,14 +416,19 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
 
 
 def _differences(
-    model: Model, contestant: Contestant, prompts: Sequence[list[int]], plain: Sequence[Run], runs: Sequence[Run]
+    model: Model,
+    contestant: Contestant,
+    prompts: Sequence[list[int]],
+    plain: Sequence[Run],
+    runs: Sequence[Run],
+    sampling: Sampling = GREEDY,
 ) -> Iterator[Difference]:
     for index, (ids, ours, theirs) in enumerate(zip(prompts, plain, runs, strict=True)):
         pairs = zip_longest(ours.token_ids, theirs.token_ids, fillvalue=-1)
         parted = next(((i, a, b) for i, (a, b) in enumerate(pairs) if a != b), None)
         if parted is not None:
             position, a, b = parted
-            gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b)
+            gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b, sampling)
             exact = model.session.exact and contestant.mode in MODES
             tie = not exact and gap < TIE_GAP[model.bundle.manifest.dtype]
             yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)

@@ -35,6 +35,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
             else "always K drafts\n"
         )
     )
+    if report.best_match_rate is not None:
+        console.print(f"Drawn with {settings.sampling}; the best possible match is {report.best_match_rate:.1%}.")
     console.print(
         f"An ideal plain decoder, which just reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
         f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms per token"

@@ -61,23 +61,32 @@ num_prompts_option = click.option(
 prompt_tokens_option = click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts to this many tokens.")
 
 
-_SAMPLING = (
+_DRAWING = (
     click.option("--temperature", type=float, help="Draw tokens at this temperature; 0 takes the most probable one."),
     click.option("--top-k", type=int, help="Draw from this many most probable tokens; 0 from all."),
     click.option("--top-p", type=float, help="Draw from the most probable tokens that have this probability together."),
     click.option("--min-p", type=float, help="Draw from tokens with at least this share of the largest probability."),
     click.option("--seed", type=int, help="Draw the same text again.  [default: one is drawn, and shown]"),
+)
+_PENALTIES = (
     click.option("--repetition-penalty", type=float, help="Divide the logits of tokens that the text has, from 1 up."),
     click.option("--presence-penalty", type=float, help="Subtract this from the logits of tokens of the new text."),
     click.option("--frequency-penalty", type=float, help="Subtract this for each time that the new text has a token."),
 )
 
 
-def sampling_options(command: CommandT) -> CommandT:
-    """How tokens are picked: options by the names of `SamplingSettings`, None where they are not given."""
-    for option in reversed(_SAMPLING):
+def drawing_options(command: CommandT) -> CommandT:
+    """How tokens are drawn: options by the names of `SamplingSettings`, None where they are not given."""
+    for option in reversed(_DRAWING):
         command = option(command)
     return command
+
+
+def sampling_options(command: CommandT) -> CommandT:
+    """How tokens are picked: those and the penalties."""
+    for option in reversed(_PENALTIES):
+        command = option(command)
+    return drawing_options(command)
 
 
 def report_option(name: str, text: str) -> Callable[[CommandT], CommandT]:

@@ -158,6 +158,27 @@ def candidates(sampling: Sampling, logits: Array) -> tuple[Array, Array]:
     return tokens, scaled
 
 
+def distribution(sampling: Sampling, logits: Array) -> Array:
+    """The probabilities [V] that tokens are drawn with, in fp64, from logits [V] without penalties."""
+    tokens, scaled = candidates(sampling, logits)
+    weights, probabilities = np.exp(scaled.astype(np.float64)), np.zeros(len(logits))
+    probabilities[tokens] = weights / weights.sum()
+    return probabilities
+
+
+def draw_gap(sampling: Sampling, logits: Array, position: int, token_ids: Sequence[int]) -> float:
+    """How far rounding must move logits [V] to draw each of these tokens at a position: to make its sum of logit and
+    noise the largest, or to carry one of them past the bound of a filter.
+    """
+    tokens, scaled = candidates(sampling, logits)
+    sums = np.full(len(logits), -np.inf)
+    sums[tokens] = scaled + gumbel(uniform_bits(sampling.seed or 0, position, len(logits))[tokens])
+    gap = float(sums.max() - sums[list(token_ids)].min()) * sampling.temperature
+    if len(tokens) == len(logits):
+        return gap
+    return min(gap, float(np.abs(logits[list(token_ids)] - logits[tokens].min()).min()))
+
+
 def least_scaled(min_p: float) -> np.float32:
     """The smallest (logit - the largest) / temperature that min_p keeps: the logarithm of a ratio of probabilities."""
     return np.float32(math.log(min_p)) if min_p else np.float32(-np.inf)
@@ -185,7 +206,7 @@ _LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469058e
 _CACHED = 1 << 14
 """Numbers that are worked on at a time, so that a core's cache holds them."""
 
-_LEAST_WEIGHED = np.float32(-60)
+_LEAST_WEIGHED = np.float32(-40)
 """Below it, nothing is left of a weight."""
 
 

@@ -13,8 +13,17 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as judges
 
 import edgeskip
+from edgeskip.runtime.bench.measure import TIE_GAP, BenchSettings, run_bench, tie_gap
 from edgeskip.runtime.bundle.manifest import read_bundle
-from edgeskip.runtime.decoding.sampling import HostSampler, candidates, drawn, gumbel, penalized, uniform_bits
+from edgeskip.runtime.decoding.sampling import (
+    HostSampler,
+    candidates,
+    distribution,
+    drawn,
+    gumbel,
+    penalized,
+    uniform_bits,
+)
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
@@ -266,3 +275,46 @@ def test_a_bundle_may_draw_by_itself_and_a_seed_is_told(bundles, tmp_path):
         for wrong in ({"logprobs": -1}, {"logprobs": 1.0}, {"logprobs": 1000}, {"top_p": 7}):
             with pytest.raises(RequestError, match=next(iter(wrong)).replace("_", " ")):
                 model.generate([5, 6], **wrong)
+
+
+def test_every_backend_draws_alike_with_and_without_drafts(backend, bundles):
+    with backend.load(bundles("llama-tied", dtype=backend.dtype)) as model:
+        for seed, how in enumerate(SETTINGS[:2] * 2):
+            prompt, settings = [5 + seed, 90, 33], how | {"seed": seed, "max_new_tokens": 30}
+            plain = model.complete(prompt, mode="autoregressive", **settings)
+            ours = model.complete(prompt, num_speculations=4, confidence_threshold=0, **settings)
+            assert ours.statistics.accepted
+            assert ours.statistics.captured_rounds != 0
+            pairs = enumerate(zip(plain.token_ids, ours.token_ids, strict=True))
+            parted = next(((i, a, b) for i, (a, b) in pairs if a != b), None)
+            if parted:
+                i, *tokens = parted
+                gap = tie_gap(model, [*prompt, *plain.token_ids[:i]], *tokens, plain.sampling)
+                assert gap < TIE_GAP[model.bundle.manifest.dtype]
+        if backend.device != "cpu":
+            with pytest.raises(RequestError, match="penalties; wanted none on a GPU"):
+                model.generate(prompt, **SETTINGS[2])
+
+
+def test_a_bench_of_draws_has_the_best_possible_match_rate_beside_its_own(bundles):
+    sampling = Sampling(0.4, top_p=0.9, seed=3)
+    with edgeskip.load(bundles("llama-tied", exit_layer=3).folder, device="cpu") as model:
+        report = run_bench(model, ["ab", "some text"], BenchSettings((2,), 24, 1, 0.0, sampling=sampling))
+    assert report.faults == 0
+    assert report.settings.sampling == sampling
+    assert 0 < report.rows[1].match_rate < report.best_match_rate + 0.2 < 1.2
+
+
+def test_the_share_of_two_distributions_bounds_how_often_draws_from_them_agree():
+    """Noise that is shared agrees at least half as often as the best of all ways (Daliri, Musco, Suresh 2024)."""
+    random, sampling = np.random.default_rng(8), Sampling(1.0, top_k=20)
+    one = random.normal(size=100).astype(np.float32) * 2
+    other = one + random.normal(size=100).astype(np.float32) * 0.7
+    best = np.minimum(distribution(sampling, one), distribution(sampling, other)).sum()
+    made = noise(12, range(20_000), 100)
+    drawn_ids = [
+        tokens[(scaled + made[:, tokens]).argmax(1)]
+        for tokens, scaled in (candidates(sampling, x) for x in (one, other))
+    ]
+    agree = np.mean(drawn_ids[0] == drawn_ids[1])
+    assert best / (2 - best) - 0.01 < agree < best
