@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -24,6 +25,7 @@ import onnxruntime
 from edgeskip.runtime.backends import ort
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.engines.layers import LayersSession
+from edgeskip.runtime.backends.engines.sampler import SETTINGS
 from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
 from edgeskip.runtime.bundle.engines import (
@@ -38,6 +40,8 @@ from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.bundle.profiles import engine_profiles
 from edgeskip.runtime.bundle.store import engines_place, read_engines
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.decoding.sampling import HostSampler
+from edgeskip.runtime.sampling import Sampling
 
 VERSION = "10.99.1"
 ELEMENTS = {"tensor(float)": ("FLOAT", 1), "tensor(float16)": ("HALF", 10), "tensor(int64)": ("INT64", 7)}
@@ -283,6 +287,43 @@ def pick(macros, grid, block, logits, table, scales, token_ids, token_logits, em
     out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
 
 
+def narrow(macros, grid, block, *arguments):
+    """The kernel of sample.cu that finds the bounds of filters, which `draw` here finds itself."""
+    assert macros["STORE"] in NUMBERS
+    assert len(arguments) == 9
+
+
+def draw(
+    macros,
+    grid,
+    block,
+    logits,
+    positions,
+    table,
+    scales,
+    settings,
+    bounds,
+    token_ids,
+    token_logits,
+    embeddings,
+    parts,
+    counters,
+    vocabulary,
+):
+    """The kernel of sample.cu that draws, as a host does."""
+    kind, rows, vocabulary = NUMBERS[macros["STORE"]], grid[1], int(vocabulary)
+    assert grid[0] * block[0] * 8 >= vocabulary
+    seed, top_p, temperature, least, top_k = array_at(settings, [1], SETTINGS)[0].tolist()
+    sampler = HostSampler(Sampling(temperature, top_k, top_p, math.exp(least), seed), (), 1 << 12)
+    found, at = array_at(logits, [rows, vocabulary], kind), array_at(positions, [rows], np.int64)
+    ids = np.array([sampler.pick(row, int(position) + 1) for row, position in zip(found, at, strict=True)])
+    assert (array_at(token_logits, [rows], kind) == found.max(1)).all(), "the head's own pick comes first"
+    array_at(token_ids, [rows], np.int64)[:] = ids
+    array_at(token_logits, [rows], kind)[:] = found[np.arange(rows), ids]
+    out = array_at(embeddings, [rows, int(macros["IN"])], kind)
+    out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
+
+
 def embed(macros, grid, block, token_ids, table, scales, embeddings):
     """The kernel of pick.cu for a prompt's tokens."""
     ids = array_at(token_ids, [grid[0]], np.int64)
@@ -314,7 +355,10 @@ def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, r
 
 
 NUMBERS = {"16": np.float16, "32": np.float32}
-KERNELS = {kernel.__name__: kernel for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed)}
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed, narrow, draw)
+}
 
 
 class StandInTensorRT:

@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.backends.device import CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.engines.heads import Picked
+from edgeskip.runtime.backends.engines.products import Matrix
+from edgeskip.runtime.backends.engines.sampler import SETTINGS, Scratch, room, sampler, settings_of
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
@@ -34,7 +37,6 @@ from edgeskip.runtime.decoding.session import (
     RowInputs,
     softmax_of,
 )
-from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.sampling import Sampling
 
 _IDS = ("draft_token_ids", "target_token_ids")
@@ -71,6 +73,7 @@ class CudaSession(MeasuredSession):
         self._bound: dict[Round, BoundRound] = {}
         self._carry: list[Callable[[], None]] = []
         self._device_ns = self._captured_rounds = 0
+        self._draw: Callable[[Picked, int, int, int], Callable[[], None]] | None = None
         self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._graph_table, self._split = manifest.graphs, manifest.split(exit_layer)
@@ -122,7 +125,11 @@ class CudaSession(MeasuredSession):
         bound.wait()
 
     def _bind(self, round_: Round) -> BoundRound:
-        calls = [self._enqueued(call) for call in round_.calls]
+        calls = []
+        for call in round_.calls:
+            calls.append(self._enqueued(call))
+            if round_.sampled and self._graph_table[call.graph].head:
+                calls.append(self._drawn(call))
         device, written, writes = self._device, {}, []
         for name in ("position_ids", *round_.row_inputs):
             written[name] = host = self._row_inputs[name][: round_.rows]
@@ -159,8 +166,37 @@ class CudaSession(MeasuredSession):
         return {"device": self._device_ns}
 
     def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
-        """Refuses to."""
-        raise RequestError("sampling", f"{sampling}", wanted="greedy decoding on a GPU", fix="give --device cpu")
+        """Picks tokens of sampled rounds like this from now on; they read it on the device, so none is bound anew."""
+        self._drawing()
+        self._device.stream.sync()  # a round that nobody waited for may still be reading
+        host = self._staging[: SETTINGS.itemsize]
+        host.view(SETTINGS)[:] = settings_of(sampling)
+        self._device.copier(self._scratch_of_draws.settings, host.ctypes.data, host.nbytes)()
+        self._device.stream.sync()
+
+    def _drawing(self) -> Callable[[Picked, int, int, int], Callable[[], None]]:
+        """The kernels that draw, and their memory, taken when it is first asked for."""
+        if self._draw is None:
+            sizes = room(self._dims["V"])
+            self._scratch_of_draws = Scratch(*(block.address for block in self._device.zeros([(n, 1) for n in sizes])))
+            self._workspace_bytes += sum(sizes)
+            self.planned_bytes += sum(sizes)
+            table = self._token_table()
+            self._draw = sampler(self._device, table, self._dims["H"], self._dtype, self._scratch_of_draws)
+        return self._draw
+
+    @abstractmethod
+    def _token_table(self) -> Matrix:
+        """The embedding table on the device."""
+
+    def _drawn(self, call: Call) -> Callable[[], None]:
+        """Draws from the logits that a head's call leaves, and puts tokens in place of those that it picked."""
+        head, outputs = self._graph_table[call.graph].head, dict(call.outputs)
+        assert head is not None
+        names = ("logits", "token_ids", "token_logits", "inputs_embeds")
+        at = Picked(*(self._address(outputs[name]) for name in names))
+        positions = self._address(View("position_ids", call.inputs[0][1].start, call.rows))
+        return self._drawing()(at, positions, call.rows, head.vocabulary)
 
     def make_current(self) -> None:
         """Lets the calling thread use the session."""

@@ -7,14 +7,18 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
+from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest
 from edgeskip.runtime.bundle.tensors import graph_tensors
-from edgeskip.runtime.bundle.weights import held_bytes
+from edgeskip.runtime.bundle.weights import embedding_table, held_bytes
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -42,6 +46,7 @@ class OrtCudaSession(CudaSession):
         manifest = bundle.manifest
         dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
         self._graphs: OrtGraphs | None = None
+        self._bundle = bundle
         try:
             ort = onnxruntime()
             if dialect == "ort" and manifest.dtype == "fp32":
@@ -78,6 +83,24 @@ class OrtCudaSession(CudaSession):
 
     def _place(self, place: str | View) -> int:
         return self._address(place) if isinstance(place, View) else self._caches[place].address
+
+    def _token_table(self) -> Matrix:
+        """A table of its own in the dtype: ONNX Runtime does not say where it keeps the head's."""
+        table, (vocabulary, size) = embedding_table(self._bundle), (self._dims["V"], self._dims["H"])
+        row_bytes = size * ITEMSIZE[self._dtype]
+        if row_bytes * vocabulary > (free := self._device.free_bytes()):
+            raise out_of_memory(self._bundle.folder, row_bytes * vocabulary, free, "to draw tokens")
+        (block,) = self._device.zeros([(row_bytes, vocabulary)])
+        self._weights_bytes += block.bytes
+        self.planned_bytes += block.bytes
+        step = self._staging.nbytes // row_bytes
+        for first in range(0, vocabulary, step):
+            rows = table[first : min(first + step, vocabulary)]
+            part = self._staging[: rows.nbytes]
+            part[:] = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+            self._device.copier(block.address + first * row_bytes, part.ctypes.data, part.nbytes)()
+            self._device.stream.sync()
+        return Matrix(block.address)
 
     def _release(self) -> None:
         if self._graphs is None:

@@ -71,4 +71,4 @@ def embedder(device: CudaDevice, table: Matrix, size: int, dtype: DType) -> Call
 
 def _kernel(device: CudaDevice, name: str, table: Matrix, size: int, dtype: DType) -> Callable[..., None]:
     defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
-    return device.kernel(source("mma.cuh", "packs.cuh", "pick.cu"), name, defined)
+    return device.kernel(source("mma.cuh", "packs.cuh", "best.cuh", "pick.cu"), name, defined)

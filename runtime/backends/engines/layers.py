@@ -78,6 +78,9 @@ class LayersSession(TrtSession):
         self._device.copier(self._token_ids, ids.ctypes.data, ids.nbytes)()
         return self._embed(self._token_ids, self._buffers[buffer].address, len(rows))
 
+    def _token_table(self) -> Matrix:
+        return self._matrix(EMBEDDINGS)
+
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
         if call.graph in self._engines:
             return (call.graph,)

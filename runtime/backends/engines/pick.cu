@@ -1,37 +1,9 @@
 // Picks tokens: logits [T, V] -> the largest of each row, the first of equal ones, and NaN before any number; its token
 // id [T], its logit [T], and its row of the embedding table [T, IN]. `embed` gives the rows of a prompt's tokens. Compiled by
-// NVRTC; numbers.cuh, mma.cuh and packs.cuh are put before it, and its macros are theirs and IN.
+// NVRTC; numbers.cuh, mma.cuh, packs.cuh and best.cuh are put before it, and its macros are theirs and IN.
 //
 // Each block looks at a part of a row; the last of a row's blocks to end, told by `counters`, puts the parts together and
 // sets the counter back to zero for the next launch.
-
-typedef unsigned long long size;
-
-#define THREADS 256
-
-struct Best {
-    float value;
-    unsigned token;
-};
-
-__device__ inline bool beats(Best a, Best b) {
-    bool a_nan = a.value != a.value, b_nan = b.value != b.value;
-    if (a_nan || b_nan) return a_nan && (!b_nan || a.token < b.token);
-    return a.value > b.value || (a.value == b.value && a.token < b.token);
-}
-
-__device__ inline Best best_of_block(Best mine, Best* shared) {
-    for (int step = 16; step; step /= 2) {
-        Best other = {__shfl_xor_sync(~0u, mine.value, step), __shfl_xor_sync(~0u, mine.token, step)};
-        if (beats(other, mine)) mine = other;
-    }
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
-    __syncthreads();
-    for (int w = 0; w < THREADS / 32; w++)
-        if (beats(shared[w], mine)) mine = shared[w];
-    __syncthreads();
-    return mine;
-}
 
 // A row of the embedding table, by all threads of a block.
 __device__ inline void embed_row(const uint4* table, const store* scales, size token, uint4* to) {

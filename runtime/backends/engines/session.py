@@ -15,6 +15,7 @@ from typing import IO, Any
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.engines.library import make_logger
+from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.engines.weights import weights_on_device
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
@@ -22,7 +23,7 @@ from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.layers import files_of, weight_of
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
-from edgeskip.runtime.bundle.tensors import TABLES
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, TABLES
 from edgeskip.runtime.decoding.rounds import Call, Round, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 from edgeskip.runtime.files import keep, kept
@@ -187,6 +188,9 @@ class TrtSession(CudaSession):
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
         """The engines that a call runs."""
         return (call.graph,)
+
+    def _token_table(self) -> Matrix:
+        return Matrix(self._weights.address_of(EMBEDDINGS))
 
     def _caches_of(self, graph: GraphName) -> list[str]:
         return [tensor.name for tensor in self._graph_table[graph].inputs if tensor.is_cache]

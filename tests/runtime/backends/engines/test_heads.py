@@ -20,7 +20,7 @@ from edgeskip.runtime.backends.engines.products import Matrix
 def test_the_kernel_compiles(arch, matrix):
     for store in ("16", "17"):
         macros = [("STORE", store), *matrix.macros.items(), ("IN", "2048")]
-        source = products.source("mma.cuh", "packs.cuh", "pick.cu")
+        source = products.source("mma.cuh", "packs.cuh", "best.cuh", "pick.cu")
         assert Program(source, "c++", ProgramOptions(arch=arch, define_macro=macros)).compile("cubin").code
 
 
