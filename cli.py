@@ -36,6 +36,7 @@ VERBS = {
     "pack": "edgeskip.exporter.commands.pack",
     "check": "edgeskip.exporter.commands.check",
     "generate": "edgeskip.runtime.commands.generate",
+    "chat": "edgeskip.runtime.commands.chat",
     "serve": "edgeskip.runtime.commands.serve",
     "bench": "edgeskip.exporter.commands.bench",
     "inspect": "edgeskip.runtime.commands.inspect",

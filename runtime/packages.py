@@ -18,7 +18,7 @@ PACKAGES = (
     *RUNTIME_PACKAGES,
     *("tokenizers", "jinja2", "rich", "click"),
     *("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
-    *("polygraphy", "accelerate", "matplotlib", "starlette", "uvicorn", "prometheus_client"),
+    *("polygraphy", "accelerate", "matplotlib", "prompt_toolkit", "starlette", "uvicorn", "prometheus_client"),
 )
 
 LEAST_VERSIONS: dict[str, tuple[int, ...]] = {
@@ -57,6 +57,7 @@ NEEDS = {
     "demo": Need("demo", (*_EXPORT, "onnxruntime")),
     "bench --html": Need("plots", ("matplotlib",)),
     "bench --compare": Need("train,export", ("torch", "transformers", *_EXPORT)),
+    "chat": Need("chat", ("prompt_toolkit",)),
     "serve": Need("serve", ("starlette", "uvicorn", "prometheus_client")),
     "tune": Need("export", _EXPORT),
     "tune --html": Need("plots", ("matplotlib",)),

@@ -36,6 +36,13 @@ DRAFTED = "green"
 
 def stream(pieces: Iterable[Piece], console: Console) -> Generation:
     """Prints text as it comes, accepted drafts in colour; returns the generation."""
+    generation = print_pieces(pieces, console)
+    assert generation is not None
+    return generation
+
+
+def print_pieces(pieces: Iterable[Piece], console: Console) -> Generation | None:
+    """As `stream`, of pieces that may end early: then there is no generation."""
     generation, begun = None, False
     try:
         for piece in pieces:
@@ -49,7 +56,6 @@ def stream(pieces: Iterable[Piece], console: Console) -> Generation:
         if begun:  # what is said of an interrupt or an error has a line of its own
             console.file.write("\n")
             console.file.flush()
-    assert generation is not None
     return generation
 
 

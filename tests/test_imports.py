@@ -15,7 +15,7 @@ import edgeskip.runtime
 ROOT = Path(edgeskip.runtime.__file__).parents[1]
 RUNTIME_LIBRARIES = {"click", "numpy", "tokenizers", "jinja2", "rich"}  # the base install
 PLOTS = {"matplotlib"}
-SERVING = {"starlette", "uvicorn", "prometheus_client"}
+SERVING = {"prompt_toolkit", "starlette", "uvicorn", "prometheus_client"}
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 EXPORT_LIBRARIES = {"onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"}
 TRAINING_LIBRARIES = {"torch", "transformers", "accelerate"}

@@ -25,8 +25,8 @@ class Chat:
     Each turn computes its own tokens alone, as the model's caches hold those before it. Several conversations can take
     turns on one model; give it room for their rows in host memory with `model.held.most_saved_bytes`.
 
-    `messages` are those that were said, after the system prompt; `generation` is the latest answer whole;
-    `dropped_messages` counts those that the latest turn left out for good, because the context was full.
+    `messages` are those that were said, after the system prompt; `generation` is the latest answer, if it came to its
+    end; `dropped_messages` counts those that the latest turn left out for good, because the context was full.
 
     Args:
         model: answers.
@@ -58,7 +58,7 @@ class Chat:
         try:
             for piece in pieces:
                 answer.append(piece.text)
-                self.generation = piece.generation or self.generation
+                self.generation = piece.generation
                 if len(answer) == 1:  # it is under way, so it is said
                     self.dropped_messages = len(self.messages) + 1 - len(kept)
                     self.messages = kept

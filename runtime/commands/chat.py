@@ -1,0 +1,66 @@
+"""edgeskip chat."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeskip.runtime.commands.options import (
+    backend_option,
+    bundle_argument,
+    device_option,
+    require,
+    sampling_options,
+    threads_option,
+    threshold_option,
+)
+
+
+@click.command()
+@bundle_argument
+@click.option("--system", help="The system prompt.")
+@click.option("--num-speculations", "-k", type=int, help="Drafts per round.  [default: the bundle's]")
+@threshold_option
+@click.option("--max-new-tokens", "-n", type=int, help="The most tokens of an answer.  [default: what has room]")
+@sampling_options
+@backend_option
+@device_option
+@threads_option
+def chat(
+    bundle: Path,
+    system: str | None,
+    num_speculations: int | None,
+    confidence_threshold: float | None,
+    max_new_tokens: int | None,
+    backend: Any,
+    device: Any,
+    threads: int,
+    **sampling: Any,
+) -> None:
+    """Talk with a BUNDLE. Text that the early layers drafted is green; /help shows what else there is."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        require("chat")
+    from edgeskip.runtime.chat.conversation import Chat
+    from edgeskip.runtime.chat.repl import converse, read_lines, read_terminal
+    from edgeskip.runtime.load import load
+    from edgeskip.runtime.terminal import console, print_model, progress_bar
+
+    notes = console(stderr=True)
+    with progress_bar() as progress:
+        model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
+    with model:
+        settings: Any = {
+            "num_speculations": num_speculations,
+            "confidence_threshold": confidence_threshold,
+            "max_new_tokens": max_new_tokens,
+            **sampling,
+        }
+        if is_terminal:
+            print_model(model, notes)
+        converse(
+            Chat(model, system=system, **settings), read_terminal() if is_terminal else read_lines, console(), notes
+        )
