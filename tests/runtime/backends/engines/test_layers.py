@@ -96,9 +96,10 @@ def test_quantized_weights_stay_as_they_are_stored(variant, formats, bundles, re
             with torch.no_grad():
                 wanted = judge(torch.tensor([prompt])).logits[0, -1].numpy()
             np.testing.assert_allclose(model.session.read_logits(1)[0], wanted, atol=0.15)
-        for prompt in PROMPTS[:2]:
+        for prompt, temperature in ((PROMPTS[0], 0), (PROMPTS[1], 0), (PROMPTS[1], 0.4)):
+            settings = {"max_new_tokens": 20, "temperature": temperature, "seed": 5}
             texts = {
-                k: model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=20).token_ids
+                k: model.complete(prompt, num_speculations=k, confidence_threshold=0, **settings).token_ids
                 for k in (1, 4)
             }
             assert texts[1] == texts[4]
