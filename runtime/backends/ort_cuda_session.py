@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
@@ -15,10 +16,11 @@ from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
+from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest
-from edgeskip.runtime.bundle.tensors import graph_tensors
-from edgeskip.runtime.bundle.weights import embedding_table, held_bytes
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, graph_tensors
+from edgeskip.runtime.bundle.weights import StoredTensor, embedding_table, held_bytes, mapped_weights
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -85,22 +87,33 @@ class OrtCudaSession(CudaSession):
         return self._address(place) if isinstance(place, View) else self._caches[place].address
 
     def _token_table(self) -> Matrix:
-        """A table of its own in the dtype: ONNX Runtime does not say where it keeps the head's."""
-        table, (vocabulary, size) = embedding_table(self._bundle), (self._dims["V"], self._dims["H"])
-        row_bytes = size * ITEMSIZE[self._dtype]
-        if row_bytes * vocabulary > (free := self._device.free_bytes()):
-            raise out_of_memory(self._bundle.folder, row_bytes * vocabulary, free, "to draw tokens")
-        (block,) = self._device.zeros([(row_bytes, vocabulary)])
+        """A table of its own, as ONNX Runtime does not say where it keeps the head's: as it is stored, if it is
+        quantized and the kernels read that here, or else in the dtype.
+        """
+        manifest, itemsize = self._bundle.manifest, ITEMSIZE[self._dtype]
+        format_ = FORMATS[manifest.tensors[EMBEDDINGS].format]
+        if not (format_.bits and manifest.has_products(self._device.compute_capability)):
+            return Matrix(self._uploaded(embedding_table(self._bundle), self._dims["H"] * itemsize))
+        arrays = [mapped_weights(self._bundle)[name] for name in (EMBEDDINGS, EMBEDDINGS + SCALES)]
+        numbers, scales = (self._uploaded(array, array.nbytes // len(array)) for array in arrays)
+        return Matrix(numbers, scales, format_.bits, format_.block_size or 0)
+
+    def _uploaded(self, table: StoredTensor | npt.NDArray[Any], row_bytes: int) -> int:
+        """Where an array [V, ...] is on the device, once it is copied there."""
+        rows, free = self._dims["V"], self._device.free_bytes()
+        if row_bytes * rows > free:
+            raise out_of_memory(self._bundle.folder, row_bytes * rows, free, "to draw tokens")
+        (block,) = self._device.zeros([(row_bytes, rows)])
         self._weights_bytes += block.bytes
         self.planned_bytes += block.bytes
         step = self._staging.nbytes // row_bytes
-        for first in range(0, vocabulary, step):
-            rows = table[first : min(first + step, vocabulary)]
-            part = self._staging[: rows.nbytes]
-            part[:] = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+        for first in range(0, rows, step):
+            raw = np.ascontiguousarray(table[first : min(first + step, rows)]).view(np.uint8).reshape(-1)
+            part = self._staging[: raw.nbytes]
+            part[:] = raw
             self._device.copier(block.address + first * row_bytes, part.ctypes.data, part.nbytes)()
             self._device.stream.sync()
-        return Matrix(block.address)
+        return block.address
 
     def _release(self) -> None:
         if self._graphs is None:
