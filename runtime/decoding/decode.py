@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from edgeskip.runtime.bundle.graphs import Split
+import numpy.typing as npt
+
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Split
 from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import (
     Round,
     draft_round,
     early_exit_round,
     prefill_round,
+    scoring_round,
     speculative_round,
     verification_round,
 )
@@ -98,6 +101,23 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     logprobs = _logprobs(session, how, result.target_ids)
     session.carry(0)
     return _step(result, 0, length, logprobs)
+
+
+def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iterator[npt.NDArray[Any]]:
+    """The logits [V] in fp32 that the whole model gives after each token of a text, [T,H] embedding rows."""
+    length, done = len(embeddings), 0
+    rows = min(chunk, length)
+    for place in (*range(0, length - rows, rows), length - rows):
+        session.write("inputs_embeds", embeddings[place : place + rows])
+        rounds = [prefill_round(how.split, rows, last=False, early_exit=False)]
+        for row in range(done - place, rows, HEAD_ROWS):  # the last chunk begins with rows that are done
+            rounds.append(scoring_round(how.split, row, min(HEAD_ROWS, rows - row)))
+        for round_ in rounds:
+            bound = session.bind(round_)
+            bound.start(place, how.picker.row_inputs(place, round_.rows))
+            bound.wait()
+            yield from session.read_logits(round_.num_targets) if round_.num_targets else ()
+        done = place + rows
 
 
 def decode(session: Session, how: Decoding, position: int, capacity: int, *, end: int | None = None) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -12,10 +13,10 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.bundle.graphs import check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
-from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill
+from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
-from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob
+from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
@@ -145,8 +146,8 @@ class Model:
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"a {type(text).__name__}"
                 raise RequestError("stop", found, wanted="at least one character")
-        if not (logprobs is None or (type(logprobs) is int and 0 <= logprobs <= MOST_LOGPROBS)):
-            raise RequestError("logprobs", f"{logprobs!r:.60}", wanted=f"0 to {MOST_LOGPROBS}")
+        if logprobs is not None:
+            _check_logprobs(logprobs)
         picked = self.sampling.changed(**sampling).seeded()
         k = num_speculations if mode == "self-speculative" else 0
         ids = self._held(prompt)
@@ -182,6 +183,24 @@ class Model:
         assert last.generation is not None
         return last.generation
 
+    def score(self, prompt: Prompt, *, logprobs: int = 0) -> tuple[TokenLogprob, ...]:
+        """How probable the whole model finds each token of a prompt, but for the first, after those before it.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            logprobs: how many of the most probable tokens to give with each.
+
+        Raises:
+            RequestError: this cannot be served, or a generator is running.
+        """
+        _check_logprobs(logprobs)
+        ids = self._held(prompt)
+        with self._in_use():
+            self.forget()
+            how, embeddings = Decoding(self.split), TokenRows(self.embeddings, ids)
+            rows = score(self.session, how, embeddings, self.bundle.manifest.prefill_chunk)
+            return tuple(token_logprob(row, token, logprobs) for row, token in zip(rows, ids[1:], strict=False))
+
     def encode(self, prompt: Prompt, *, most: int | None = None) -> list[int]:
         """Token ids of a prompt; with `most`, the first so many of a text, which may then be of any length.
 
@@ -204,6 +223,12 @@ class Model:
         return ids
 
     def _generate(self, request: _Request) -> Iterator[Piece]:
+        with self._in_use():
+            yield from self._pieces(request)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Holds the session, which serves one text at a time."""
         if self._closed:
             raise _closed_error()
         if self._busy:
@@ -213,7 +238,7 @@ class Model:
         self._busy = True
         try:
             self.session.make_current()
-            yield from self._pieces(request)
+            yield
         finally:
             self._busy = False
 
@@ -324,6 +349,11 @@ class _Request:
     stop: tuple[str, ...]
     sampling: Sampling
     logprobs: int | None
+
+
+def _check_logprobs(count: int) -> None:
+    if not (type(count) is int and 0 <= count <= MOST_LOGPROBS):
+        raise RequestError("logprobs", f"{count!r:.60}", wanted=f"0 to {MOST_LOGPROBS}")
 
 
 def _closed_error() -> RequestError:

@@ -158,6 +158,13 @@ def prefill_round(split: Split, rows: int, *, last: bool, early_exit: bool) -> R
     return Round(tuple(calls), rows=rows, num_drafts=0, num_targets=int(last), row_inputs=row_inputs)
 
 
+@cache
+def scoring_round(split: Split, row: int, rows: int) -> Round:
+    """The head over so many rows of a chunk of the prompt, for their logits."""
+    call = _target_head(split.head, "hidden_states", row, rows)
+    return Round((call,), rows=row + rows, num_drafts=0, num_targets=rows, row_inputs=split.head.row_inputs)
+
+
 def distinct_calls(split: Split, lengths: Iterable[int], graphs: Iterable[GraphName]) -> list[Call]:
     """The different calls in rounds of these lengths, each once, by graph and then by rows."""
     calls = {call.key: call for k in lengths for call in speculative_round(split, k).calls}

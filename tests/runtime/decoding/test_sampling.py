@@ -318,3 +318,26 @@ def test_the_share_of_two_distributions_bounds_how_often_draws_from_them_agree()
     ]
     agree = np.mean(drawn_ids[0] == drawn_ids[1])
     assert best / (2 - best) - 0.01 < agree < best
+
+
+def test_a_prompts_tokens_have_the_probabilities_of_transformers(backend, bundles, reference):
+    random = np.random.default_rng(5)
+    with backend.load(bundles("llama-tied", dtype=backend.dtype, prefill_chunk=20)) as model:
+        for length in (1, 2, 19, 45, 96):
+            ids = random.integers(2, 258, length).tolist()
+            with torch.no_grad():
+                wanted = reference("llama-tied")(torch.tensor([ids])).logits[0].log_softmax(-1)
+            told = model.score(ids, logprobs=1)
+            assert [one.token_id for one in told] == ids[1:]
+            found = np.array([one.logprob for one in told])
+            np.testing.assert_allclose(found, wanted[range(length - 1), ids[1:]], atol=backend.tie)
+            likely = [one.top[0][1] for one in told]
+            np.testing.assert_allclose(likely, wanted[:-1].max(-1).values, atol=backend.tie)
+        pieces = model.generate(ids[:5])
+        next(pieces)
+        with pytest.raises(RequestError, match="already generating"):
+            model.score(ids)
+        pieces.close()
+        again = model.complete(ids[:5], max_new_tokens=9, temperature=0).token_ids
+        model.score(ids)
+        assert model.complete(ids[:5], max_new_tokens=9, temperature=0).token_ids == again
