@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
+
+_LOG = logging.getLogger(__name__)
+logging.getLogger("edgeskip").addHandler(logging.NullHandler())  # what is said goes where the program sends it
 
 
 def load(
@@ -51,6 +55,7 @@ def load(
             exit_layer=exit_layer,
             progress=progress,
         )
+    _LOG.info("%s: %s", opened.folder, session.description)
     try:
         return Model(opened, session, exit_layer)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,14 @@ import edgeskip
 import edgeskip.runtime
 
 ROOT = Path(edgeskip.runtime.__file__).resolve().parents[1]
+
+
+def test_help_lists_all_that_there_is():
+    text = pydoc.plain(pydoc.render_doc(edgeskip))
+    listed = edgeskip.__doc__.splitlines()
+    for name in set(edgeskip.__all__) - {"__version__"}:
+        assert any(line.startswith(f"{name} ") for line in listed)
+        assert f"    {name}(" in text or f"class {name}(" in text
 
 
 def test_a_clone_without_links_reads_the_folders_at_its_top(tmp_path):

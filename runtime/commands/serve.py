@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def serve(
 ) -> None:
     """Serve a BUNDLE to clients of OpenAI's interface, until Ctrl-C or SIGTERM."""
     require("serve")
+    logging.basicConfig(level=logging.WARNING, format="edgeskip: %(message)s")
     from edgeskip.runtime.load import load
     from edgeskip.runtime.serving.app import Served
     from edgeskip.runtime.serving.server import is_loopback, listen, url_of

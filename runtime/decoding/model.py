@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 StopReason = Literal["eos", "stop_string", "max_new_tokens", "capacity"]
 
+
+_LOG = logging.getLogger(__name__)
 
 MOST_LOGPROBS = 100
 """Of the most probable tokens that are given with each token."""
@@ -62,12 +67,30 @@ class Piece:
         return self.text
 
 
+class GenerationSettings(SamplingSettings, total=False):
+    """The keyword arguments of `Model.generate`."""
+
+    mode: Mode
+    num_speculations: int | None
+    confidence_threshold: float | None
+    max_new_tokens: int | None
+    stop: Sequence[str]
+    logprobs: int | None
+
+
 class Model:
     """A bundle on a device, serving one sequence at a time; a context manager.
 
     `edgeskip.load` makes one. It remembers whose rows its caches hold: of a prompt that begins like the text before it,
     as each turn of a chat does, only the rest is computed. `forget` ends that for what comes next. With
     `held.most_saved_bytes` of host memory, it also keeps the rows of earlier texts.
+
+    Attributes:
+        bundle: what was loaded: its folder and its manifest.
+        tokenizer: the bundle's `tokenizers.Tokenizer`, to count tokens or spell them; `encode` does more for a prompt.
+        sampling: how tokens are picked where `generate` is not told.
+        session: what runs it; its `description` says what was chosen, and why.
+        held: whose rows the caches hold.
     """
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
@@ -183,6 +206,17 @@ class Model:
         assert last.generation is not None
         return last.generation
 
+    async def agenerate(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> AsyncGenerator[Piece, None]:
+        """Like `generate`, for an event loop: it runs in a thread. Closing it ends the text."""
+        import asyncio
+        from contextlib import aclosing
+
+        loop = asyncio.get_running_loop()
+        pieces = await loop.run_in_executor(None, lambda: self.generate(prompt, **settings))
+        async with aclosing(iterated(pieces)) as arriving:
+            async for piece in arriving:
+                yield piece
+
     def score(self, prompt: Prompt, *, logprobs: int = 0) -> tuple[TokenLogprob, ...]:
         """How probable the whole model finds each token of a prompt, but for the first, after those before it.
 
@@ -293,6 +327,7 @@ class Model:
             stage_ms,
             None if replayed is None or captured is None else replayed - captured,
         )
+        _LOG.debug("%d tokens after %d, ended by %s", len(token_ids), len(request.prompt_ids), reason)
         text = "".join(span.text for span in spans)
         told = None if request.logprobs is None else tuple(logprobs)
         generation = Generation(
@@ -335,6 +370,49 @@ class Model:
             self.held.add((step.token_ids[-1], *following.token_ids[:-1]), early_exit=how.early_exit)
             step = following
             yield step
+
+
+async def iterated(
+    pieces: Iterator[Piece], executor: Executor | None = None, ended: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Piece, None]:
+    """The pieces of a generator that runs in a thread, for an event loop. It waits for nobody, and where this one is
+    closed, it ends at its next piece.
+
+    Args:
+        pieces: a generator.
+        executor: has the thread; by default the event loop's own.
+        ended: called in the event loop once the thread is done with it, however that came.
+
+    Raises:
+        Exception: what the generator raises.
+    """
+    import asyncio  # of no use to others
+
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[Piece | None] = asyncio.Queue()
+    left = threading.Event()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            for piece in pieces:
+                loop.call_soon_threadsafe(arrived.put_nowait, piece)
+                if left.is_set():
+                    break
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
+        loop.call_soon_threadsafe(arrived.put_nowait, None)
+
+    loop.run_in_executor(executor, run).add_done_callback(lambda _: ended())
+    try:
+        while (piece := await arrived.get()) is not None:
+            yield piece
+    finally:
+        left.set()
+    if failed:
+        raise failed[0]
 
 
 @dataclass(frozen=True)

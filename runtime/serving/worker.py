@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from time import monotonic
 from typing import TypeVar
 
-from edgeskip.runtime.decoding.model import Piece
+from edgeskip.runtime.decoding.model import Piece, iterated
 
 T = TypeVar("T")
 
@@ -92,35 +91,15 @@ class Worker:
         if self.is_closing:
             self._turn.release()
             raise ClosingError
-        loop, start = asyncio.get_running_loop(), monotonic()
-        arrived: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-        left = threading.Event()
+        start = monotonic()
 
-        def pump() -> None:
-            end: BaseException | None = None
-            try:
-                for piece in generation:
-                    loop.call_soon_threadsafe(arrived.put_nowait, piece)
-                    if left.is_set():
-                        break
-            except BaseException as error:
-                end = error
-            finally:
-                generation.close()  # type: ignore[attr-defined]
-            loop.call_soon_threadsafe(arrived.put_nowait, end)
-
-        def done(_: object) -> None:
+        def ended() -> None:
             self._mean_seconds += 0.2 * (monotonic() - start - self._mean_seconds)
             self._turn.release()
 
-        loop.run_in_executor(self._decoding, pump).add_done_callback(done)
-        try:
-            while isinstance(item := await arrived.get(), Piece):
-                yield item
-        finally:
-            left.set()
-        if item is not None:
-            raise item
+        async with aclosing(iterated(generation, self._decoding, ended)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def close(self) -> None:
         """Waits for what is being decoded."""

@@ -3,6 +3,16 @@
 with edgeskip.load("bundle") as model:
     for piece in model.generate("def fibonacci(n):"):
         print(piece, end="", flush=True)
+
+load         loads a bundle and returns a Model
+Model        generate, complete and agenerate continue prompts; encode and tokenizer make tokens of them
+Piece        streamed text, and whether an early exit drafted it
+Generation   a whole text, with tokens and statistics
+Chat         a conversation with a model
+Sampling     how tokens are drawn
+add_engines  takes TensorRT engines that came with a bundle into the user's cache
+
+What users can mend is an edgeskip.runtime.errors.EdgeskipError. The logger `edgeskip` tells what is loaded and dropped.
 """
 
 import os
