@@ -24,7 +24,6 @@ from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.sampling import GREEDY as ARGMAX
 from edgeskip.runtime.sampling import Sampling, SamplingSettings
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class Generation:
     text: str
     stop_reason: StopReason
     statistics: Statistics
-    sampling: Sampling = ARGMAX
+    sampling: Sampling
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 

@@ -148,12 +148,11 @@ def candidates(sampling: Sampling, logits: Array) -> tuple[Array, Array]:
         tokens = np.flatnonzero(logits >= np.partition(logits, size - s.top_k)[size - s.top_k])
     kept = logits[tokens]
     scaled = (kept - top) / temperature
+    if s.top_p < 1:
+        inside = kept >= _nucleus_bound(kept, weights(scaled), s.top_p)
+        tokens, scaled = tokens[inside], scaled[inside]
     if s.min_p > 0:
         likely = scaled >= least_scaled(s.min_p)
-    if s.top_p < 1:
-        tokens_above = kept >= _nucleus_bound(kept, weights(scaled), s.top_p)
-        likely = likely & tokens_above if s.min_p > 0 else tokens_above
-    if s.min_p > 0 or s.top_p < 1:
         tokens, scaled = tokens[likely], scaled[likely]
     return tokens, scaled
 
