@@ -80,7 +80,7 @@ def test_noise_is_gumbels_but_for_rounding():
 
 
 def noise(seed, positions, tokens=64):
-    return np.stack([gumbel(uniform_bits(seed, int(position), tokens)) for position in positions])
+    return gumbel(np.stack([uniform_bits(seed, int(position), tokens) for position in positions]))
 
 
 def test_noise_of_other_seeds_positions_and_tokens_is_independent():
@@ -231,8 +231,8 @@ def test_what_is_given_comes_before_the_bundles_own():
 
 
 def test_the_same_seed_draws_the_same_text_with_any_exit_and_length(bundles):
-    texts, accepted, cases = {}, 0, itertools.product(SETTINGS, range(3))
-    cases = [([5 + seed, 90, 33], how | {"seed": seed, "max_new_tokens": 30}) for how, seed in cases]
+    texts, accepted, cases = {}, 0, itertools.product(SETTINGS, range(2))
+    cases = [([5 + seed, 90, 33], how | {"seed": seed, "max_new_tokens": 24}) for how, seed in cases]
     for exit_layer in (1, 3):
         with edgeskip.load(bundles("llama-tied", exit_layer=exit_layer).folder, device="cpu") as model:
             for number, (prompt, settings) in enumerate(cases):
