@@ -22,6 +22,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_r
 from edgeskip.runtime.decoding.rounds import MODES
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.reading import decode_text, read_stream
+from edgeskip.runtime.sampling import GREEDY
 
 
 @click.command()
@@ -61,6 +62,7 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
     check_writable(json_path)
+    GREEDY.changed(**sampling)  # what cannot be is said before a model is loaded
     text = prompt if prompt is not None else _read_text(prompt_file)
     from edgeskip.runtime.load import load
     from edgeskip.runtime.terminal import console, print_model, print_statistics, progress_bar, stream
