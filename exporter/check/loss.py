@@ -73,7 +73,7 @@ def quantization_loss(golden: Golden, original: Golden, texts: Sequence[Sequence
         exits = sorted(states[0].keys() - {0})
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
-            targets = np.asarray(ids[start + 1 : start + 1 + _ROWS])
+            targets = np.asarray(ids[start + 1 : start + 1 + _ROWS], np.int64)
             tops: dict[int, Array] = {}
             for exit_layer in reversed(exits):
                 both = [
