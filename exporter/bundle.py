@@ -91,7 +91,7 @@ def export_bundle(
     check_tensors(checkpoint)
     architecture = checkpoint.architecture
     exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
-    quantization = plan_quantization(checkpoint, settings, settings.dtype)
+    quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress)
     formats = quantization.formats
     layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     graphs = graph_table(architecture.num_layers, exits, heads)

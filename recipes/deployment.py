@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from edgeskip.exporter.quantization.choice import FormatChoice, LayersChoice
+from edgeskip.exporter.quantization.choice import FormatChoice, LayersChoice, Method, WeightsChoice
 from edgeskip.recipes.reader import FOLDERS, Share, find_file, read_recipe
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.runtime.backends.choice import Backend
@@ -43,12 +43,14 @@ class ExportRecipe:
         shape: the published shape that stands for its config.json where the checkpoint is not at hand.
         dtype: that of weights, activations and caches; by default the device's.
         max_length: cache capacity in tokens; by default the device's.
-        weights: the format of the layers' matrices; by default what `edgeskip plan` recommends for the device, and else
-            the dtype.
-        head: that of the head and the token embeddings; by default int8 where `weights` are int8 or int4, and else the
+        weights: the format of the layers' matrices, or `auto` for each by itself; by default what `edgeskip plan`
+            recommends for the device, and else the dtype.
+        head: that of the head and the token embeddings; by default int8 where `weights` are quantized, and else the
             dtype.
         layers: formats of single layers or ranges, such as `0-3=int8`.
         block_size: numbers that share a scale, in 4 bits; by default what suits the device.
+        bits: of a weight on average, for `auto`.
+        quantizer: how numbers and scales are found.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
 
@@ -59,15 +61,19 @@ class ExportRecipe:
     shape: str | None = None
     dtype: DType | None = None
     max_length: Capacity | None = None
-    weights: FormatChoice | None = None
+    weights: WeightsChoice | None = None
     head: FormatChoice | None = None
     layers: tuple[LayersChoice, ...] = ()
     block_size: BlockSize | None = None
+    bits: Annotated[float, Range(1, 16)] | None = None
+    quantizer: Method = "search"
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.checkpoint.strip() or "\0" in self.checkpoint:
             raise RecipeError("checkpoint", f"found {self.checkpoint!r}", wanted="a hub id, a folder or a name")
+        if self.bits is not None and self.weights != "auto":
+            raise RecipeError("bits", f"found {self.bits:g}", wanted='weights = "auto"')
         if any(exit_layer < 1 for exit_layer in self.match_rates):
             raise RecipeError("match_rates", f"found exit layer {min(self.match_rates)}", wanted="at least 1")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeskip.exporter.quantization.choice import chosen_formats
+from edgeskip.exporter.quantization.budget import planned_formats
+from edgeskip.exporter.quantization.choice import QuantizationChoice
 from edgeskip.recipes.deployment import DEVICES, Device, ExportRecipe, load_device, recipe_shape
 from edgeskip.recipes.plan.plan import PlanSettings
 from edgeskip.recipes.plan.recommend import recommend
@@ -82,8 +83,14 @@ def validate(path: Path) -> Kind:
         try:
             architecture = recipe_shape(recipe, path).architecture
             layers = architecture.num_layers
-            dtype, size = recipe.dtype or "fp16", recipe.block_size or 32
-            chosen_formats(architecture, dtype, recipe.weights, recipe.head, recipe.layers, size)
+            choice = QuantizationChoice(
+                weights=recipe.weights,
+                head=recipe.head,
+                layers=recipe.layers,
+                block_size=recipe.block_size or 32,
+                bits=recipe.bits,
+            )
+            planned_formats(architecture, recipe.dtype or "fp16", choice)
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
         for key, exit_layer in (("exit_layer", recipe.exit_layer), *(("match_rates", e) for e in recipe.match_rates)):

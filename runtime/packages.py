@@ -50,6 +50,7 @@ BASE = ("numpy", "tokenizers", "jinja2", "rich")
 
 NEEDS = {
     "export": Need("export", _EXPORT),
+    "export --quantizer gptq": Need("check", ("torch",)),
     "build": Need("build", ("polygraphy",)),
     "check": Need("check", ("polygraphy", "torch", "transformers", *_EXPORT)),
     "train": Need("train", ("torch", "transformers", "accelerate")),

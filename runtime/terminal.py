@@ -143,8 +143,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
             cells.append(", ".join(plain + ([f"{caches} caches \\[B,N,C,D]"] if caches else [])))
         graphs_table.add_row(name, layers, *cells)
     console.print(graphs_table)
-    if m.formats:
-        console.print(shown(f"quantized: {formats_text(m.tensors, m.dtype)}"))
+    if m.quantization is not None:
+        console.print(shown(f"quantized by {m.quantization.method}: {formats_text(m.tensors, m.dtype)}"))
     files = Table(box=None, pad_edge=False)
     files.add_column("file")
     files.add_column("MB", justify="right")

@@ -272,7 +272,7 @@ def test_inspect_shows_what_is_quantized(bundles, checkpoints, tmp_path):
     wanted = (
         f"weights int8, head int8, layers 2 int4-32, layers 3 fp16; {size / 1e6:.1f} MB, {bits:.2f} bits per weight"
     )
-    assert f"quantized: {wanted}" in lines
+    assert f"quantized by search: {wanted}" in lines
     fused = "ort (draft.ort.onnx, ...), cpu (draft.cpu.onnx, ...)"
     assert f"dialects: standard (draft.onnx, ...), {fused}, layers (first.layers.onnx, ...)" in lines
     assert not [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -15,6 +16,7 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.structure import Pattern
 
 Bits = Literal["int4", "int8"]
+WeightsChoice = Literal["int4", "int8", "dtype", "auto"]
 FormatChoice = Literal["int4", "int8", "dtype"]
 
 _LAYERS = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?=(int4|int8|dtype)")
@@ -22,29 +24,43 @@ LAYERS_TEXT = "a layer or a range of layers and int4, int8 or dtype, such as 0-3
 LayersChoice = Annotated[str, Pattern(_LAYERS.pattern, LAYERS_TEXT)]
 
 
+Method = Literal["search", "gptq"]
+"""How numbers and scales are found."""
+
+DEFAULT_BITS = 5.0
+"""Of a weight on average, for `auto`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizationChoice:
-    """What is to be quantized.
+    """What is to be quantized, and how.
 
     Args:
-        weights: the format of the layers' matrices; by default the dtype, or what the checkpoint has.
+        weights: the format of the layers' matrices; by default the dtype, or what the checkpoint has. `auto` is int4 or
+            int8 for each by itself.
         head: that of the tables of tokens; by default int8 where `weights` are quantized, and else the dtype.
         layers: formats of single layers or ranges, such as `0-3=int8`.
         block_size: numbers that share a scale, in 4 bits.
+        bits: of a weight with its share of the scales, at most, on average over the layers; for `auto`, by default 5.
+        quantizer: how numbers and scales are found.
+        calibration: a file or folder of texts, for `auto` and `gptq`; by default those that ship with edgeskip.
         formats: formats of single tensors by name, before all of these.
     """
 
-    weights: FormatChoice | None = None
+    weights: WeightsChoice | None = None
     head: FormatChoice | None = None
     layers: tuple[str, ...] = ()
     block_size: BlockSize = 32
+    bits: float | None = None
+    quantizer: Method = "search"
+    calibration: Path | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
 
 
 def chosen_formats(
     architecture: Architecture,
     dtype: DType,
-    weights: FormatChoice | None,
+    weights: WeightsChoice | None,
     head: FormatChoice | None,
     layers: Sequence[str],
     block_size: BlockSize,
@@ -54,7 +70,7 @@ def chosen_formats(
     Args:
         architecture: the model's.
         dtype: the bundle's.
-        weights: the format of all layers; by default the dtype.
+        weights: the format of all layers; by default the dtype. For `auto`, int4, before some get more.
         head: that of the tables of tokens, tied or not; by default int8 where `weights` are quantized, and else the
             dtype.
         layers: formats of single layers or ranges, which include their ends, as `3=int8` or `0-3=dtype`; the last one
@@ -65,13 +81,14 @@ def chosen_formats(
         RequestError: layers that the model lacks, or a matrix whose rows are not whole blocks.
     """
     by_layer = _by_layer(layers, architecture.num_layers)
+    bits: FormatChoice | None = "int4" if weights == "auto" else weights
     formats: dict[str, str] = {}
     for record in bundle_tensors(architecture, 0, dtype).values():
         chosen: FormatChoice
         if record.name in TABLES:
-            chosen = head or ("int8" if weights in get_args(Bits) else "dtype")
+            chosen = head or ("int8" if bits in get_args(Bits) else "dtype")
         elif record.layer is not None and record.is_matrix:
-            chosen = by_layer.get(record.layer, weights or "dtype")
+            chosen = by_layer.get(record.layer, bits or "dtype")
         else:
             continue
         if chosen != "dtype":

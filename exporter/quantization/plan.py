@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from edgeskip.exporter.checkpoint import Checkpoint
+from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
+from edgeskip.exporter.quantization.budget import bits_of, check_is_auto, matrices_to_choose, wider_matrices
+from edgeskip.exporter.quantization.calibrated.calibration import Calibration, read_calibration
 from edgeskip.exporter.quantization.choice import QuantizationChoice, chosen_formats, free_layers
 from edgeskip.exporter.quantization.layouts import ORIGINAL, QuantizedTensor
 from edgeskip.exporter.quantization.quantizer import Quantizer, Search
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import is_quantized
-from edgeskip.runtime.bundle.manifest import Quantization, formats_problem
+from edgeskip.runtime.bundle.manifest import Progress, Quantization, formats_problem
 from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
 from edgeskip.runtime.errors import CheckpointError, RequestError
 
@@ -27,32 +29,64 @@ class QuantizationPlan:
     record: Quantization | None
 
 
-def plan_quantization(checkpoint: Checkpoint, choice: QuantizationChoice, dtype: DType) -> QuantizationPlan:
-    """Decides on formats, and on what finds the numbers.
+def plan_quantization(
+    checkpoint: Checkpoint,
+    choice: QuantizationChoice,
+    dtype: DType,
+    exit_layers: tuple[int, ...],
+    progress: Progress = lambda *_: None,
+) -> QuantizationPlan:
+    """Decides on formats and on what finds the numbers, and measures matrices where that is asked for.
 
     Args:
         checkpoint: what is exported.
         choice: what was asked for.
         dtype: the bundle's.
+        exit_layers: those that it can draft from.
+        progress: told of measuring and, later, of quantizing.
 
     Raises:
-        RequestError: formats or layers that the model cannot have, or another format for what comes quantized.
+        RequestError: formats, layers or bits that the model cannot have, another format for what comes quantized, or
+            what does not go together.
         CheckpointError: matrices that come quantized in ways that do not go together.
     """
     architecture = checkpoint.architecture
-    tensors = bundle_tensors(architecture, 0, dtype)
+    calibration = _calibration(checkpoint, choice)
     stored = stored_formats(checkpoint)
     formats = chosen_formats(architecture, dtype, choice.weights, choice.head, choice.layers, choice.block_size)
     formats |= choice.formats
     free = set() if choice.weights == "dtype" else free_layers(architecture, choice.layers)
+    tensors = bundle_tensors(architecture, 0, dtype)
     _check_as_stored(formats, stored, free, tensors)
     formats |= stored
     if problem := formats_problem(formats, tensors, dtype):
         raise RequestError("formats", problem)
-    quantizer = Search()
+    if choice.weights == "auto" and calibration is not None:
+        formats |= _wider(checkpoint, choice, formats, dtype, calibration, exit_layers, progress)
+    quantizer: Quantizer = Search()
+    if choice.quantizer == "gptq" and calibration is not None:
+        if not formats:
+            raise RequestError("gptq", "nothing is quantized", fix="choose a format of weights or head")
+        from edgeskip.exporter.quantization.calibrated.gptq import Gptq  # late, as it imports torch
+
+        quantizer = Gptq(calibration, exit_layers, progress)
     ways = [checkpoint.quantized_by if stored else None, quantizer.method if formats.keys() - stored.keys() else None]
-    record = Quantization(" and ".join(filter(None, ways)))
+    record = Quantization(" and ".join(filter(None, ways)), None, calibration.sha256 if calibration else None)
     return QuantizationPlan(formats, quantizer, record if is_quantized(formats.values()) else None)
+
+
+def _calibration(checkpoint: Checkpoint, choice: QuantizationChoice) -> Calibration | None:
+    """The texts, where something asks for them."""
+    asked = "auto" if choice.weights == "auto" else "gptq" if choice.quantizer == "gptq" else None
+    check_is_auto(choice)
+    if asked is None:
+        if choice.calibration is not None:
+            raise RequestError(choice.calibration, "texts for a search, which asks for none", fix="leave them out")
+        return None
+    if checkpoint.quantized_by is not None:
+        raise RequestError(asked, f"for weights that come quantized by {checkpoint.quantized_by}", fix=ORIGINAL)
+    context = checkpoint.architecture.max_position_embeddings
+    return read_calibration(choice.calibration, checkpoint.tokenizer.tokenizer, context)
 
 
 def stored_formats(checkpoint: Checkpoint) -> dict[str, str]:
@@ -95,3 +129,24 @@ def _check_as_stored(
             wanted = formats.get(name, "the dtype")
             fix = "ask for no format of it, or give the checkpoint that this one was made from"
             raise RequestError(name, f"{wanted} is asked for, and the checkpoint has it in {format_}", fix=fix)
+
+
+def _wider(
+    checkpoint: Checkpoint,
+    choice: QuantizationChoice,
+    formats: Mapping[str, str],
+    dtype: DType,
+    calibration: Calibration,
+    exit_layers: tuple[int, ...],
+    progress: Progress,
+) -> dict[str, str]:
+    """The matrices that `auto` gives 8 bits, by what 4 bits do to them."""
+    from edgeskip.exporter.quantization.calibrated import allocation  # late, as they import torch
+    from edgeskip.exporter.quantization.calibrated.decoder import Decoder
+
+    matrices, names = matrices_to_choose(checkpoint.architecture, dtype, choice, formats)
+    few = calibration.shortened(allocation.MOST_SEQUENCES, allocation.MOST_TOKENS)
+    with TensorReader(checkpoint) as reader:
+        tensors = bundle_tensors(checkpoint.architecture, 0, dtype, formats)
+        effects = allocation.matrix_effects(Decoder(reader, tensors, dtype, few, exit_layers), names, progress)
+    return wider_matrices(matrices, effects, bits_of(choice), dtype)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import TensorReader
 from edgeskip.exporter.formats import WRITERS
+from edgeskip.exporter.quantization.choice import Method
 from edgeskip.exporter.quantization.inputs import input_sizes
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import is_quantized
@@ -27,7 +28,7 @@ class Quantizer(Protocol):
     """A way to quantize; `method` is what the manifest calls it."""
 
     @property
-    def method(self) -> str:
+    def method(self) -> Method:
         """Its name."""
         ...
 
@@ -53,7 +54,7 @@ class Quantizer(Protocol):
 class Search:
     """Scales of the least squared error, which need no more than the rows at hand and the sizes of their inputs."""
 
-    method: ClassVar[str] = "search"
+    method: ClassVar[Method] = "search"
 
     def encoded(
         self, tensors: Mapping[str, TensorRecord], reader: TensorReader, dtype: DType

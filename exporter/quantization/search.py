@@ -38,14 +38,16 @@ _FITS = 2
 then within 1% of that of 50 extremes from -12 to 12.
 """
 
-_SMALLEST: dict[DType, float] = {"fp32": 2.0**-126, "fp16": 2.0**-24, "bf16": 2.0**-126}
+SMALLEST_SCALES: dict[DType, float] = {"fp32": 2.0**-126, "fp16": 2.0**-24, "bf16": 2.0**-126}
 """The smallest scales: what has a finite reciprocal, fp16's subnormal numbers among them."""
 
-_LARGEST: dict[DType, float] = {
+LARGEST: dict[DType, float] = {
     "fp32": float(np.finfo(np.float32).max),
     "fp16": float(np.finfo(np.float16).max),
     "bf16": float.fromhex("0x1.fep127"),
 }
+"""The largest numbers."""
+
 _SCALES: dict[DType, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
@@ -132,6 +134,6 @@ def _searched(blocks: Floats, weights: Floats, bits: int, dtype: DType) -> tuple
 
 def _as_stored(scales: Floats, bits: int, dtype: DType) -> Floats:
     """The scales in the dtype, never zero, and with every number times its scale finite."""
-    sizes = np.clip(np.abs(scales), _SMALLEST[dtype], _LARGEST[dtype] / 2 ** (bits - 1))
+    sizes = np.clip(np.abs(scales), SMALLEST_SCALES[dtype], LARGEST[dtype] / 2 ** (bits - 1))
     rounded: Floats = np.copysign(sizes, scales).astype(_SCALES[dtype]).astype(np.float32)
     return rounded

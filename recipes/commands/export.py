@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from edgeskip.exporter.quantization.choice import FormatChoice
+from edgeskip.exporter.quantization.choice import DEFAULT_BITS, FormatChoice, Method, WeightsChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
@@ -45,8 +45,14 @@ from edgeskip.runtime.commands.options import first, require, say
 )
 @click.option(
     "--weights",
-    type=click.Choice(get_args(FormatChoice)),
-    help="Store the layers' matrices in 8 or 4 bits.  [default: the recipe's, what suits the device, or the dtype]",
+    type=click.Choice(get_args(WeightsChoice)),
+    help="Store the layers' matrices in 8 or 4 bits; auto chooses for each matrix.  [default: the recipe's, what suits "
+    "the device, or the dtype]",
+)
+@click.option(
+    "--bits",
+    type=float,
+    help=f"For auto: bits of a weight on average, scales counted.  [default: the recipe's, or {DEFAULT_BITS:g}]",
 )
 @click.option(
     "--head",
@@ -64,6 +70,16 @@ from edgeskip.runtime.commands.options import first, require, say
     type=click.Choice(tuple(map(str, BLOCK_SIZES))),
     help="Numbers that share a scale, in 4 bits.  [default: the recipe's, 64 for a device that runs TensorRT, else 32]",
 )
+@click.option(
+    "--quantizer",
+    type=click.Choice(get_args(Method)),
+    help="How numbers and scales are found; GPTQ reads texts.  [default: the recipe's, or search]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="For auto and GPTQ: a text file, or a folder of them.  [default: built in]",
+)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
 @click.option("--offline", is_flag=True, help="Use only what is in the hub's cache.")
@@ -79,6 +95,9 @@ def export(
     head: Any,
     layers: tuple[str, ...],
     block_size: str | None,
+    bits: float | None,
+    quantizer: Any,
+    calibration: Path | None,
     revision: str | None,
     token: str | None,
     offline: bool,
@@ -93,7 +112,8 @@ def export(
     require("export")
     from edgeskip.exporter.bundle import ExportSettings, export_bundle
     from edgeskip.exporter.checkpoint import open_checkpoint
-    from edgeskip.exporter.quantization.choice import chosen_formats
+    from edgeskip.exporter.quantization.budget import planned_formats
+    from edgeskip.exporter.quantization.choice import QuantizationChoice
     from edgeskip.exporter.quantization.plan import stored_formats
     from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
@@ -116,6 +136,10 @@ def export(
         num_speculations = first(num_speculations, chosen.num_speculations)
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
+        bits = first(bits, chosen.bits if weights == "auto" else None)
+        quantizer = first(quantizer, chosen.quantizer)
+    if weights == "auto" or quantizer == "gptq":
+        require("export --quantizer gptq")
     if exit_layer is None:
         raise click.UsageError("give --exit-layer or --recipe")
     bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
@@ -128,7 +152,8 @@ def export(
             recommended = recommend(opened.architecture, device, wanted, size)
             weights = recommended.weights
             say(f"{device.name}: {recommended.reason}")
-        formats = chosen_formats(opened.architecture, "fp16", weights, head, layers, size)
+        choice = QuantizationChoice(weights=weights, head=head, layers=layers, block_size=size, bits=bits)
+        formats = planned_formats(opened.architecture, "fp16", choice)
         wanted = replace(wanted, formats=formats | stored_formats(opened))
         fitted, problems = fit(opened.architecture, device, wanted)
         dtype, max_length = fitted.dtype, fitted.max_length
@@ -143,6 +168,9 @@ def export(
         head=head,
         layers=layers,
         block_size=first(size, fitting_block_size(opened.architecture, device)),
+        bits=bits,
+        quantizer=first(quantizer, "search"),
+        calibration=calibration,
     )
     with progress_bar() as progress:
         exported = export_bundle(opened, bundle, settings, progress, warn)

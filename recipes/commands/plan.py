@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from edgeskip.exporter.quantization.choice import FormatChoice
+from edgeskip.exporter.quantization.choice import DEFAULT_BITS, FormatChoice, WeightsChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
@@ -50,8 +50,11 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
 @click.option(
     "--weights",
-    type=click.Choice(get_args(FormatChoice)),
+    type=click.Choice(get_args(WeightsChoice)),
     help="The format of the layers' matrices.  [default: the recipe's or the bundle's, else the least loss that fits]",
+)
+@click.option(
+    "--bits", type=float, help=f"For auto: bits of a weight on average.  [default: the recipe's, or {DEFAULT_BITS:g}]"
 )
 @click.option("--head", type=click.Choice(get_args(FormatChoice)), help="That of head and token embeddings.")
 @click.option("--layers", multiple=True, metavar="LAYERS=FORMAT", help="Another format for some layers, as 0-3=int8.")
@@ -79,6 +82,7 @@ def plan(
     backend: Any,
     dtype: Any,
     weights: Any,
+    bits: float | None,
     head: Any,
     layers: tuple[str, ...],
     block_size: str | None,
@@ -95,7 +99,8 @@ def plan(
     """
     if (model is None) == (recipe is None):
         raise click.UsageError("give a MODEL or --recipe")
-    from edgeskip.exporter.quantization.choice import chosen_formats
+    from edgeskip.exporter.quantization.budget import planned_formats
+    from edgeskip.exporter.quantization.choice import QuantizationChoice
     from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
     from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
     from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
@@ -118,6 +123,7 @@ def plan(
         max_length, own_num_speculations = first(max_length, chosen.max_length), chosen.num_speculations
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
+        bits = first(bits, chosen.bits if weights == "auto" else None)
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
@@ -138,7 +144,8 @@ def plan(
     recommended = None
     if weights or head or layers:
         size = first(size, fitting_block_size(a, device))
-        formats = chosen_formats(a, "fp16", weights, head, layers, size)
+        choice = QuantizationChoice(weights=weights, head=head, layers=layers, block_size=size, bits=bits)
+        formats = planned_formats(a, "fp16", choice)
     elif formats is None:
         recommended = recommend(a, device, settings, size, measured)
         formats = recommended.formats

@@ -108,6 +108,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
         *_formats(report.tensor_formats, report.num_layers),
+        *(['quantizer = "gptq"'] if report.quantizer == "gptq" else []),
         f"source = {text(source)}",
         "",
         "[match_rates]  # exit layer -> share of the greedy tokens that it predicts",

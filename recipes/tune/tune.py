@@ -144,7 +144,8 @@ class TuneReport(Provenance):
     `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
     `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
     rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
-    text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name.
+    text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name,
+    and `quantizer` the method that found their numbers.
     """
 
     prompts: int
@@ -161,6 +162,7 @@ class TuneReport(Provenance):
     valid: bool = True
     doubts: tuple[str, ...] = ()
     tensor_formats: dict[str, str] = field(default_factory=dict)
+    quantizer: str | None = None
 
 
 def tune(
@@ -250,6 +252,7 @@ def tune(
         valid=not found,
         doubts=found,
         tensor_formats=dict(manifest.formats),
+        quantizer=manifest.quantization.method if manifest.quantization else None,
     )
 
 

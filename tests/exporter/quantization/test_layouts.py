@@ -269,6 +269,11 @@ def test_matrices_that_are_packed_into_one_must_have_one_format(copied, tmp_path
         ({"layers": ("1=dtype",)}, r"layers.1.*: the dtype is asked for, and the checkpoint has it in int4-32"),
         ({"weights": "dtype"}, r"layers.0.*: the dtype is asked for, and the checkpoint has it in int4-32"),
         ({"formats": {f"{DOWN}.weight": "int8"}}, "int8 is asked for, and the checkpoint has it in int4-32"),
+        (
+            {"weights": "int4", "quantizer": "gptq"},
+            "gptq: for weights that come quantized by gptq; give the checkpoint",
+        ),
+        ({"weights": "auto"}, "auto: for weights that come quantized by gptq; give the"),
     ],
 )
 def test_what_comes_quantized_is_not_quantized_again(settings, message, quantized, tmp_path):

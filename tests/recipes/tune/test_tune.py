@@ -256,11 +256,20 @@ def test_formats_that_no_recipe_says_are_noted(report):
     assert "weights =" not in text
 
 
+@pytest.mark.parametrize("quantizer", ["search", "gptq"])
+def test_the_recipe_has_the_quantizer_of_the_bundle(quantizer, report, tmp_path):
+    formats = {"lm_head.weight": "int8"}
+    own = dataclasses.replace(report, tensor_formats=formats, num_layers=4, quantizer=quantizer)
+    (tmp_path / "r.toml").write_text(tuned_recipe(own, "r.toml"))
+    assert load_export_recipe(str(tmp_path / "r.toml"))[0].quantizer == quantizer
+
+
 def test_a_quantized_bundle_is_tuned_and_its_formats_are_told(bundles):
     bundle = bundles("llama-tied", weights="int4", layers=("0=int8",))
     found = tune(lambda: edgeskip.load(bundle.folder, device="cpu"), ["def f(x):", "import"], TuneSettings((1, 4), 20))
     assert_sound(dataclasses.replace(found, departures=0), 4)  # its products round what they multiply
     assert found.tensor_formats == bundle.manifest.formats
+    assert found.quantizer == "search"
     assert found.formats.keys() == {"int4-32", "int8", "fp32"}
     console = Console(record=True, width=200, file=io.StringIO())
     print_tuning(found, console)

@@ -1,0 +1,1 @@
+"""Quantization by what a model reads: texts go through its layers, in torch."""
