@@ -34,6 +34,7 @@ VERBS = {
     "demo": "edgeskip.recipes.commands.demo",
     "build": "edgeskip.exporter.commands.build",
     "pack": "edgeskip.exporter.commands.pack",
+    "push": "edgeskip.runtime.commands.push",
     "check": "edgeskip.exporter.commands.check",
     "generate": "edgeskip.runtime.commands.generate",
     "chat": "edgeskip.runtime.commands.chat",

@@ -16,6 +16,7 @@ KINDS = {
     "checked": "which bundles were checked",
     "inductor": "what torch compiled",
     "matplotlib": "matplotlib's list of fonts",
+    "bundles": "bundles from the hub",
 }
 """What the cache keeps. All of it can be made again."""
 

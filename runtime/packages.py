@@ -53,6 +53,7 @@ NEEDS = {
     "export --quantizer gptq": Need("check", ("torch",)),
     "build": Need("build", ("polygraphy",)),
     "check": Need("check", ("polygraphy", "torch", "transformers", *_EXPORT)),
+    "push": Need("hub", ("huggingface_hub",)),
     "train": Need("train", ("torch", "transformers", "accelerate")),
     "synth": Need("train,export", ("torch", "transformers", "safetensors", "huggingface_hub")),
     "demo": Need("demo", (*_EXPORT, "onnxruntime")),

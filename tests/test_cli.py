@@ -46,6 +46,7 @@ VERBS = (
         "inspect",
         "pack",
         "plan",
+        "push",
         "recipes",
         "serve",
         "synth",

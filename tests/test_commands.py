@@ -21,7 +21,7 @@ FILES = [
     *(path for kind in ("md", "toml") for path in (ROOT / "recipes").rglob(f"*.{kind}")),
 ]
 SHOWN = re.compile(r"^(?:#\s{2,}|\s{4})(?:.*(?:&&|\|)\s*)?edgeskip (?P<rest>.+)$", re.MULTILINE)
-STANDINS = {"E": "4", "K": "4", "A": "0.8"}  # for the letters of the pages
+STANDINS = {"OWNER/NAME": "BUNDLE", "E": "4", "K": "4", "A": "0.8"}  # for the letters of the pages
 
 
 def shown():

@@ -29,7 +29,19 @@ class Folder(click.Path):
         return [CompletionItem(incomplete, type="dir")]
 
 
-bundle_argument = click.argument("bundle", type=Folder(path_type=Path))
+class BundleFolder(Folder):
+    """A bundle's folder; one that is named by its hub id is fetched into the user's cache."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The folder."""
+        from edgeskip.runtime.hub.access import download_bundle, names_a_repository
+
+        if isinstance(value, str) and names_a_repository(value):
+            return download_bundle(value)
+        return super().convert(value, param, ctx)
+
+
+bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))
 threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),

@@ -1,0 +1,67 @@
+"""The page of a bundle on the hub: what it was made from, what it holds, how it is run, and measured figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeskip.runtime.bundle.formats import is_quantized
+from edgeskip.runtime.bundle.manifest import Manifest
+
+
+def model_card(
+    manifest: Manifest,
+    name: str,
+    *,
+    base_model: str | None,
+    license_id: str | None,
+    reports: Sequence[Mapping[str, Any]],
+) -> str:
+    """The text of README.md.
+
+    Args:
+        manifest: the bundle's.
+        name: the repository's, owner/name.
+        base_model: the hub id of the checkpoint.
+        license_id: as the hub spells it.
+        reports: of `edgeskip bench` and `edgeskip check`.
+    """
+    head = {"base_model": base_model, "license": license_id, "library_name": "edgeskip"}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value is not None]
+    a, m = manifest.architecture, manifest
+    formats = sorted({tensor.format for tensor in m.tensors.values() if is_quantized([tensor.format])})
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else m.source
+    size = sum(record.bytes for record in m.files.values())
+    facts = {
+        "made from": origin + (" (synthetic: random weights, made to measure speed)" if m.synthetic else ""),
+        "exit layer": f"{m.exit_layer} of {a.num_layers}: layers[:{m.exit_layer}] draft, the others verify",
+        "drafts per round": f"up to {m.num_speculations}",
+        "computed in": m.dtype,
+        "weights": ", ".join([*formats, *([] if formats else [m.dtype])]),
+        "context": f"{m.max_length} tokens",
+        "size": f"{size / 1e6:.0f} MB",
+        "exported by": f"edgeskip {m.edgeskip_version}",
+    }
+    text = [
+        *("---", *lines, "tags:", "- layerskip", "- self-speculative-decoding", "- onnx", "---", ""),
+        *(f"# {name.partition('/')[2]}", ""),
+        "A bundle for edgeskip: a LayerSkip model split for self-speculative decoding with ONNX Runtime and TensorRT.",
+        *("", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""),
+        *("```sh", f'edgeskip generate {name} --prompt "The capital of France is"', "```", ""),
+    ]
+    return "\n".join([*text, *(line for report in reports for line in _figures(report))])
+
+
+def _figures(report: Mapping[str, Any]) -> list[str]:
+    """What a report has to say, as Markdown."""
+    if "rows" in report:
+        head = (
+            f"Measured by `{report.get('command', 'edgeskip bench')}` on {report.get('hardware', 'unknown hardware')}:"
+        )
+        rows = [
+            f"| {row['mode']} | {row['num_speculations']} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} |"
+            for row in report["rows"]
+        ]
+        return [head, "", "| decoding | drafts | tokens/s | speedup |", "|---|---:|---:|---:|", *rows, ""]
+    return []
