@@ -98,7 +98,7 @@ class Kernels:
 
     call_us: Microseconds = 13.1
     layer_us: Microseconds = 35.5
-    launch_us: Microseconds = 1.3
+    launch_us: Microseconds = 1.5
     several_us: Microseconds = 5.2
     row_us: Microseconds = 0.32
     copy_share: Part = 0.92

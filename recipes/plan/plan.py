@@ -84,8 +84,8 @@ ENGINE_BYTES, ENGINE_LAYER_BYTES = 6_000_000, 720_000
 """Kernels that engines hold: in all, and for each layer of a graph. TensorRT-RTX 1.7.1: 16.7 MB for the 16 layers of a
 1B, 28.1 MB for the 32 of an 8B; the parts of layers, which serve every layer, 3.3 MB for either."""
 
-LAYER_LAUNCHES = 6
-"""Kernels of a layer of few rows in the `layers` dialect: two for attention, four for linear layers and all else."""
+LAYER_LAUNCHES = 5
+"""Kernels of a layer of few rows in the `layers` dialect: one for attention, four for linear layers and all else."""
 
 BUILD_BYTES, BUILD_LAYER_BYTES = 230_000_000, 8_000_000
 """Host memory at the peak of a build: in all, and for each layer of the longest graph. TensorRT-RTX 1.7.1 took 258, 319
