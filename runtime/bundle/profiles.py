@@ -52,8 +52,8 @@ def engine_profiles(
     for name, graph in files_of(manifest.graphs, dialect).items():
         if only_prompts:
             if name in PARTS:
-                rows = (*(n for n in PROMPT_ROWS if n < chunk), max(chunk, most))
-                profiles[name] = tuple(EngineProfile(n, n, n) for n in rows)
+                lengths = (*(n for n in PROMPT_ROWS if n < chunk), max(chunk, most))
+                profiles[name] = tuple(EngineProfile(n, n, n) for n in lengths)
             continue
         many = name in verifies or name in PARTS
         if not dialect.padded:
