@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgeskip.runtime.decoding.chat import expect_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.files import write_file
@@ -36,6 +37,7 @@ class Chat:
     """
 
     def __init__(self, model: Model, *, system: str | None = None, messages: Sequence[Message] = (), **settings: Any):
+        expect_chats()
         self.model, self.system, self.settings = model, system, settings
         self.messages: list[Message] = [dict(message) for message in messages]
         self.generation: Generation | None = None

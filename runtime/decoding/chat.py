@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,7 @@ def render_chat(messages: Sequence[Any], bundle: Bundle) -> str:
         "documents": None,
         "add_generation_prompt": True,
     }
-    job = {
-        "path": _folders("jinja2", "markupsafe"),
-        "template": read_text(path, BundleError, most=_MOST_BYTES),
-        "variables": variables,
-    }
+    job = {"template": read_text(path, BundleError, most=_MOST_BYTES), "variables": variables}
     answer = _render(json.dumps(job).encode())
     if "text" not in answer:
         raise RequestError(path, f"the chat template {answer['failed']}", fix="give a plain text")
@@ -72,18 +71,75 @@ def _folders(*libraries: str) -> list[str]:
     return [str(Path(spec.origin).parent.parent) for spec in found if spec and spec.origin]
 
 
+def expect_chats() -> None:
+    """From now on, the process that renders the next chat is started ahead, which takes longer than most chats do: for
+    whoever has many to render.
+    """
+    global _ahead
+    if not _ahead:
+        _ahead = True
+        atexit.register(_dismiss)
+    _start_ahead()
+
+
+_ahead = False
+_SPARE: list[subprocess.Popen[bytes]] = []
+_LOCK = threading.Lock()
+
+
+def _start_ahead() -> None:
+    with _LOCK, suppress(OSError):
+        if not _SPARE:
+            _SPARE.append(_started())
+
+
+def _dismiss() -> None:
+    with _LOCK:
+        while _SPARE:
+            _end(_SPARE.pop())
+
+
+def _started() -> subprocess.Popen[bytes]:
+    """A process that waits for a job. A Ctrl-C on the terminal is not for it."""
+    script = str(Path(template.__file__).resolve())
+    return subprocess.Popen(
+        [sys.executable or "", "-I", "-S", script, *_folders("jinja2", "markupsafe")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with process:  # closes its pipes and waits
+        process.kill()
+
+
 def _render(job: bytes) -> dict[str, Any]:
     """Runs template.py, which knows its limits; they cannot be kept within a process that has other things to do."""
-    command = [sys.executable or "", "-I", "-S", str(Path(template.__file__).resolve())]
+    with _LOCK:
+        process = _SPARE.pop() if _SPARE else None
     try:
-        run = subprocess.run(command, input=job, capture_output=True, timeout=template.WALL_SECONDS, check=False)
+        if process is not None and process.poll() is not None:  # something has ended it
+            _end(process)
+            process = None
+        process = process or _started()
+        try:
+            out, err = process.communicate(job, timeout=template.WALL_SECONDS)
+        except BaseException:
+            _end(process)
+            raise
     except subprocess.TimeoutExpired:
         return {"failed": f"takes more than {template.WALL_SECONDS} s"}
     except OSError as error:
         return {"failed": f"cannot be run ({error})"}
-    if run.returncode < 0:  # the system has ended it
+    finally:
+        if _ahead:
+            _start_ahead()
+    if process.returncode < 0:  # the system has ended it
         return {"failed": f"takes more than {template.SECONDS} s"}
-    if run.returncode:
-        return {"failed": f"cannot be run ({run.stderr.decode(errors='replace')[-200:]})"}
-    answer: dict[str, Any] = json.loads(run.stdout)
+    if process.returncode:
+        return {"failed": f"cannot be run ({err.decode(errors='replace')[-200:]})"}
+    answer: dict[str, Any] = json.loads(out)
     return answer

@@ -1,9 +1,10 @@
-"""Renders one chat template, within limits of time and memory: `python -I -S template.py`, a job in, an answer out.
+"""Renders one chat template within limits of time and memory: `python -I -S template.py FOLDER...`, job in, answer out.
 
 A template is a program from somebody else. The sandbox keeps it from the machine, but not from taking all of the
-machine's time and memory, which only the system can. The job comes as JSON on stdin: `path` has the folders to import
-jinja2 from, `template` its text, `variables` what it sees. The answer is JSON on stdout, {"text": ...} or
-{"failed": ...}. This file imports nothing of edgeskip: it starts in a few milliseconds, and from no folder but its own.
+machine's time and memory, which only the system can. The folders are those to import jinja2 from. The job comes as JSON
+on stdin, when everything is imported: `template` has the text, `variables` what it sees. The answer is JSON on stdout,
+{"text": ...} or {"failed": ...}; without a job, there is none. This file imports nothing of edgeskip, and nothing from
+any other folder.
 """
 
 from __future__ import annotations
@@ -99,9 +100,12 @@ def _held() -> int:
 
 def main() -> None:
     """Does the job."""
-    job = json.load(sys.stdin)
-    sys.path += job["path"]
+    sys.path += sys.argv[1:]
     made = environment()
+    given = sys.stdin.read()
+    if not given:  # nobody has one
+        return
+    job = json.loads(given)
     limit()
     try:
         text = made.from_string(job["template"]).render(job["variables"])

@@ -11,6 +11,7 @@ from types import FrameType
 
 import uvicorn
 
+from edgeskip.runtime.decoding.chat import expect_chats
 from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.serving.app import Served, make_app
 
@@ -45,6 +46,7 @@ def url_of(listening: socket.socket) -> str:
 
 def serve(served: Served, listening: socket.socket, grace_seconds: int, ready: Callable[[], None]) -> None:
     """Serves until SIGINT or SIGTERM: then what is being decoded may go on for so long, and what waits is refused."""
+    expect_chats()
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it reports cancelled requests as errors
     config = uvicorn.Config(
         make_app(served),

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import resource
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -169,3 +171,24 @@ def test_nothing_runs_from_the_current_folder(chat, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.curdir)
     assert chat("{{ messages | tojson }}") == json.dumps(USER, ensure_ascii=False)
     assert not (tmp_path / "ran").exists()
+
+
+def test_processes_that_were_started_ahead_render_alike_and_end_with_the_program():
+    """Also after one of them was killed."""
+    code = (
+        "import os, signal, json\n"
+        "from edgeskip.runtime.decoding import chat\n"
+        "def render(n): return chat._render(json.dumps({'template': '{{ n }}', 'variables': {'n': n}}).encode())\n"
+        "first = render(0)\n"
+        "chat.expect_chats()\n"
+        "told = [first, *(render(n) for n in (1, 2))]\n"
+        "os.kill(chat._SPARE[0].pid, signal.SIGKILL); chat._SPARE[0].wait()\n"
+        "told += [render(3), render(4)]\n"
+        "print(json.dumps([told, chat._SPARE[0].pid]))\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+    told, spare = json.loads(run.stdout)
+    assert told == [{"text": str(n)} for n in range(5)]
+    with pytest.raises(ProcessLookupError):
+        os.kill(spare, 0)
