@@ -76,20 +76,22 @@ def read_lines() -> str | None:
 
 def converse(chat: Chat, read: Read, out: Console, notes: Console) -> None:
     """Talks until the input ends; answers go to `out`, all else to `notes`."""
-    while (said := read()) is not None:
-        try:
-            if said.startswith("/"):
-                if _command(chat, said.strip(), notes) == "end":
-                    return
-            elif said.strip():
-                _answer(chat, said, out, notes)
-        except EdgeskipError as error:
-            notes.print(shown(error), style="bold")
+    with _interrupts() as seen:
+        while (said := read()) is not None:
+            seen.clear()
+            try:
+                if said.startswith("/"):
+                    if _command(chat, said.strip(), notes) == "end":
+                        return
+                elif said.strip():
+                    _answer(chat, said, out, notes, lambda: bool(seen))
+            except EdgeskipError as error:
+                notes.print(shown(error), style="bold")
+            seen.clear()
 
 
-def _answer(chat: Chat, said: str, out: Console, notes: Console) -> None:
-    with _noticed() as stopped:
-        print_pieces(_until(stopped, chat.send(said), lambda: _say_dropped(chat, notes)), out)
+def _answer(chat: Chat, said: str, out: Console, notes: Console, stopped: Callable[[], bool]) -> None:
+    print_pieces(_until(stopped, chat.send(said), lambda: _say_dropped(chat, notes)), out)
     if stopped():
         notes.print("stopped", style="dim")
     elif chat.generation and chat.generation.stop_reason == "capacity":
@@ -116,18 +118,20 @@ def _say_dropped(chat: Chat, notes: Console) -> None:
 
 
 @contextmanager
-def _noticed() -> Iterator[Callable[[], bool]]:
-    """Notices Ctrl-C meanwhile, which then ends an answer between two tokens; a second one interrupts at once."""
+def _interrupts() -> Iterator[list[int]]:
+    """Notes each Ctrl-C meanwhile: the first ends an answer between two tokens, and nothing else; a second one before
+    the next message interrupts at once.
+    """
     seen: list[int] = []
 
-    def notice(number: int, _: Any) -> None:
+    def note(number: int, _: Any) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = signal.signal(signal.SIGINT, notice)
+    before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: bool(seen)
+        yield seen
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -122,10 +122,15 @@ def test_on_a_terminal_drafts_are_green_and_an_answer_can_be_stopped(folder, tmp
         user, assistant = json.loads((tmp_path / "talk.json").read_text())["messages"]
         assert user == {"role": "user", "content": "tell\nme"}
         assert 0 < len(assistant["content"]) < 1000
+        terminal.until(READY)
         terminal.type("again\x03")  # a line that is given up
+        terminal.until(READY)
+        os.kill(terminal.pid, signal.SIGINT)  # there is no answer to stop
+        terminal.until(READY)
         terminal.type("/bye\r")
         assert terminal.end() == 0
     except BaseException:
-        os.kill(terminal.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(terminal.pid, signal.SIGKILL)
         raise
     assert "Traceback" not in text
