@@ -29,6 +29,9 @@ EXACT = Threshold(1e-9, 1e-6, 1e-9, 1e-6)
 BOUNDS: dict[int, Threshold] = {8: Threshold(3e-3, 2e-3, 1e-2, 0.02), 4: Threshold(0.05, 0.03, 0.25, 0.25)}
 """For blocks, by bits of a number; docs/DESIGN.md has what was measured."""
 
+FITTED = Threshold(0.1, 0.1, 0.25, 0.25)
+"""For blocks of GPTQ, which fits matrices to inputs that others before them have changed."""
+
 _SMALLEST_SCALE = 2.0**-20
 """Blocks below it are as good as zero: in fp16, their scales keep few digits or none."""
 
@@ -52,12 +55,14 @@ class StoredReport:
 
 def compare_weights(bundle: Bundle, original: Golden) -> Iterator[StoredReport]:
     """Compares every tensor that comes from the checkpoint, whose model is `original`."""
-    arrays = stored_arrays(bundle)
+    arrays, quantization = stored_arrays(bundle), bundle.manifest.quantization
+    fitted = quantization is not None and quantization.method == "gptq"
     for record in bundle.manifest.tensors.values():
         if record.sources:
             bits = FORMATS[record.format].bits
+            bound = EXACT if not bits else FITTED if fitted else BOUNDS[bits]
             errors = _errors(StoredTensor(bundle, record, arrays), record, original, bundle.manifest.dtype)
-            yield StoredReport(record.name, record.format, errors, errors.within(BOUNDS[bits] if bits else EXACT))
+            yield StoredReport(record.name, record.format, errors, errors.within(bound))
 
 
 def _errors(stored: StoredTensor, record: TensorRecord, original: Golden, dtype: str) -> Errors:
