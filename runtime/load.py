@@ -36,7 +36,7 @@ def load(
         progress: called while the files are checked.
 
     Raises:
-        RequestError: the bundle has no such exit.
+        RequestError: the bundle has no such exit, or there is no such backend or device.
         BundleError: the bundle is damaged, foreign or not there.
         BackendError: no backend can run it here.
     """

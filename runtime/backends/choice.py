@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal, get_args
 
-from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError
+from edgeskip.runtime.errors import BackendError, BundleError, EdgeskipError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,7 @@ def open_session(
         progress: called while engines are checked.
 
     Raises:
+        RequestError: there is no such backend or device.
         BundleError: there are no engines for the backend, or they do not fit this machine.
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
@@ -51,6 +52,9 @@ def open_session(
     from edgeskip.runtime.bundle.store import find_engines, not_loaded
     from edgeskip.runtime.bundle.weights import stored_arrays
 
+    for place, asked, choices in (("backend", backend, BACKENDS), ("device", device, DEVICES)):
+        if asked not in choices:
+            raise RequestError(place, f"{asked!r:.60}", wanted=f"one of {', '.join(choices)}")
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
     why: list[str] = []

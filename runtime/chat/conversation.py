@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeskip.runtime.decoding.chat import expect_chats
+from edgeskip.runtime.decoding.chat import check_takes_chats, expect_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.files import write_file
@@ -34,9 +34,13 @@ class Chat:
         system: the system prompt, which stays at the beginning.
         messages: what was said before.
         settings: how to answer, as for `Model.generate`.
+
+    Raises:
+        RequestError: the model has no chat template.
     """
 
     def __init__(self, model: Model, *, system: str | None = None, messages: Sequence[Message] = (), **settings: Any):
+        check_takes_chats(model.bundle)
         expect_chats()
         self.model, self.system, self.settings = model, system, settings
         self.messages: list[Message] = [dict(message) for message in messages]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -137,8 +138,8 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _command(chat: Chat, line: str, notes: Console) -> str:
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
+    name, *rests = line.split(maxsplit=1)
+    rest = "".join(rests)
     if name in ("/bye", "/exit", "/quit"):
         return "end"
     if name == "/help":
@@ -155,10 +156,11 @@ def _command(chat: Chat, line: str, notes: Console) -> str:
     elif name in ("/save", "/load"):
         if not rest:
             raise RequestError(name, "no file", wanted=f"{name} FILE")
+        file = os.path.expanduser(rest)  # noqa: PTH111 - pathlib's raises where nobody has that name
         if name == "/load":
-            chat.load(rest)
+            chat.load(file)
         else:
-            _save(chat, rest)
+            _save(chat, file)
         notes.print(f"{len(chat.messages)} messages", style="dim")
     else:
         raise RequestError(name, "no such command", wanted=", ".join(usage.split()[0] for usage in HELP))

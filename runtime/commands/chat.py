@@ -17,14 +17,17 @@ from edgeskip.runtime.commands.options import (
     threads_option,
     threshold_option,
 )
+from edgeskip.runtime.sampling import GREEDY
 
 
 @click.command()
 @bundle_argument
 @click.option("--system", help="The system prompt.")
-@click.option("--num-speculations", "-k", type=int, help="Drafts per round.  [default: the bundle's]")
+@click.option("--num-speculations", "-k", type=click.IntRange(1), help="Drafts per round.  [default: the bundle's]")
 @threshold_option
-@click.option("--max-new-tokens", "-n", type=int, help="The most tokens of an answer.  [default: what has room]")
+@click.option(
+    "--max-new-tokens", "-n", type=click.IntRange(1), help="The most tokens of an answer.  [default: what has room]"
+)
 @sampling_options
 @backend_option
 @device_option
@@ -44,6 +47,7 @@ def chat(
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         require("chat")
+    GREEDY.changed(**sampling)  # what cannot be is said before a model is loaded
     from edgeskip.runtime.chat.conversation import Chat
     from edgeskip.runtime.chat.repl import converse, read_lines, read_terminal
     from edgeskip.runtime.load import load
@@ -59,8 +63,7 @@ def chat(
             "max_new_tokens": max_new_tokens,
             **sampling,
         }
+        conversation = Chat(model, system=system, **settings)
         if is_terminal:
             print_model(model, notes)
-        converse(
-            Chat(model, system=system, **settings), read_terminal() if is_terminal else read_lines, console(), notes
-        )
+        converse(conversation, read_terminal() if is_terminal else read_lines, console(), notes)

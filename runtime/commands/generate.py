@@ -61,6 +61,8 @@ def generate(
     """Continue a prompt. On a terminal, text that the early layers drafted is green."""
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    if logprobs is not None and json_path is None:
+        raise click.UsageError("--logprobs needs --json, where they are written")
     check_writable(json_path)
     GREEDY.changed(**sampling)  # what cannot be is said before a model is loaded
     text = prompt if prompt is not None else _read_text(prompt_file)

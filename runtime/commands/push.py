@@ -8,6 +8,7 @@ import click
 
 from edgeskip.runtime.commands.options import bundle_argument, require, say
 from edgeskip.runtime.errors import BundleError, RequestError
+from edgeskip.runtime.hub.access import is_hub_id
 from edgeskip.runtime.reading import read_json
 
 
@@ -30,6 +31,8 @@ def push(
     bundle: Path, name: str, private: bool, base_model: str | None, license_id: str | None, reports: tuple[Path, ...]
 ) -> None:
     """Upload a BUNDLE to the hub as OWNER/NAME, with a page that says what it is."""
+    if not is_hub_id(name):
+        raise RequestError(name, "not a valid hub id", wanted="owner/name")
     require("push")
     from edgeskip.runtime.bundle.manifest import read_bundle, verify_hashes
     from edgeskip.runtime.hub.access import upload_bundle

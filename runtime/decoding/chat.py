@@ -29,30 +29,38 @@ def render_chat(messages: Sequence[Any], bundle: Bundle) -> str:
     Raises:
         RequestError: no template, a malformed message, or a template that refuses, fails or takes too much.
     """
-    path = bundle.path(CHAT_TEMPLATE)
-    if path.name not in bundle.manifest.files:
-        raise RequestError(path, "no chat template, so this model takes no chat", fix="give a plain text")
+    check_takes_chats(bundle)
     variables = dict(bundle.manifest.special_tokens) | {
         "messages": [_message(number, message) for number, message in enumerate(messages, 1)],
         "tools": None,
         "documents": None,
         "add_generation_prompt": True,
     }
-    job = {"template": read_text(path, BundleError, most=_MOST_BYTES), "variables": variables}
+    job = {"template": read_text(bundle.path(CHAT_TEMPLATE), BundleError, most=_MOST_BYTES), "variables": variables}
     answer = _render(json.dumps(job).encode())
     if "text" not in answer:
-        raise RequestError(path, f"the chat template {answer['failed']}", fix="give a plain text")
+        raise RequestError("messages", f"the chat template {answer['failed']}", fix="give a plain text")
     return str(answer["text"])
+
+
+def check_takes_chats(bundle: Bundle) -> None:
+    """Looks for a chat template.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if CHAT_TEMPLATE not in bundle.manifest.files:
+        raise RequestError("messages", "the bundle has no chat template, so it takes no chat", fix="give a plain text")
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
     """A message as templates expect it: keys without a value left out, and the reasoning under its usual names."""
     place = f"message {number}"
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
-        raise RequestError(place, f"a {type(message).__name__}", wanted="a mapping with `role` and `content`")
+        raise RequestError(place, f"{message!r:.60}", wanted="a mapping with `role` and `content`")
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
-            found = f"its {key} is a {type(message[key]).__name__}" if key in message else f"has no {key}"
+            found = f"its {key} is {message[key]!r:.60}" if key in message else f"has no {key}"
             raise RequestError(place, found, wanted=f"a text as its {key}")
     made = {key: value for key, value in message.items() if value is not None}
     try:

@@ -147,7 +147,7 @@ class Model:
                 generation; 0 gives that of the token alone, None nothing.
             sampling: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
                 `frequency_penalty`, which `edgeskip.Sampling` describes. What is not given is the bundle's own,
-                `model.sampling`. The same seed gives the same text in every mode.
+                `model.sampling`. The same seed gives the same text, drafts or not.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
@@ -166,7 +166,7 @@ class Model:
         stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         for text in stops:
             if not isinstance(text, str) or not text:
-                found = "an empty text" if text == "" else f"a {type(text).__name__}"
+                found = "an empty text" if text == "" else f"{text!r:.60}"
                 raise RequestError("stop", found, wanted="at least one character")
         if logprobs is not None:
             _check_logprobs(logprobs)

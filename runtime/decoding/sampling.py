@@ -7,7 +7,7 @@ depends neither on the exit layer nor on the speculation length.
 Draws keep to the same rule. The token at a position is the one with the largest logit / temperature + g, where g is
 Gumbel noise that depends on the seed, the position and the token alone. That draws from the softmax (Gumbel-max), and
 as draft and target have the same noise, a draft is right wherever both find the same token (Daliri, Musco, Suresh
-2024). So the same seed gives the same text in every mode.
+2024). So the same seed gives the same text, drafts or not.
 
 Every backend computes the same bits. The noise comes from a counter-based generator (Salmon et al. 2011), and what
 follows is built from additions, products, divisions and shifts that IEEE 754 or integers define exactly, each rounded

@@ -43,7 +43,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle, most: in
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt, manifest.max_length, add_special_tokens=True, most=most) if prompt else []
     elif isinstance(prompt, (bytes, Mapping)) or not hasattr(prompt, "__getitem__"):
-        raise RequestError("prompt", f"a {type(prompt).__name__}", wanted="a text, token ids or a list of messages")
+        raise RequestError(
+            "prompt", f"of type {type(prompt).__name__}", wanted="a text, token ids or a list of messages"
+        )
     elif len(prompt) and isinstance(prompt[0], Mapping):
         text = render_chat(prompt, bundle)
         ids = encode(tokenizer, text, manifest.max_length, add_special_tokens=False, most=most)

@@ -19,10 +19,15 @@ from edgeskip.runtime.reading import kind_of, read_json
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it has the shape owner/name."""
+    return bool(_ID.fullmatch(name))
+
+
 def names_a_repository(name: str) -> bool:
     """Whether this can only be a hub id: owner/name, where there is no folder `owner` that it could be in."""
     path = Path(name)
-    return bool(_ID.fullmatch(name)) and not path.exists() and not path.parent.exists()
+    return is_hub_id(name) and not path.exists() and not path.parent.exists()
 
 
 def require_hub() -> None:

@@ -122,8 +122,10 @@ def check_name(asked: str, name: str) -> None:
 
 def _check_client(request: Request, served: Served) -> None:
     if served.api_key is not None:
-        shown = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(shown, f"Bearer {served.api_key}".encode()):
+        kind, _, shown = request.headers.get("authorization", "").partition(" ")
+        # the bytes as they came
+        right = hmac.compare_digest(shown.encode("latin-1"), served.api_key.encode(errors="surrogateescape"))
+        if kind.lower() != "bearer" or not right:
             raise HTTPException(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`")
     elif served.loopback and request.url.hostname not in LOOPBACK:
         wanted = f"{', '.join(LOOPBACK)}, or an API key"
@@ -202,9 +204,7 @@ class _Answering(Response):
         ids = await self._served.worker.prepare(lambda: model.encode(asked.prompt))
         capacity = model.bundle.manifest.max_length
         if len(ids) > capacity:
-            raise _ContextFullError(
-                "prompt", f"{len(ids)} tokens", wanted=f"at most {capacity}", fix="shorten the messages"
-            )
+            raise _ContextFullError("prompt", f"{len(ids)} tokens", wanted=f"at most {capacity}", fix="shorten it")
         return model.generate(ids, **asked.settings)
 
     async def _whole(self, generation: Iterator[Piece]) -> Generation:

@@ -66,6 +66,8 @@ def read_request(data: Any, *, is_chat: bool) -> Asked:
             raise RequestError(name, f"{value!r:.60} is not served here", fix="leave it out")
     if given.get("n", 1) != 1:
         raise RequestError("n", f"{given['n']!r:.60}", wanted="1, as one text is decoded at a time")
+    if "model" not in given:
+        raise RequestError("model", "missing", wanted="the name of the model")
     options = _value(given, "stream_options", _table, {})
     settings = {name: given[name] for name in _SAMPLING if name in given}
     if type(settings.get("seed")) is int:
@@ -102,10 +104,12 @@ def _messages(messages: Any) -> list[Any]:
     if not isinstance(messages, list) or not messages:
         found = "missing" if messages is None else f"{messages!r:.60}"
         raise RequestError("messages", found, wanted="a list of at least one message")
-    return [_message(message) if isinstance(message, dict) else message for message in messages]
+    return [_message(number, message) for number, message in enumerate(messages, 1)]
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
+def _message(number: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):  # a list of numbers would be a prompt
+        raise RequestError(f"message {number}", f"{message!r:.60}", wanted="an object with `role` and `content`")
     content = message.get("content")
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
@@ -127,7 +131,7 @@ def _prompt(prompt: Any) -> Any:
 
 
 def _value(given: Mapping[str, Any], name: str, reads: Callable[[Any], Any], otherwise: Any) -> Any:
-    if name not in given:
+    if given.get(name) is None:
         return otherwise
     try:
         return reads(given[name])

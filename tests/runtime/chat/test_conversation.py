@@ -52,7 +52,7 @@ def test_what_cannot_be_sent_is_not_part_of_the_conversation(model):
     chat = edgeskip.Chat(model, max_new_tokens=4)
     chat.ask("a")
     before = list(chat.messages)
-    with pytest.raises(RequestError, match="its content is a NoneType"):
+    with pytest.raises(RequestError, match="its content is None"):
         chat.ask(None)
     with pytest.raises(RequestError, match=f"wanted at most {CAPACITY}"):
         chat.ask("x" * CAPACITY)

@@ -73,6 +73,12 @@ def test_what_goes_wrong_with_a_message_or_a_file_ends_nothing(folder, tmp_path)
     assert "Traceback" not in run.stderr
 
 
+def test_what_no_conversation_can_be_had_with_is_refused_at_once(folder, bundles):
+    for run in (answers(bundles("llama-gqa").folder, "Hi"), answers(folder, "Hi", "--temperature", "-1")):
+        assert run.returncode == 5
+        assert len(run.stderr.splitlines()) == 1
+
+
 class Terminal:
     """`edgeskip chat` on a terminal of its own."""
 

@@ -98,18 +98,24 @@ def test_the_time_of_day_is_the_local_one(chat, monkeypatch):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (["hi"], "message 1: a str; wanted a mapping with `role` and `content`"),
-        ([*USER, None], "message 2: a NoneType"),
+        (["hi"], "message 1: 'hi'; wanted a mapping with `role` and `content`"),
+        ([*USER, None], "message 2: None; wanted"),
         ([{"content": "a"}], "message 1: has no role; wanted a text as its role"),
         ([{"role": "user"}], "message 1: has no content"),
         (
             [*USER, {"role": "user", "content": None}],
-            "message 2: its content is a NoneType; wanted a text as its content",
+            "message 2: its content is None; wanted a text as its content",
         ),
-        ([{"role": "user", "content": 5}], "message 1: its content is a int"),
-        ([{"role": ["user"], "content": "a"}], "message 1: its role is a list"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "message 1: its content is a list"),
-        ([{"role": "user", "content": "a", 1: "b"}], "message 1: a dict; wanted a mapping"),
+        ([{"role": "user", "content": 5}], "message 1: its content is 5"),
+        ([{"role": ["user"], "content": "a"}], "message 1: its role is \\['user'\\]"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "message 1: its content is \\[{'type': 'text'",
+        ),
+        (
+            [{"role": "user", "content": "a", 1: "b"}],
+            "message 1: {'role': 'user', 'content': 'a', 1: 'b'}; wanted a mapping",
+        ),
         ([{"role": "user", "content": "a", "tools": {1, 2}}], "message 1: not plain data"),
     ],
 )

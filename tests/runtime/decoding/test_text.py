@@ -143,7 +143,7 @@ def test_generation_ends_at_a_stop_string(bundles):
         ([-1], {}, "token id -1"),
         ([True], {}, "token id True"),
         ([1.5], {}, "token id 1.5"),
-        (b"abc", {}, "prompt: a bytes"),
+        (b"abc", {}, "prompt: of type bytes"),
         ("\ud800", {}, "not valid Unicode"),
         ("a", {"max_new_tokens": 2.5}, "max new tokens: 2.5"),
         ("a", {"num_speculations": 2.5}, "num speculations: 2.5"),
@@ -155,10 +155,10 @@ def test_generation_ends_at_a_stop_string(bundles):
         ("a", {"max_new_tokens": "3"}, "max new tokens: '3'; wanted"),
         ("a", {"confidence_threshold": "x"}, "confidence threshold: 'x'; wanted 0 to 1"),
         ("a", {"stop": [""]}, "stop: an empty text"),
-        ("a", {"stop": 5}, "stop: a int"),
-        ("a", {"stop": ["a", 5]}, "stop: a int; wanted at least one character"),
+        ("a", {"stop": 5}, "stop: 5"),
+        ("a", {"stop": ["a", 5]}, "stop: 5; wanted at least one character"),
         ([{"role": "user", "content": "hi"}], {}, "no chat template"),
-        (None, {}, "prompt: a NoneType; wanted a text, token ids or a list of messages"),
+        (None, {}, "prompt: of type NoneType; wanted a text, token ids or a list of messages"),
         ("x" * 20_000_000, {}, "prompt: 20000000 characters; wanted at most 65536"),
     ],
 )
@@ -269,3 +269,9 @@ def test_an_eos_is_no_text_whether_special_or_not(special, checkpoints, tmp_path
     with edgeskip.load(bundle.folder) as loaded:
         made = loaded.complete("really?", max_new_tokens=12)
     assert (made.token_ids, made.text, made.stop_reason) == (tuple(said[1:]), "yes", "eos")
+
+
+@pytest.mark.parametrize("place", ["backend", "device"])
+def test_a_backend_or_device_that_nobody_knows_is_refused(place, bundles):
+    with pytest.raises(RequestError, match=f"{place}: 'tpu'; wanted one of auto, "):
+        edgeskip.load(bundles("llama-gqa").folder, **{place: "tpu"})

@@ -149,6 +149,7 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(hub, bundles):
         assert_one_line(run("inspect", name), 4, text)
     assert_one_line(run("inspect", "me/other", endpoint="http://127.0.0.1:9"), 4, "the hub was not reached")
     assert_one_line(run("push", bundles("llama-gqa").folder, "me/x", token="hf_wrong"), 4, "you are not logged in")
+    assert_one_line(run("push", bundles("llama-gqa").folder, "me"), 5, "not a valid hub id; wanted owner/name")
 
 
 def test_only_what_can_be_no_path_is_looked_for_on_the_hub(tmp_path, monkeypatch):

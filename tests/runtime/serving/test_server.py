@@ -171,6 +171,7 @@ BAD = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"stream": "yes"}, "stream"),
     ({"messages": []}, "messages"),
+    ({"messages": [5, 6]}, "message_1"),
     ({"messages": [{"role": "user"}]}, "message_1"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
@@ -195,6 +196,7 @@ def test_what_is_no_request_at_all_is_refused_in_the_same_shape(server):
         (httpx.post(url, content="{", headers=head), 400),
         (httpx.post(url, content="[" * 10_000, headers=head), 400),
         (httpx.post(url, content="[]", headers=head), 400),
+        (httpx.post(url, json={"messages": say("a")}), 400),
         (httpx.post(url, content="{}"), 415),  # as a page from elsewhere could without asking
         (httpx.post(url, json={}, headers={"Host": "evil.example"}), 403),
         (httpx.post(url, content=b" " * (1 << 23) + b"{}", headers=head), 413),
@@ -256,6 +258,7 @@ def test_a_full_queue_a_key_and_a_clean_stop(chat_bundles):
     with serving(chat_bundles(CAPACITY), "--queue", 1, EDGESKIP_API_KEY="secret") as (process, url):
         with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
             client_of(url, "guess").models.list()
+        assert httpx.get(f"{url}/models", headers={"Authorization": "bearer secret"}).status_code == 200
         client = client_of(url, "secret")
         long = {"model": NAME, "messages": say("tell me"), "max_tokens": 1000}
         running = client.chat.completions.create(**long, stream=True)
