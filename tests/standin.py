@@ -8,6 +8,7 @@ records what it is given, addresses and all, to be run again later.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -403,7 +404,8 @@ class _Engine:
 
     def __del__(self):
         for session, binding in self.last.values():  # what unsynchronized runs hold goes back with one that is; see
-            session.run_with_iobinding(binding)  # OrtCudaSession._release
+            with contextlib.suppress(Exception):  # on a GPU, memory that is bound may be gone
+                session.run_with_iobinding(binding)  # OrtCudaSession._release
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]

@@ -52,8 +52,10 @@ _SCALES: dict[DType, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 
-_CHUNK = 1 << 16
-"""Numbers at a time, whose arrays fit a core's cache."""
+_CHUNK, _THREADS = 1 << 18, 8
+"""Numbers at a time, and the most threads: with smaller chunks or more threads, they wait for the interpreter's lock
+more than they compute. On 16 cores, 68 million numbers a second; with 2^16 and 16 threads, 20.
+"""
 
 
 def encoded_rows(format_: str, rows: Array, dtype: DType, input_sizes: Array | None = None) -> Sequence[Array]:
@@ -80,7 +82,7 @@ def encoded_rows(format_: str, rows: Array, dtype: DType, input_sizes: Array | N
         whole: npt.NDArray[np.int8] = numbers.T.reshape(chunk.shape).astype(np.int8)
         return (packed(whole) if bits == 4 else whole), scales.reshape(len(chunk), -1)
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), _THREADS)) as pool:
         found = list(pool.map(searched, chunks))
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 

@@ -21,9 +21,6 @@ EXACT_ROWS = (8, 24)
 On an H100 a product of 8 rows takes as long as one of a single row, and one of 4 rows a fifth more.
 """
 
-PROMPT_ROWS = (64, 128, 256, 384)
-"""Rows of a chunk of a prompt that there are kernels for, besides the whole chunk's, where engines do nothing else."""
-
 
 @dataclass(frozen=True)
 class EngineProfile:
@@ -52,8 +49,7 @@ def engine_profiles(
     for name, graph in files_of(manifest.graphs, dialect).items():
         if only_prompts:
             if name in PARTS:
-                lengths = (*(n for n in PROMPT_ROWS if n < chunk), max(chunk, most))
-                profiles[name] = tuple(EngineProfile(n, n, n) for n in lengths)
+                profiles[name] = (EngineProfile(1, chunk, max(chunk, most)),)
             continue
         many = name in verifies or name in PARTS
         if not dialect.padded:
