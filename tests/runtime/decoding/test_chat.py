@@ -16,6 +16,7 @@ import transformers
 from tests.conftest import make_tokenizer
 
 from edgeskip.runtime.bundle.manifest import Bundle, FileRecord
+from edgeskip.runtime.decoding import chat as chat_module
 from edgeskip.runtime.decoding import template as template_module
 from edgeskip.runtime.decoding.chat import render_chat
 from edgeskip.runtime.errors import BundleError, RequestError
@@ -56,8 +57,10 @@ TEMPLATES = {
 
 
 @pytest.fixture
-def chat(bundles, tmp_path):
-    """Renders a chat by a template, in a bundle that has it."""
+def chat(bundles, tmp_path, monkeypatch):
+    """Renders a chat by a template, in a bundle that has it, in a process that sees the test's surroundings."""
+    monkeypatch.setattr(chat_module, "_ahead", False)
+    chat_module._dismiss()
 
     def render(template, messages=USER, **special_tokens):
         (tmp_path / "chat_template.jinja").write_bytes(template.encode())
