@@ -19,6 +19,7 @@ PACKAGES = (
     *("tokenizers", "jinja2", "rich", "click"),
     *("onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"),
     *("polygraphy", "accelerate", "matplotlib", "prompt_toolkit", "starlette", "uvicorn", "prometheus_client"),
+    "llguidance",
 )
 
 LEAST_VERSIONS: dict[str, tuple[int, ...]] = {
@@ -60,6 +61,7 @@ NEEDS = {
     "bench --html": Need("plots", ("matplotlib",)),
     "bench --compare": Need("train,export", ("torch", "transformers", *_EXPORT)),
     "chat": Need("chat", ("prompt_toolkit",)),
+    "generate --json-schema": Need("grammar", ("llguidance",)),
     "serve": Need("serve", ("starlette", "uvicorn", "prometheus_client")),
     "tune": Need("export", _EXPORT),
     "tune --html": Need("plots", ("matplotlib",)),

@@ -220,6 +220,15 @@ def test_the_confidence_threshold_changes_no_token(threshold, bundle):
     assert succeed("generate", bundle, "-p", "a", "--confidence-threshold", threshold, "-n", 30).stdout == plain
 
 
+def test_a_text_keeps_to_a_schema_or_a_regular_expression(bundles, tmp_path):
+    bundle, schema = bundles("llama-gqa").folder, tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": ["one", {"two": 2}]}))
+    assert json.loads(succeed("generate", bundle, "-p", "a", "--json-schema", schema).stdout) in ("one", {"two": 2})
+    date = succeed("generate", bundle, "-p", "a", "--regex", "[0-9]{4}-[0-9]{2}").stdout.strip()
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", date)
+    assert run("generate", bundle, "-p", "a", "--regex", "a", "--json-schema", schema).exit_code == 2
+
+
 def test_stop_strings_end_the_text(bundle):
     whole = succeed("generate", bundle, "-p", "a", "-n", 30).stdout
     late, early = whole[12:14], whole[6:8]

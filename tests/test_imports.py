@@ -17,6 +17,7 @@ RUNTIME_LIBRARIES = {"click", "numpy", "tokenizers", "jinja2", "rich"}  # the ba
 PLOTS = {"matplotlib"}
 HUB = {"huggingface_hub"}
 SERVING = {"prompt_toolkit", "starlette", "uvicorn", "prometheus_client"}
+GRAMMARS = {"llguidance"}
 BACKENDS = {"onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
 EXPORT_LIBRARIES = {"onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "huggingface_hub"}
 TRAINING_LIBRARIES = {"torch", "transformers", "accelerate"}
@@ -78,7 +79,7 @@ def test_the_runtime_imports_neither_exporter_nor_recipes():
 
 
 def test_the_runtime_needs_the_base_install_and_a_backend_only():
-    allowed = RUNTIME_LIBRARIES | BACKENDS | PLOTS | SERVING | HUB | sys.stdlib_module_names | {"edgeskip"}
+    allowed = RUNTIME_LIBRARIES | BACKENDS | PLOTS | SERVING | GRAMMARS | HUB | sys.stdlib_module_names | {"edgeskip"}
     tops = {(file, name.partition(".")[0]) for file, names in sources("runtime").items() for name in names}
     assert {(file, top) for file, top in tops if top not in allowed} == set()
 
@@ -97,14 +98,15 @@ def test_training_imports_of_the_exporter_only_how_a_checkpoint_s_tokenizer_is_r
 
 FLOORS = {  # each folder of runtime, and those that it may import; modules beside the folders are open to all
     "bundle": set(),
-    "decoding": {"bundle"},
-    "backends": {"bundle", "decoding"},
+    "grammar": set(),
+    "decoding": {"bundle", "grammar"},
+    "backends": {"bundle", "grammar", "decoding"},
     "hub": {"bundle"},
-    "chat": {"bundle", "decoding"},
-    "serving": {"bundle", "decoding"},
-    "bench": {"bundle", "decoding"},
+    "chat": {"bundle", "grammar", "decoding"},
+    "serving": {"bundle", "grammar", "decoding"},
+    "bench": {"bundle", "grammar", "decoding"},
     "doctor": {"bundle", "backends"},
-    "commands": {"bundle", "decoding", "backends", "hub", "chat", "serving", "bench", "doctor"},
+    "commands": {"bundle", "grammar", "decoding", "backends", "hub", "chat", "serving", "bench", "doctor"},
 }
 
 
@@ -115,7 +117,7 @@ def test_the_folders_of_runtime_form_no_circle(folder):
     if folder != "commands":
         forbidden += (
             ["edgeskip.runtime.load", "edgeskip.runtime.terminal"]
-            if folder in ("bundle", "decoding", "backends")
+            if folder in ("bundle", "grammar", "decoding", "backends")
             else []
         )
     assert breaches(f"runtime/{folder}", forbidden) == []

@@ -22,6 +22,7 @@ from edgeskip.runtime.decoding.rounds import Call, Round, View, verification_rou
 from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
+from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.host import cpu_name, usable_cores
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
@@ -42,7 +43,7 @@ class OrtCpuSession(MeasuredSession):
     """
 
     device = "cpu"
-    takes_penalties = True
+    picks_on_host = True
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "cpu") -> None:
@@ -181,9 +182,9 @@ class OrtCpuSession(MeasuredSession):
     def _rows(self, view: View) -> npt.NDArray[Any]:
         return self._buffers[view.buffer][view.start : view.start + view.rows]
 
-    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
         """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones."""
-        self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"])
+        self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"], mask)
 
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""

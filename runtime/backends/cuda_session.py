@@ -37,6 +37,7 @@ from edgeskip.runtime.decoding.session import (
     RowInputs,
     softmax_of,
 )
+from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import Sampling
 
 _IDS = ("draft_token_ids", "target_token_ids")
@@ -165,7 +166,7 @@ class CudaSession(MeasuredSession):
         """Device time of all rounds so far: the host cannot see what runs within one."""
         return {"device": self._device_ns}
 
-    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
         """Picks tokens of sampled rounds like this from now on; they read it on the device, so none is bound anew."""
         self._drawing()
         self._device.stream.sync()  # a round that nobody waited for may still be reading

@@ -14,6 +14,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     report_option,
+    require,
     sampling_options,
     threads_option,
     threshold_option,
@@ -21,7 +22,8 @@ from edgeskip.runtime.commands.options import (
 from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_report
 from edgeskip.runtime.decoding.rounds import MODES
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.reading import decode_text, read_stream
+from edgeskip.runtime.grammar.grammar import Grammar
+from edgeskip.runtime.reading import decode_text, read_json, read_stream
 from edgeskip.runtime.sampling import GREEDY
 
 
@@ -36,6 +38,8 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @sampling_options
+@click.option("--json-schema", type=click.Path(path_type=Path), help="Make it JSON that fits the schema in this file.")
+@click.option("--regex", help="Make it a text that this regular expression matches as a whole.")
 @click.option("--logprobs", type=int, help="Add log-probabilities to --json: each token's, and this many others'.")
 @report_option("json", "Write text, tokens and statistics to FILE as a JSON object; without FILE, to stdout.")
 @backend_option
@@ -51,6 +55,8 @@ def generate(
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
+    json_schema: Path | None,
+    regex: str | None,
     logprobs: int | None,
     json_path: Path | None,
     backend: Any,
@@ -65,6 +71,7 @@ def generate(
         raise click.UsageError("--logprobs needs --json, where they are written")
     check_writable(json_path)
     GREEDY.changed(**sampling)  # what cannot be is said before a model is loaded
+    grammar = _grammar(json_schema, regex)
     text = prompt if prompt is not None else _read_text(prompt_file)
     from edgeskip.runtime.load import load
     from edgeskip.runtime.terminal import console, print_model, print_statistics, progress_bar, stream
@@ -79,6 +86,7 @@ def generate(
             "max_new_tokens": max_new_tokens,
             "stop": stop,
             "logprobs": logprobs,
+            "grammar": grammar,
             **sampling,
         }
         asked: Any = [{"role": "user", "content": text}] if chat else text
@@ -90,6 +98,18 @@ def generate(
             print_statistics(generation, console(stderr=True))
         if json_path is not None:
             write_report(json_path, json.dumps(dataclasses.asdict(generation)) + "\n")
+
+
+def _grammar(json_schema: Path | None, regex: str | None) -> Grammar | None:
+    """What the text must be, if anything was asked for."""
+    if json_schema is not None and regex is not None:
+        raise click.UsageError("give --json-schema or --regex, not both")
+    if json_schema is None and regex is None:
+        return None
+    require("generate --json-schema")
+    if json_schema is not None:
+        return Grammar.from_json_schema(read_json(json_schema, RequestError, streams=True))
+    return Grammar.from_regex(regex or "")
 
 
 def _read_text(file: Any) -> str:

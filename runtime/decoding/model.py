@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Itera
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from tokenizers import Tokenizer
 
@@ -24,6 +25,8 @@ from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.grammar.grammar import Grammar
+from edgeskip.runtime.grammar.masks import TokenMask, TokenTable, token_table
 from edgeskip.runtime.sampling import Sampling, SamplingSettings
 
 if TYPE_CHECKING:
@@ -66,7 +69,13 @@ class Piece:
         return self.text
 
 
-class GenerationSettings(SamplingSettings, total=False):
+class PickingSettings(SamplingSettings, total=False):
+    """How tokens are picked: sampling, and a grammar that the text keeps to."""
+
+    grammar: Grammar | None
+
+
+class GenerationSettings(PickingSettings, total=False):
     """The keyword arguments of `Model.generate`."""
 
     mode: Mode
@@ -131,7 +140,7 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
-        **sampling: Unpack[SamplingSettings],
+        **picking: Unpack[PickingSettings],
     ) -> Iterator[Piece]:
         """Continues a prompt, yielding text as soon as it is certain.
 
@@ -145,12 +154,14 @@ class Model:
             stop: texts that end the generation.
             logprobs: how many of the most probable tokens to give with each token, and their probabilities, in the
                 generation; 0 gives that of the token alone, None nothing.
-            sampling: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
+            picking: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
                 `frequency_penalty`, which `edgeskip.Sampling` describes. What is not given is the bundle's own,
-                `model.sampling`. The same seed gives the same text, drafts or not.
+                `model.sampling`. The same seed gives the same text, drafts or not. `grammar`, an `edgeskip.Grammar`, is
+                what the text must be; penalties and a grammar need the CPU.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
+            BackendError: at once, if there is a grammar and its library is not installed.
         """
         if num_speculations is None:
             num_speculations = self.bundle.manifest.num_speculations
@@ -170,13 +181,15 @@ class Model:
                 raise RequestError("stop", found, wanted="at least one character")
         if logprobs is not None:
             _check_logprobs(logprobs)
-        picked = self.sampling.changed(**sampling).seeded()
+        grammar = picking.pop("grammar", None)
+        picked = self.sampling.changed(**cast("SamplingSettings", picking)).seeded()
         k = num_speculations if mode == "self-speculative" else 0
         ids = self._held(prompt)
-        if picked.has_penalties and not self.session.takes_penalties:
+        if picked.has_penalties and not self.session.picks_on_host:
             found, fix = f"{picked}, with penalties", "give --device cpu, or a repetition penalty of 1 and no others"
             raise RequestError("sampling", found, wanted="none on a GPU, which picks tokens without the host", fix=fix)
-        request = _Request(ids, mode, k, confidence_threshold, max_new_tokens, stops, picked, logprobs)
+        mask = None if grammar is None else self._mask(grammar)
+        request = _Request(ids, mode, k, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
         return self._generate(request)
 
     def complete(
@@ -189,7 +202,7 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
-        **sampling: Unpack[SamplingSettings],
+        **picking: Unpack[PickingSettings],
     ) -> Generation:
         """Like `generate`, but returns everything at once."""
         *_, last = self.generate(
@@ -200,7 +213,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop=stop,
             logprobs=logprobs,
-            **sampling,
+            **picking,
         )
         assert last.generation is not None
         return last.generation
@@ -241,6 +254,20 @@ class Model:
             RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
         """
         return encode_prompt(self.tokenizer, prompt, self.bundle, most)
+
+    def _mask(self, grammar: Grammar) -> TokenMask:
+        """What keeps a text to a grammar."""
+        if not isinstance(grammar, Grammar):
+            raise RequestError("grammar", f"a {type(grammar).__name__}", wanted="an edgeskip.Grammar")
+        if not self.session.picks_on_host:
+            wanted = "none on a GPU, which picks tokens without the host"
+            raise RequestError("grammar", f"a {grammar.kind}", wanted=wanted, fix="give --device cpu, or no grammar")
+        return TokenMask(grammar, self._token_table)
+
+    @cached_property
+    def _token_table(self) -> TokenTable:
+        manifest = self.bundle.manifest
+        return token_table(self.tokenizer, manifest.architecture.vocab_size, sorted(manifest.eos_token_ids))
 
     def _held(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt that the caches can hold."""
@@ -307,6 +334,8 @@ class Model:
                     reason = "stop_string" if stream.stopped and reason != "eos" else reason
                 # a device goes on working while the caller holds a piece: that time counts too
                 seconds = max(perf_counter() - start, self._session_seconds() - device_start)
+                if request.mask is not None:
+                    request.mask.check(token_ids)
                 records.append(_record(step, kept, seconds))
                 logprobs += step.logprobs[:kept]
                 if len(records) == 1:
@@ -355,11 +384,11 @@ class Model:
             request.num_speculations,
             request.confidence_threshold,
             early_exit=request.mode == "early-exit",
-            sampled=not request.sampling.is_greedy,
+            sampled=not request.sampling.is_greedy or request.mask is not None,
             logprobs=request.logprobs,
         )
         if how.sampled:
-            self.session.sample(request.sampling, ids)
+            self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], early_exit=how.early_exit)
         yield step
@@ -426,6 +455,7 @@ class _Request:
     stop: tuple[str, ...]
     sampling: Sampling
     logprobs: int | None
+    mask: TokenMask | None
 
 
 def _check_logprobs(count: int) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import Sampling
 
 Array = npt.NDArray[Any]
@@ -83,18 +84,22 @@ def token_logprob(logits: Array, token_id: int, count: int) -> TokenLogprob:
 class HostSampler:
     """Picks tokens on the host, as `sampling` says, for one text after another.
 
-    With penalties, it must know the tokens at all positions up to that of a row: those of the prompt are given, and
-    each pick adds the one at its position. Rows of a verification are picked in order, each after the drafts before it,
-    and put the target's tokens in their places.
+    With penalties or a mask, it must know the tokens at all positions up to that of a row: those of the prompt are
+    given, and each pick adds the one at its position. Rows of a verification are picked in order, each after the drafts
+    before it, and put the target's tokens in their places.
 
     Args:
         sampling: how to pick, with its seed.
         prompt_ids: the prompt's tokens, from position 0.
         capacity: C, rows of the caches.
+        mask: says which tokens may be picked, if not all. Where these logits have none of those, as those of a draft
+            head with few tokens may, any may be.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], capacity: int) -> None:
-        self._sampling, self._prompt = sampling, len(prompt_ids)
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], capacity: int, mask: TokenMask | None = None
+    ) -> None:
+        self._sampling, self._prompt, self._mask = sampling, len(prompt_ids), mask
         self._tokens = np.zeros(max(capacity, self._prompt) + 1, np.int64)
         self._tokens[: self._prompt] = prompt_ids
 
@@ -110,6 +115,8 @@ class HostSampler:
         s = self._sampling
         if s.has_penalties:
             logits = penalized(s, logits, self._tokens[:position], self._prompt)
+        if self._mask is not None:
+            logits = _masked(logits, self._mask.allowed(self._tokens[self._prompt : position]))
         largest = int(logits.argmax())
         if not s.is_drawn or not math.isfinite(logits[largest]):
             return largest
@@ -118,6 +125,13 @@ class HostSampler:
             return int(tokens[0])
         bits = uniform_bits(s.seed or 0, position, int(tokens[-1]) + 1)
         return int(tokens[drawn(scaled, bits if len(tokens) == len(bits) else bits[tokens])])
+
+
+def _masked(logits: Array, allowed: Array | None) -> Array:
+    """Logits [V] with those of tokens that are not allowed at minus infinity, unless that leaves none."""
+    if allowed is None or not (allowed := allowed[: len(logits)]).any():
+        return logits
+    return np.where(allowed, logits, np.float32(-np.inf))
 
 
 def penalized(sampling: Sampling, logits: Array, token_ids: Array, prompt: int) -> Array:

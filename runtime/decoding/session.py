@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View
+from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import Sampling
 
 RowInputs = Mapping[str, npt.NDArray[Any]]
@@ -62,7 +63,7 @@ class Session(ABC):
     """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 lets a round run as a
     whole, for devices that should not wait for the host."""
 
-    takes_penalties = False
+    picks_on_host = False
     """Whether `sample` may be told of penalties: the picks of a round then depend on the tokens that it drafts."""
 
     _bound: dict[Round, BoundRound]
@@ -86,8 +87,11 @@ class Session(ABC):
         """Puts rows [T,H] in the bundle's dtype, bf16 as 16-bit words, into the first T rows of a buffer of states."""
 
     @abstractmethod
-    def sample(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
-        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones."""
+    def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
+        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones.
+
+        Penalties and a mask are for sessions that pick on the host.
+        """
 
     @abstractmethod
     def read_logits(self, rows: int) -> npt.NDArray[Any]:

@@ -199,13 +199,13 @@ class _Answering(Response):
         return response.status_code
 
     async def _generation(self) -> Iterator[Piece]:
-        """A generation that is ready to run: its prompt is encoded and has room."""
+        """A generation that is ready to run: its prompt is encoded and has room, its grammar is sound."""
         model, asked = self._served.model, self._asked
         ids = await self._served.worker.prepare(lambda: model.encode(asked.prompt))
         capacity = model.bundle.manifest.max_length
         if len(ids) > capacity:
             raise _ContextFullError("prompt", f"{len(ids)} tokens", wanted=f"at most {capacity}", fix="shorten it")
-        return model.generate(ids, **asked.settings)
+        return await self._served.worker.prepare(lambda: model.generate(ids, **asked.settings))
 
     async def _whole(self, generation: Iterator[Piece]) -> Generation:
         async with aclosing(self._served.worker.pieces(generation)) as pieces:
@@ -250,6 +250,9 @@ async def _left(receive: Receive) -> None:
         pass
 
 
+_PARAMS = {"grammar": "response_format"}
+"""Parameters that have another name here than in Python."""
+
 _CODES = {401: "invalid_api_key", 404: "not_found", 413: "too_large", 429: "queue_full", 503: "closing"}
 
 
@@ -258,7 +261,7 @@ def _refusal(error: Exception, worker: Worker) -> Response:
     headers: Mapping[str, str] | None = None
     param = code = None
     if isinstance(error, RequestError):
-        status, message, param = 400, str(error), error.place.replace(" ", "_")
+        status, message, param = 400, str(error), _PARAMS.get(error.place, error.place.replace(" ", "_"))
         code = "context_length_exceeded" if isinstance(error, _ContextFullError) else None
     elif isinstance(error, QueueFullError):
         status, message = 429, "too many requests are waiting"

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.sampling import SamplingSettings
 
 MOST_STOPS = 16
 _SAMPLING = tuple(SamplingSettings.__annotations__)
-_SHARED = {"model", "stream", "stream_options", "stop", "n", "max_tokens", "logprobs", *_SAMPLING}
+_SHARED = {"model", "stream", "stream_options", "stop", "n", "max_tokens", "logprobs", "response_format", *_SAMPLING}
 _ACCEPTED = {
     True: _SHARED | {"messages", "max_completion_tokens", "top_logprobs"},
     False: _SHARED | {"prompt"},
@@ -31,7 +32,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
@@ -76,6 +76,8 @@ def read_request(data: Any, *, is_chat: bool) -> Asked:
     most = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
     if most in given:
         settings["max_new_tokens"] = _value(given, most, _count, None)
+    if (grammar := _value(given, "response_format", _grammar, None)) is not None:
+        settings["grammar"] = grammar
     if stops := _value(given, "stop", _stops, ()):
         settings["stop"] = stops
     return Asked(
@@ -137,6 +139,21 @@ def _value(given: Mapping[str, Any], name: str, reads: Callable[[Any], Any], oth
         return reads(given[name])
     except ValueError as error:
         raise RequestError(name, f"{given[name]!r:.60}", wanted=str(error)) from None
+
+
+def _grammar(value: Any) -> Grammar | None:
+    """What the answer must be, by a response's format; None if it may be any text."""
+    match value:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return Grammar.any_json_object()
+        case {"type": "json_schema", "json_schema": {"schema": {} as schema}}:
+            return Grammar.from_json_schema(schema)
+    raise ValueError(
+        'one of {"type": "text"}, {"type": "json_object"} and {"type": "json_schema", "json_schema": {"name": ..., '
+        '"schema": {...}}}'
+    )
 
 
 def _text(value: Any) -> str:

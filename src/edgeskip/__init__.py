@@ -10,6 +10,7 @@ Piece        streamed text, and whether an early exit drafted it
 Generation   a whole text, with tokens and statistics
 Chat         a conversation with a model
 Sampling     how tokens are drawn
+Grammar      what a text must be: JSON after a schema, or a regular expression
 add_engines  takes TensorRT engines that came with a bundle into the user's cache
 
 What users can mend is an edgeskip.runtime.errors.EdgeskipError. The logger `edgeskip` tells what is loaded and dropped.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from edgeskip.runtime.decoding.model import Generation as Generation
     from edgeskip.runtime.decoding.model import Model as Model
     from edgeskip.runtime.decoding.model import Piece as Piece
+    from edgeskip.runtime.grammar.grammar import Grammar as Grammar
     from edgeskip.runtime.load import load as load
     from edgeskip.runtime.sampling import Sampling as Sampling
 
@@ -37,10 +39,11 @@ __version__ = "0.1.0"
 _HOMES = dict.fromkeys(("Generation", "Model", "Piece"), "edgeskip.runtime.decoding.model") | {
     "Chat": "edgeskip.runtime.chat.conversation",
     "add_engines": "edgeskip.runtime.bundle.store",
+    "Grammar": "edgeskip.runtime.grammar.grammar",
     "load": "edgeskip.runtime.load",
     "Sampling": "edgeskip.runtime.sampling",
 }
-__all__ = ["Chat", "Generation", "Model", "Piece", "Sampling", "__version__", "add_engines", "load"]
+__all__ = ["Chat", "Generation", "Grammar", "Model", "Piece", "Sampling", "__version__", "add_engines", "load"]
 
 for _library in ("ORT", "HF_HUB"):  # read when they are imported: nothing is sent unless the user says so
     os.environ[f"{_library}_DISABLE_TELEMETRY"] = os.environ.get(f"{_library}_DISABLE_TELEMETRY") or "1"

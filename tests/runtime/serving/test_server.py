@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.conftest import edit_json
 
 import edgeskip
 
@@ -153,6 +155,53 @@ def test_parts_of_a_content_and_a_developer_s_message_are_taken(client, model):
     messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts}]
     made = client.chat.completions.create(model=NAME, messages=messages, max_tokens=8, user="me", tools=[])
     assert made.choices[0].message.content == wanted
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["city", "size"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+def test_an_answer_has_the_format_that_was_asked_for(chat_bundles, tmp_path):
+    shutil.copytree(chat_bundles(CAPACITY).folder, tmp_path / "b")
+    edit_json(tmp_path / "b" / "manifest.json", lambda manifest: manifest.update(eos_token_ids=[1]))
+    city = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": CITY}}
+    with edgeskip.load(tmp_path / "b", device="cpu", threads=1) as model, serving(model.bundle) as (_, url):
+        client = client_of(url)
+        for number in range(3):
+            request = {"model": NAME, "messages": say(f"city {number}"), "temperature": 1, "seed": number}
+            made = client.chat.completions.create(**request, response_format=city)
+            told = json.loads(made.choices[0].message.content)
+            assert (list(told), made.choices[0].finish_reason) == (["city", "size"], "stop")
+            assert told["city"] in ("Paris", "Rome")
+            assert 0 <= told["size"] <= 99
+            chunks = client.chat.completions.create(**request, response_format=city, stream=True)
+            assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == told
+            wanted = {"grammar": edgeskip.Grammar.from_json_schema(CITY), "mode": "autoregressive"}
+            assert model.complete(say(f"city {number}"), temperature=1, seed=number, **wanted).text == (
+                made.choices[0].message.content
+            )
+        request = {"model": NAME, "messages": say("a"), "max_tokens": 8, "temperature": 0}
+        free = client.chat.completions.create(**request).choices[0].message.content
+        assert (
+            client.chat.completions.create(**request, response_format={"type": "text"}).choices[0].message.content
+            == free
+        )
+        made = client.chat.completions.create(**request, response_format={"type": "json_object"})
+        assert made.choices[0].message.content.lstrip()[0] == "{"
+        bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "city"}}}
+        for format_, said in (
+            (bad, "Invalid type: city"),
+            ({"type": "xml"}, "json_object"),
+            ({"type": "json_schema"}, "schema"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=said) as caught:
+                client.chat.completions.create(**request, response_format=format_)
+            assert caught.value.param == "response_format"
 
 
 def test_models_are_listed(client):
