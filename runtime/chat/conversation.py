@@ -36,14 +36,14 @@ class Chat:
         settings: how to answer, as for `Model.generate`.
 
     Raises:
-        RequestError: the model has no chat template.
+        RequestError: the model has no chat template, or a message is malformed.
     """
 
     def __init__(self, model: Model, *, system: str | None = None, messages: Sequence[Message] = (), **settings: Any):
         check_takes_chats(model.bundle)
         expect_chats()
         self.model, self.system, self.settings = model, system, settings
-        self.messages: list[Message] = [dict(message) for message in messages]
+        self.messages = _checked("messages", messages)
         self.generation: Generation | None = None
         self.dropped_messages = 0
 
@@ -105,12 +105,9 @@ class Chat:
         system, messages = data["system"], data["messages"]
         if not (system is None or isinstance(system, str)) or not isinstance(messages, list):
             raise RequestError(place, "not a conversation", wanted="a system prompt and a list of messages")
-        for number, message in enumerate(messages, 1):
-            texts = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
-            if not all(isinstance(text, str) for text in texts):
-                raise RequestError(place, f"message {number} is {message!r:.60}", wanted="a role and a content")
+        checked = _checked(place, messages)
         self.reset()
-        self.system, self.messages = system, messages
+        self.system, self.messages = system, checked
 
     def _fitted(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
         """The prompt's token ids, and the messages that have room."""
@@ -131,3 +128,12 @@ class Chat:
     def _encoded(self, messages: list[Message], most: int | None = None) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return self.model.encode([*system, *messages], most=most)
+
+
+def _checked(place: object, messages: Sequence[Any]) -> list[Message]:
+    """The messages, each of which has a role and a content."""
+    for number, message in enumerate(messages, 1):
+        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise RequestError(place, f"message {number} is {message!r:.60}", wanted="a role and a content")
+    return [dict(message) for message in messages]

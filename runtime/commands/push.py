@@ -36,13 +36,14 @@ def push(
     require("push")
     from edgeskip.runtime.bundle.manifest import read_bundle, verify_hashes
     from edgeskip.runtime.hub.access import upload_bundle
-    from edgeskip.runtime.hub.card import model_card
+    from edgeskip.runtime.hub.card import figures_of, model_card
     from edgeskip.runtime.terminal import progress_bar
 
-    opened, read = read_bundle(bundle), [read_json(path, RequestError) for path in reports]
+    opened = read_bundle(bundle)
+    figures = [line for path in reports for line in figures_of(read_json(path, RequestError), path)]
     source = opened.manifest.source
     guessed = source if source.count("/") == 1 and not source.startswith((".", "/", "~")) else None
-    card = model_card(opened.manifest, name, base_model=base_model or guessed, license_id=license_id, reports=read)
+    card = model_card(opened.manifest, name, base_model=base_model or guessed, license_id=license_id, figures=figures)
     with progress_bar() as progress:
         verify_hashes(opened, progress)
     if "README.md" in opened.manifest.files:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from edgeskip.runtime.bundle.formats import is_quantized
 from edgeskip.runtime.bundle.manifest import Manifest
+from edgeskip.runtime.errors import RequestError
 
 
 def model_card(
@@ -16,7 +17,7 @@ def model_card(
     *,
     base_model: str | None,
     license_id: str | None,
-    reports: Sequence[Mapping[str, Any]],
+    figures: Sequence[str],
 ) -> str:
     """The text of README.md.
 
@@ -25,7 +26,7 @@ def model_card(
         name: the repository's, owner/name.
         base_model: the hub id of the checkpoint.
         license_id: as the hub spells it.
-        reports: of `edgeskip bench` and `edgeskip check`.
+        figures: lines of Markdown, from `figures_of`.
     """
     head = {"base_model": base_model, "license": license_id, "library_name": "edgeskip"}
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value is not None]
@@ -50,18 +51,22 @@ def model_card(
         *("", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""),
         *("```sh", f'edgeskip generate {name} --prompt "The capital of France is"', "```", ""),
     ]
-    return "\n".join([*text, *(line for report in reports for line in _figures(report))])
+    return "\n".join([*text, *figures])
 
 
-def _figures(report: Mapping[str, Any]) -> list[str]:
-    """What a report has to say, as Markdown."""
-    if "rows" in report:
-        head = (
-            f"Measured by `{report.get('command', 'edgeskip bench')}` on {report.get('hardware', 'unknown hardware')}:"
-        )
+def figures_of(report: Any, place: object) -> list[str]:
+    """What a report of `edgeskip bench` has to say, as lines of Markdown.
+
+    Raises:
+        RequestError: it is no such report; `place` is where it was found.
+    """
+    try:
         rows = [
             f"| {row['mode']} | {row['num_speculations']} | {row['tokens_per_second']:.1f} | {row['speedup']:.2f} |"
             for row in report["rows"]
         ]
-        return [head, "", "| decoding | drafts | tokens/s | speedup |", "|---|---:|---:|---:|", *rows, ""]
-    return []
+        head = f"Measured by `{report['command']}` on {report['hardware']['device']}:"
+        doubts = [] if report["valid"] else [f"Not a valid measurement: {'; '.join(report['doubts'])}.", ""]
+    except (KeyError, TypeError, ValueError):
+        raise RequestError(place, "not a report to show", wanted="one of `edgeskip bench --json`") from None
+    return [head, "", "| decoding | drafts | tokens/s | speedup |", "|---|---:|---:|---:|", *rows, "", *doubts]

@@ -58,6 +58,8 @@ def test_what_cannot_be_sent_is_not_part_of_the_conversation(model):
         chat.ask("x" * CAPACITY)
     assert chat.messages == before
     assert chat.ask("b")
+    with pytest.raises(RequestError, match="messages: message 1 is 'a'; wanted a role and a content"):
+        edgeskip.Chat(model, messages=["a"])
 
 
 def test_the_oldest_turns_make_room(model, caplog):

@@ -115,7 +115,12 @@ def assert_one_line(run, code, text):
 def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     run, repositories = hub
     bundle = bundles("llama-gqa")
-    report = {"command": "edgeskip bench x", "hardware": "a test", "rows": []}
+    report = {
+        "command": "edgeskip bench x",
+        "hardware": {"device": "a test"},
+        "valid": False,
+        "doubts": ["it was busy"],
+    }
     report["rows"] = [{"mode": "autoregressive", "num_speculations": 0, "tokens_per_second": 12.5, "speedup": 1.0}]
     (tmp_path / "bench.json").write_text(json.dumps(report))
     settings = ("--license", "apache-2.0", "--base-model", "meta/base", "--report", tmp_path / "bench.json")
@@ -126,7 +131,9 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     card = yaml.safe_load(head)
     assert (card["license"], card["base_model"], card["library_name"]) == ("apache-2.0", "meta/base", "edgeskip")
     assert "2 of 4: layers[:2] draft" in text
+    assert "Measured by `edgeskip bench x` on a test:" in text
     assert "| autoregressive | 0 | 12.5 | 1.00 |" in text
+    assert "Not a valid measurement: it was busy." in text
     ask = ("-p", "abc", "-n", "5", "--device", "cpu", "--threads", "1")
     wanted = run("generate", bundle.folder, *ask).stdout
     repositories["me/tiny"]["secret.txt"] = b"not named by the manifest"
@@ -149,6 +156,9 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(hub, bundles):
         assert_one_line(run("inspect", name), 4, text)
     assert_one_line(run("inspect", "me/other", endpoint="http://127.0.0.1:9"), 4, "the hub was not reached")
     assert_one_line(run("push", bundles("llama-gqa").folder, "me/x", token="hf_wrong"), 4, "you are not logged in")
+    no_report = bundles("llama-gqa").folder / "config.json"
+    refused = run("push", bundles("llama-gqa").folder, "me/x", "--report", no_report)
+    assert_one_line(refused, 5, "not a report to show; wanted one of `edgeskip bench --json`")
     assert_one_line(run("push", bundles("llama-gqa").folder, "me"), 5, "not a valid hub id; wanted owner/name")
 
 
