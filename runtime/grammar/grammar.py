@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from edgeskip.runtime.errors import RequestError
 
-MOST_CHARACTERS = 1 << 20
-"""Of a grammar."""
+MOST_CHARACTERS = 1 << 13
+"""Of a grammar: llguidance follows references by recursion, and a long chain of them would end the process."""
 
 Kind = Literal["json_schema", "regex", "lark"]
 
