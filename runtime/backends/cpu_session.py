@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter, perf_counter_ns
 from typing import Any
@@ -119,7 +119,7 @@ class OrtCpuSession(MeasuredSession):
         return dict(self._stage_ns)
 
     def _bind(self, round_: Round) -> BoundRound:
-        def bound(calls: Iterable[Call]) -> _BoundCalls:
+        def bound(calls: Iterable[Call]) -> Iterator[tuple[str, Callable[[], None]]]:
             for call, narrow in zip(calls, round_.calls, strict=True):
                 yield call.graph, self._bound_call(call)
                 if round_.sampled and self._graph_table[call.graph].head:
@@ -259,7 +259,7 @@ class OrtCpuSession(MeasuredSession):
         self._new_rows.clear()
 
 
-_BoundCalls = Iterable[tuple[str, Callable[[], None]]]
+_BoundCalls = Sequence[tuple[str, Callable[[], None]]]
 
 
 class _CpuRound:

@@ -90,8 +90,7 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
         BackendError: the model's logits are not finite.
     """
     length = len(embeddings)
-    rows = min(chunk, length - start)
-    places = [*range(start, length - rows, rows), length - rows]
+    rows, places = _chunks(length, chunk, start)
     for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
         last = place == places[-1]
@@ -106,8 +105,8 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
 def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iterator[npt.NDArray[Any]]:
     """The logits [V] in fp32 that the whole model gives after each token of a text, [T,H] embedding rows."""
     length, done = len(embeddings), 0
-    rows = min(chunk, length)
-    for place in (*range(0, length - rows, rows), length - rows):
+    rows, places = _chunks(length, chunk, 0)
+    for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
         rounds = [prefill_round(how.split, rows, last=False, early_exit=False)]
         for row in range(done - place, rows, HEAD_ROWS):  # the last chunk begins with rows that are done
@@ -118,6 +117,12 @@ def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iter
             bound.wait()
             yield from session.read_logits(round_.num_targets) if round_.num_targets else ()
         done = place + rows
+
+
+def _chunks(length: int, chunk: int, start: int) -> tuple[int, list[int]]:
+    """Rows of each chunk of a prompt, and where these begin: none before `start`, and the last one ends with it."""
+    rows = min(chunk, length - start)
+    return rows, [*range(start, length - rows, rows), length - rows]
 
 
 def decode(session: Session, how: Decoding, position: int, capacity: int, *, end: int | None = None) -> Iterator[Step]:

@@ -60,12 +60,12 @@ class HeldRows:
         saved are brought back if they have more in common with the prompt.
         """
         shared = self._shared(token_ids, early_exit)
-        best = max((_common(saved.token_ids, token_ids) for saved in self._saved), default=0)
         if self.most_saved_bytes:
-            found = next((s for s in self._saved if best > shared and _common(s.token_ids, token_ids) == best), None)
+            found = [(_common(saved.token_ids, token_ids), saved) for saved in self._saved]
+            best, saved = max(found, key=lambda one: one[0], default=(0, None))
             self._save(shared)
-            if found is not None:
-                self._bring_back(found)
+            if saved is not None and best > shared:
+                self._bring_back(saved)
                 shared = best
         shared = max(min(shared, len(token_ids) - 2), 0)
         self.cut(shared, early_exit=early_exit)

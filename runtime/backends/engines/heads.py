@@ -15,8 +15,8 @@ from edgeskip.runtime.backends.engines.products import STORES, Matrix, source
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 
-_THREADS = 256
-"""Of a block. As in pick.cu."""
+THREADS = 256
+"""Of a block. As in best.cuh."""
 
 _PARTS = 128
 """Blocks that share a row of logits, at most."""
@@ -47,11 +47,11 @@ def picker(
     kernel = _kernel(device, "pick", table, size, dtype)
 
     def bind(at: Picked, rows: int, vocabulary: int) -> Callable[[], None]:
-        grid = (max(1, min(_PARTS, vocabulary // (4 * _THREADS))), rows, 1)
+        grid = (max(1, min(_PARTS, vocabulary // (4 * THREADS))), rows, 1)
         outputs = (at.token_ids, at.token_logits, at.embeddings)
         places = map(np.uint64, (at.logits, table.address, table.scales, *outputs, *memory))
         arguments = (*places, np.uint32(vocabulary))
-        return lambda: kernel(grid, (_THREADS, 1, 1), *arguments)
+        return lambda: kernel(grid, (THREADS, 1, 1), *arguments)
 
     return bind
 
@@ -64,7 +64,7 @@ def embedder(device: CudaDevice, table: Matrix, size: int, dtype: DType) -> Call
 
     def enqueue(token_ids: int, rows: int, count: int) -> None:
         places = map(np.uint64, (token_ids, table.address, table.scales, rows))
-        kernel((count, 1, 1), (_THREADS, 1, 1), *places)
+        kernel((count, 1, 1), (THREADS, 1, 1), *places)
 
     return enqueue
 

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeskip.runtime.backends.device import CudaDevice
-from edgeskip.runtime.backends.engines.heads import Picked
+from edgeskip.runtime.backends.engines.heads import THREADS, Picked
 from edgeskip.runtime.backends.engines.products import STORES, Matrix, source
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 from edgeskip.runtime.decoding.sampling import least_scaled
 from edgeskip.runtime.sampling import Sampling
-
-_THREADS = 256
-"""Of a block. As in best.cuh."""
 
 _TOKENS = 2048
 """Of a row, that a block looks at. As in sample.cu."""
@@ -60,7 +57,7 @@ def sampler(
     """
     defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
     narrow, draw = (device.kernel(source(*sources(table)), name, defined) for name in ("narrow", "draw"))
-    s, levels, block = scratch, range(4 if dtype == "fp32" else 2), (_THREADS, 1, 1)
+    s, levels, block = scratch, range(4 if dtype == "fp32" else 2), (THREADS, 1, 1)
 
     def bind(at: Picked, positions: int, rows: int, vocabulary: int) -> Callable[[], None]:
         grid, count = (_parts(vocabulary), rows, 1), np.uint32(vocabulary)
