@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeskip.runtime.decoding.chat import check_takes_chats, expect_chats
+from edgeskip.runtime.decoding.chat import check_message, check_takes_chats, expect_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.files import write_file
@@ -43,7 +43,7 @@ class Chat:
         check_takes_chats(model.bundle)
         expect_chats()
         self.model, self.system, self.settings = model, system, settings
-        self.messages = _checked("messages", messages)
+        self.messages: list[Message] = [check_message(f"message {n}", said) for n, said in enumerate(messages, 1)]
         self.generation: Generation | None = None
         self.dropped_messages = 0
 
@@ -105,9 +105,9 @@ class Chat:
         system, messages = data["system"], data["messages"]
         if not (system is None or isinstance(system, str)) or not isinstance(messages, list):
             raise RequestError(place, "not a conversation", wanted="a system prompt and a list of messages")
-        checked = _checked(place, messages)
+        checked = [check_message(f"{place}, message {number}", said) for number, said in enumerate(messages, 1)]
         self.reset()
-        self.system, self.messages = system, checked
+        self.system, self.messages = system, [*checked]
 
     def _fitted(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
         """The prompt's token ids, and the messages that have room."""
@@ -128,12 +128,3 @@ class Chat:
     def _encoded(self, messages: list[Message], most: int | None = None) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return self.model.encode([*system, *messages], most=most)
-
-
-def _checked(place: object, messages: Sequence[Any]) -> list[Message]:
-    """The messages, each of which has a role and a content."""
-    for number, message in enumerate(messages, 1):
-        texts = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise RequestError(place, f"message {number} is {message!r:.60}", wanted="a role and a content")
-    return [dict(message) for message in messages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -23,24 +24,44 @@ _MOST_BYTES = 1 << 20  # of a template; real ones have a few thousand
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-def render_chat(messages: Sequence[Any], bundle: Bundle) -> str:
+def render_chat(messages: Sequence[Any], bundle: Bundle, tools: Sequence[Any] = ()) -> str:
     """The messages as the model was trained to see them, as transformers' `apply_chat_template` writes them.
 
+    Args:
+        messages: what was said; see `check_message`.
+        bundle: has the template.
+        tools: functions that the model may call, as the template takes them: JSON schemas in OpenAI's shape.
+
     Raises:
-        RequestError: no template, a malformed message, or a template that refuses, fails or takes too much.
+        RequestError: no template, or none that takes tools; a malformed message; or a template that refuses, fails or
+            takes too much.
     """
     check_takes_chats(bundle)
+    template_text = chat_template(bundle)
+    if tools and not re.search(r"\btools\b", template_text):
+        raise RequestError("tools", "the model's chat template takes none", fix="leave them out")
+    checked = [check_message(f"message {number}", message) for number, message in enumerate(messages, 1)]
     variables = dict(bundle.manifest.special_tokens) | {
-        "messages": [_message(number, message) for number, message in enumerate(messages, 1)],
-        "tools": None,
+        "messages": [_with_reasoning(message) for message in checked],
+        "tools": _plain("tools", list(tools)) or None,
         "documents": None,
         "add_generation_prompt": True,
     }
-    job = {"template": read_text(bundle.path(CHAT_TEMPLATE), BundleError, most=_MOST_BYTES), "variables": variables}
-    answer = _render(json.dumps(job).encode())
+    answer = _render(json.dumps({"template": template_text, "variables": variables}).encode())
     if "text" not in answer:
         raise RequestError("messages", f"the chat template {answer['failed']}", fix="give a plain text")
     return str(answer["text"])
+
+
+def chat_template(bundle: Bundle) -> str:
+    """The text of a bundle's chat template; an empty one if it has none.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    if CHAT_TEMPLATE not in bundle.manifest.files:
+        return ""
+    return read_text(bundle.path(CHAT_TEMPLATE), BundleError, most=_MOST_BYTES)
 
 
 def check_takes_chats(bundle: Bundle) -> None:
@@ -53,24 +74,59 @@ def check_takes_chats(bundle: Bundle) -> None:
         raise RequestError("messages", "the bundle has no chat template, so it takes no chat", fix="give a plain text")
 
 
-def _message(number: int, message: Any) -> dict[str, Any]:
-    """A message as templates expect it: keys without a value left out, and the reasoning under its usual names."""
-    place = f"message {number}"
+def check_message(place: object, message: Any) -> dict[str, Any]:
+    """A message as plain data, without keys that have no value. It has a role and a content; an assistant's that calls
+    tools may have no content, and the arguments of its calls are tables, which may come as JSON.
+
+    Raises:
+        RequestError: it is malformed; `place` is where it is.
+    """
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
         raise RequestError(place, f"{message!r:.60}", wanted="a mapping with `role` and `content`")
+    given = {key: value for key, value in message.items() if value is not None and (key, value) != ("tool_calls", [])}
+    if "tool_calls" in given:
+        given["tool_calls"] = _called(place, given["tool_calls"])
+        given.setdefault("content", "")
     for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
+        if not isinstance(given.get(key), str):
             found = f"its {key} is {message[key]!r:.60}" if key in message else f"has no {key}"
             raise RequestError(place, found, wanted=f"a text as its {key}")
-    made = {key: value for key, value in message.items() if value is not None}
+    made: dict[str, Any] = _plain(place, given)
+    return made
+
+
+def _called(place: object, calls: Any) -> list[dict[str, Any]]:
+    """Calls of tools as templates expect them."""
+    made = []
+    for call in calls if isinstance(calls, Sequence) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        name, arguments = map((function if isinstance(function, Mapping) else {}).get, ("name", "arguments"))
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        if not (isinstance(name, str) and isinstance(arguments, Mapping)):
+            wanted = "a function with a name and arguments, which are a table"
+            raise RequestError(place, f"one of its tool_calls is {call!r:.60}", wanted=wanted)
+        made.append({**call, "function": {"name": name, "arguments": arguments}})  # in the order that models write
+    return made
+
+
+def _plain(place: object, data: Any) -> Any:
+    """A copy of data that JSON can hold.
+
+    Raises:
+        RequestError: it cannot.
+    """
     try:
-        made = json.loads(json.dumps(made))
+        return json.loads(json.dumps(data))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(place, f"not plain data ({error})", wanted="texts, numbers, lists and tables") from None
-    reasoning = next((made[key] for key in _REASONING if key in made), None)
-    if reasoning is not None:
-        made = {"thinking": reasoning, **made, "reasoning_content": reasoning}
-    return made
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that has its reasoning, if any, under all its usual names."""
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _folders(*libraries: str) -> list[str]:

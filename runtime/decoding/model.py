@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tokenizers import Tokenizer
 
@@ -247,13 +247,14 @@ class Model:
             rows = score(self.session, how, embeddings, self.bundle.manifest.prefill_chunk)
             return tuple(token_logprob(row, token, logprobs) for row, token in zip(rows, ids[1:], strict=False))
 
-    def encode(self, prompt: Prompt, *, most: int | None = None) -> list[int]:
-        """Token ids of a prompt; with `most`, the first so many of a text, which may then be of any length.
+    def encode(self, prompt: Prompt, *, most: int | None = None, tools: Sequence[Any] = ()) -> list[int]:
+        """Token ids of a prompt; with `most`, the first so many of a text, which may then be of any length. `tools` are
+        functions that the model may call, for messages: as OpenAI writes them, which is how chat templates take them.
 
         Raises:
             RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
         """
-        return encode_prompt(self.tokenizer, prompt, self.bundle, most)
+        return encode_prompt(self.tokenizer, prompt, self.bundle, most, tools)
 
     def _mask(self, grammar: Grammar) -> TokenMask:
         """What keeps a text to a grammar."""

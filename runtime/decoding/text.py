@@ -32,8 +32,11 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle, most: int | None = None) -> list[int]:
-    """Token ids of a prompt, or the first `most`. Special tokens are added to a text; a chat template brings its own.
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle, most: int | None = None, tools: Sequence[Any] = ()
+) -> list[int]:
+    """Token ids of a prompt, or the first `most`. Special tokens are added to a text; a chat template brings its own,
+    and is given `tools`.
 
     Raises:
         RequestError: nothing to start from, far more than the bundle holds, ids outside the vocabulary, or a chat that
@@ -47,7 +50,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, bundle: Bundle, most: in
             "prompt", f"of type {type(prompt).__name__}", wanted="a text, token ids or a list of messages"
         )
     elif len(prompt) and isinstance(prompt[0], Mapping):
-        text = render_chat(prompt, bundle)
+        text = render_chat(prompt, bundle, tools)
         ids = encode(tokenizer, text, manifest.max_length, add_special_tokens=False, most=most)
     else:
         return _token_ids(prompt, manifest.architecture.vocab_size)
@@ -136,8 +139,8 @@ class TextStream:
         if found := [at for at in found if at >= 0]:
             self.stopped = True
             return self._cut(min(found))
-        safe = [len(everything) - _overlap(everything, stop) for stop in self._stop]
-        safe += [self._place(len(seen) - _overlap(seen, stop)) for stop in self._stop]
+        safe = [len(everything) - overlap(everything, stop) for stop in self._stop]
+        safe += [self._place(len(seen) - overlap(seen, stop)) for stop in self._stop]
         return self._cut(min(safe, default=len(everything)))
 
     def _place(self, seen: int) -> int:
@@ -164,6 +167,6 @@ class TextStream:
         return released
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

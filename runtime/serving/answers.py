@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.decoding.model import Generation
 from edgeskip.runtime.decoding.sampling import TokenLogprob
 from edgeskip.runtime.decoding.statistics import Statistics
+from edgeskip.runtime.serving.calls import Call, CallReader
 
 _FINISHES = {"eos": "stop", "stop_string": "stop", "max_new_tokens": "length", "capacity": "length"}
 
@@ -28,36 +29,55 @@ class Answer:
         model: the name that it is served under.
         tokenizer: spells tokens, where their probabilities are told.
         is_chat: whether it is a chat's next message or a text's continuation.
+        calls: reads calls of tools out of the text, where there may be any.
     """
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool) -> None:
-        self._is_chat, self._tokenizer = is_chat, tokenizer
+    def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool, calls: CallReader | None = None) -> None:
+        self._is_chat, self._tokenizer, self._calls = is_chat, tokenizer, calls
+        self._num_calls = 0
         self._kind = "chat.completion" if is_chat else "text_completion"
         name = "chatcmpl" if is_chat else "cmpl"
         self._head = {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer at once."""
-        message = {"role": "assistant", "content": generation.text, "refusal": None}
-        said = {"message": message} if self._is_chat else {"text": generation.text}
-        choice = self._choice(said, generation)
+        parts = [*self._parts(generation.text), *self._rest()]
+        text = "".join(part for part in parts if isinstance(part, str))
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls := [_call(part) for part in parts if isinstance(part, Call)]:
+            message |= {"content": text or None, "tool_calls": calls}
+        choice = self._choice({"message": message} if self._is_chat else {"text": text}, generation)
         return {**self._head, "object": self._kind, "choices": [choice], "usage": usage_of(generation.statistics)}
 
     def begins(self) -> list[str]:
         """The events before any text."""
         return [self._event({"delta": {"role": "assistant", "content": ""}})] if self._is_chat else []
 
-    def goes_on(self, text: str) -> str:
-        """An event with more text."""
-        return self._event({"delta": {"content": text}} if self._is_chat else {"text": text})
+    def goes_on(self, text: str) -> list[str]:
+        """The events with more text."""
+        return [self._event(self._said(part)) for part in self._parts(text)]
 
     def ends(self, generation: Generation, *, include_usage: bool) -> list[str]:
         """The events after all text; the first has the probabilities of all tokens, where they are told."""
+        rest = [self._event(self._said(part)) for part in self._rest()]
         said: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-        events = [self._event(said, generation)]
+        events = [*rest, self._event(said, generation)]
         if include_usage:
             events.append(event(self._chunk([]) | {"usage": usage_of(generation.statistics)}))
         return [*events, END]
+
+    def _parts(self, text: str) -> Sequence[str | Call]:
+        return [text] if self._calls is None else self._calls.push(text)
+
+    def _rest(self) -> Sequence[str | Call]:
+        return [] if self._calls is None else self._calls.finish()
+
+    def _said(self, part: str | Call) -> dict[str, Any]:
+        """A part of the answer as an event says it."""
+        if isinstance(part, str):
+            return {"delta": {"content": part}} if self._is_chat else {"text": part}
+        self._num_calls += 1
+        return {"delta": {"tool_calls": [{"index": self._num_calls - 1, **_call(part)}]}}
 
     def _event(self, said: Mapping[str, Any], ended: Generation | None = None) -> str:
         return event(self._chunk([self._choice(said, ended)]))
@@ -67,6 +87,8 @@ class Answer:
 
     def _choice(self, said: Mapping[str, Any], ended: Generation | None) -> dict[str, Any]:
         finish, logprobs = (None, None) if ended is None else (_FINISHES[ended.stop_reason], ended.logprobs)
+        if finish == "stop" and self._calls is not None and self._calls.has_called:
+            finish = "tool_calls"
         told = None if logprobs is None else self._told(logprobs)
         return {"index": 0, **said, "logprobs": told, "finish_reason": finish}
 
@@ -93,6 +115,10 @@ class Answer:
 
     def _text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def usage_of(statistics: Statistics) -> dict[str, Any]:

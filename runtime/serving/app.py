@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from edgeskip.runtime.decoding.chat import chat_template
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import EdgeskipError, RequestError
 from edgeskip.runtime.reading import check_plain
 from edgeskip.runtime.serving.answers import Answer, error_of, event, model_of
+from edgeskip.runtime.serving.calls import CallFormat, CallReader, call_format, demanded_calls
 from edgeskip.runtime.serving.metrics import CONTENT_TYPE, Metrics
 from edgeskip.runtime.serving.requests import Asked, read_request
 from edgeskip.runtime.serving.worker import ClosingError, QueueFullError, Worker
@@ -56,6 +58,7 @@ class Served:
 def make_app(served: Served) -> Starlette:
     """The server as an ASGI application."""
     created, metrics = int(time.time()), Metrics(served.worker)
+    form = call_format(chat_template(served.model.bundle))
 
     def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model_of(served.name, created)]})
@@ -75,7 +78,7 @@ def make_app(served: Served) -> Starlette:
         async def answer(request: Request) -> Response:
             asked = read_request(await _body(request), is_chat=is_chat)
             check_name(asked.model, served.name)
-            return _Answering(served, metrics, asked)
+            return _Answering(served, metrics, asked, form)
 
         return answer
 
@@ -152,10 +155,21 @@ async def _body(request: Request) -> Any:
 class _Answering(Response):
     """A response that is generated, whole or as a stream, unless the client leaves first."""
 
-    def __init__(self, served: Served, metrics: Metrics, asked: Asked) -> None:
+    def __init__(self, served: Served, metrics: Metrics, asked: Asked, form: CallFormat | None) -> None:
         super().__init__()
         self._served, self._metrics, self._asked = served, metrics, asked
-        self._answer = Answer(served.name, served.model.tokenizer, is_chat=asked.is_chat)
+        self._prompt_tools: Sequence[Any] = ()
+        self._settings, calls = asked.settings, None
+        if asked.tools is not None:
+            if form is None:
+                found = "the model's chat template takes none, or shows no way of writing calls that is known here"
+                raise RequestError("tools", found, fix="leave them out")
+            self._prompt_tools = asked.tools.given
+            calls = CallReader(form, [*asked.tools.schemas])
+            if asked.tools.required:
+                demanded = demanded_calls(form, asked.tools.schemas, several=asked.tools.several)
+                self._settings = {**asked.settings, "grammar": demanded}
+        self._answer = Answer(served.name, served.model.tokenizer, is_chat=asked.is_chat, calls=calls)
         self._start = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,7 +205,8 @@ class _Answering(Response):
                     await self._stream(generation, send)
                     return 200
         except Exception as error:
-            response = _refusal(error, self._served.worker)
+            grammar = "response_format" if self._asked.tools is None else "tool_choice"
+            response = _refusal(error, self._served.worker, grammar=grammar)
             if begun:
                 await send({"type": "http.response.body", "body": event(json.loads(bytes(response.body))).encode()})
                 return response.status_code
@@ -200,12 +215,12 @@ class _Answering(Response):
 
     async def _generation(self) -> Iterator[Piece]:
         """A generation that is ready to run: its prompt is encoded and has room, its grammar is sound."""
-        model, asked = self._served.model, self._asked
-        ids = await self._served.worker.prepare(lambda: model.encode(asked.prompt))
+        model, prompt = self._served.model, self._asked.prompt
+        ids = await self._served.worker.prepare(lambda: model.encode(prompt, tools=self._prompt_tools))
         capacity = model.bundle.manifest.max_length
         if len(ids) > capacity:
             raise _ContextFullError("prompt", f"{len(ids)} tokens", wanted=f"at most {capacity}", fix="shorten it")
-        return await self._served.worker.prepare(lambda: model.generate(ids, **asked.settings))
+        return await self._served.worker.prepare(lambda: model.generate(ids, **self._settings))
 
     async def _whole(self, generation: Iterator[Piece]) -> Generation:
         async with aclosing(self._served.worker.pieces(generation)) as pieces:
@@ -227,7 +242,7 @@ class _Answering(Response):
             async for piece in pieces:
                 self._note(piece)
                 if piece.generation is None:
-                    await say([self._answer.goes_on(piece.text)])
+                    await say(self._answer.goes_on(piece.text))
                 else:  # in one message: a client may leave with the last event
                     await say(self._answer.ends(piece.generation, include_usage=self._asked.include_usage), more=False)
 
@@ -250,18 +265,17 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-_PARAMS = {"grammar": "response_format"}
-"""Parameters that have another name here than in Python."""
-
 _CODES = {401: "invalid_api_key", 404: "not_found", 413: "too_large", 429: "queue_full", 503: "closing"}
 
 
-def _refusal(error: Exception, worker: Worker) -> Response:
-    """An error as clients read it; what only the server's owner can mend is logged."""
+def _refusal(error: Exception, worker: Worker, *, grammar: str = "response_format") -> Response:
+    """An error as clients read it; what only the server's owner can mend is logged. `grammar` is the parameter that a
+    grammar came from.
+    """
     headers: Mapping[str, str] | None = None
     param = code = None
     if isinstance(error, RequestError):
-        status, message, param = 400, str(error), _PARAMS.get(error.place, error.place.replace(" ", "_"))
+        status, message, param = 400, str(error), grammar if error.place == "grammar" else error.place.replace(" ", "_")
         code = "context_length_exceeded" if isinstance(error, _ContextFullError) else None
     elif isinstance(error, QueueFullError):
         status, message = 429, "too many requests are waiting"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,13 @@ from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.sampling import SamplingSettings
 
-MOST_STOPS = 16
+MOST_STOPS, MOST_TOOLS = 16, 128
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SAMPLING = tuple(SamplingSettings.__annotations__)
 _SHARED = {"model", "stream", "stream_options", "stop", "n", "max_tokens", "logprobs", "response_format", *_SAMPLING}
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _ACCEPTED = {
-    True: _SHARED | {"messages", "max_completion_tokens", "top_logprobs"},
+    True: _SHARED | {"messages", "max_completion_tokens", "top_logprobs", *_TOOLS},
     False: _SHARED | {"prompt"},
 }
 _NOTES = {
@@ -24,7 +27,6 @@ _NOTES = {
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
-    "parallel_tool_calls",
 }
 """Parameters that say nothing about the answer."""
 
@@ -32,6 +34,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "best_of": (1,),
     "echo": (False,),
@@ -41,8 +44,23 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
+class Tools:
+    """Functions that the model may call.
+
+    `given` is as clients write them and chat templates take them; `schemas` has the JSON schemas of the arguments of
+    those that may be called, by name. They need not be called unless that is `required`; then `several` says whether
+    there may be more calls than one.
+    """
+
+    given: Sequence[Mapping[str, Any]]
+    schemas: Mapping[str, Mapping[str, Any]]
+    required: bool
+    several: bool
+
+
+@dataclass(frozen=True)
 class Asked:
-    """A request, checked: the prompt, and how to generate, as for `Model.generate`."""
+    """A request, checked: the prompt, tools, and how to generate, as for `Model.generate`."""
 
     model: str
     prompt: Any
@@ -50,6 +68,7 @@ class Asked:
     is_chat: bool
     stream: bool = False
     include_usage: bool = False
+    tools: Tools | None = None
 
 
 def read_request(data: Any, *, is_chat: bool) -> Asked:
@@ -87,6 +106,7 @@ def read_request(data: Any, *, is_chat: bool) -> Asked:
         is_chat=is_chat,
         stream=_value(given, "stream", _flag, False),
         include_usage=_value(options, "include_usage", _flag, False),
+        tools=_tools(given) if is_chat else None,
     )
 
 
@@ -99,6 +119,31 @@ def _logprobs(given: Mapping[str, Any], is_chat: bool) -> int | None:
     if top and not wanted:
         raise RequestError("top_logprobs", f"{top}, without logprobs", wanted="`logprobs`: true beside it")
     return top if wanted else None
+
+
+def _tools(given: Mapping[str, Any]) -> Tools | None:
+    """The functions that may be called; None if none may."""
+    functions = _value(given, "tools", _functions, {})
+    several = _value(given, "parallel_tool_calls", _flag, True)
+    choice = given.get("tool_choice", "auto")
+    match choice:
+        case {"type": "function", "function": {"name": str() as name}} if name in functions:
+            schemas, required, several = {name: functions[name]}, True, False
+        case "required" if functions:
+            schemas, required = functions, True
+        case "auto" | "none":
+            schemas, required = functions, False
+        case _:
+            wanted = 'auto, none, required or {"type": "function", "function": {"name": ...}}, and tools to choose from'
+            raise RequestError("tool_choice", f"{choice!r:.60}", wanted=wanted)
+    if not functions or choice == "none":
+        return None
+    if given.get("response_format", {"type": "text"}) != {"type": "text"}:
+        raise RequestError("response_format", "beside tools, whose calls would not fit it", fix="leave out one of them")
+    if not (several or required):
+        wanted = "true, or a tool_choice that makes a call certain"
+        raise RequestError("parallel_tool_calls", "false, where calls are the model's choice", wanted=wanted)
+    return Tools(given["tools"], schemas, required, several)
 
 
 def _messages(messages: Any) -> list[Any]:
@@ -154,6 +199,25 @@ def _grammar(value: Any) -> Grammar | None:
         'one of {"type": "text"}, {"type": "json_object"} and {"type": "json_schema", "json_schema": {"name": ..., '
         '"schema": {...}}}'
     )
+
+
+def _functions(value: Any) -> dict[str, dict[str, Any]]:
+    """The schemas of functions' arguments, by name."""
+    if not isinstance(value, list) or len(value) > MOST_TOOLS:
+        raise ValueError(f"a list of up to {MOST_TOOLS} functions")
+    found: dict[str, dict[str, Any]] = {}
+    for tool in value:
+        match tool:
+            case {"type": "function", "function": {"name": str() as name} as function} if _NAME.fullmatch(name):
+                schema = function.get("parameters") or {}
+                if name not in found and isinstance(schema, dict) and schema.get("type", "object") == "object":
+                    found[name] = {"type": "object", **schema}
+                    continue
+        raise ValueError(
+            'functions as {"type": "function", "function": {"name": ..., "parameters": {"type": "object", ...}}}, with '
+            "names of their own of up to 64 letters, digits, _ and -"
+        )
+    return found
 
 
 def _text(value: Any) -> str:

@@ -58,7 +58,7 @@ def test_what_cannot_be_sent_is_not_part_of_the_conversation(model):
         chat.ask("x" * CAPACITY)
     assert chat.messages == before
     assert chat.ask("b")
-    with pytest.raises(RequestError, match="messages: message 1 is 'a'; wanted a role and a content"):
+    with pytest.raises(RequestError, match="message 1: 'a'; wanted a mapping"):
         edgeskip.Chat(model, messages=["a"])
 
 
@@ -93,7 +93,7 @@ def test_a_conversation_is_saved_and_goes_on(model, tmp_path):
     [
         ("[]", "not a conversation"),
         ('{"system": 1, "messages": []}', "wanted a system prompt and a list of messages"),
-        ('{"system": null, "messages": ["a"]}', "message 1 is 'a'; wanted a role and a content"),
+        ('{"system": null, "messages": ["a"]}', "message 1: 'a'; wanted a mapping"),
         ('{"system": null, "messages": [{"role": "user"}]}', "message 1"),
         ("{", "not valid JSON"),
     ],

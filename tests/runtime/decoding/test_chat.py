@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -62,12 +63,14 @@ def chat(bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(chat_module, "_ahead", False)
     chat_module._dismiss()
 
-    def render(template, messages=USER, **special_tokens):
+    def render(template, messages=USER, tools=(), **special_tokens):
         (tmp_path / "chat_template.jinja").write_bytes(template.encode())
         manifest = bundles("llama-gqa").manifest
         files = manifest.files | {"chat_template.jinja": FileRecord(0, "")}
         return render_chat(
-            messages, Bundle(tmp_path, dataclasses.replace(manifest, files=files, special_tokens=special_tokens))
+            messages,
+            Bundle(tmp_path, dataclasses.replace(manifest, files=files, special_tokens=special_tokens)),
+            tools,
         )
 
     return render
@@ -88,6 +91,45 @@ def test_a_chat_reads_as_transformers_writes_it(name, chat, tmp_path):
     for messages in (USER, TURNS):
         wanted = judge.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert chat(TEMPLATES[name], messages, **special) == wanted
+
+
+CALL = {"id": "abc123def", "type": "function", "function": {"name": "f", "arguments": {"x": 1, "é": [None]}}}
+TOOL_TALK = [
+    *USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "abc123def", "content": "5"},
+]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
+
+
+def test_tools_and_calls_read_as_transformers_writes_them(chat):
+    """Also where a client gives arguments as JSON, and no content beside calls."""
+    template = "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ m.content + '.' }}{% endfor %}"
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=template)
+    wanted = judge.apply_chat_template(TOOL_TALK, tools=[TOOL], add_generation_prompt=True, tokenize=False)
+    assert chat(template, TOOL_TALK, tools=[TOOL]) == wanted
+    function = {"arguments": json.dumps(CALL["function"]["arguments"]), "name": "f"}
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL | {"function": function}]}
+    plain = template.replace("m | tojson", "m.tool_calls | tojson")
+    wanted = judge.apply_chat_template(TOOL_TALK, chat_template=plain, tools=[TOOL], tokenize=False)
+    assert chat(plain, [USER[0], called, TOOL_TALK[2]], tools=[TOOL]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("tools", "calls", "said"),
+    [
+        ([TOOL], [], "tools: the model's chat template takes none; leave them out"),
+        ([{1: object()}], [], "tools: not plain data"),
+        ([], ["f"], "message 1: one of its tool_calls is 'f'; wanted a function with a name"),
+        ([], {"function": "f"}, "message 1: one of its tool_calls is"),
+        ([], [{"function": {"name": "f", "arguments": "[1]"}}], "message 1: one of its tool_calls is"),
+        ([], [{"function": {"name": "f", "arguments": "[" * 9999}}], "message 1: one of its tool_calls is"),
+    ],
+)
+def test_tools_and_calls_that_are_malformed_are_refused(tools, calls, said, chat):
+    template = "{{ tools }}" if tools != [TOOL] else "{{ builtin_tools }}"
+    with pytest.raises(RequestError, match=re.escape(said)):
+        chat(template, [{"role": "assistant", "content": "a", "tool_calls": calls}], tools=tools)
 
 
 def test_the_time_of_day_is_the_local_one(chat, monkeypatch):

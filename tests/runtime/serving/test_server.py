@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
+import transformers
 from prometheus_client.parser import text_string_to_metric_families
-from tests.conftest import edit_json
+from tests.conftest import edit_json, make_tokenizer
 
 import edgeskip
 
@@ -204,6 +206,129 @@ def test_an_answer_has_the_format_that_was_asked_for(chat_bundles, tmp_path):
             assert caught.value.param == "response_format"
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather's forecast.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"$ref": "#/$defs/days"}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+            "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time."}}
+TOOLS = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+TEMPLATES = {
+    "hermes": TOOLS
+    + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>"
+    "{{ call.function | tojson }}</tool_call>{% endfor %}\n{% endfor %}<assistant>",
+    "llama": TOOLS + '{# {"name": ..., "parameters": ...} #}'
+    "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "{% else %}{{ m.content }}{% endif %}\n{% endfor %}<assistant>",
+    "mistral": TOOLS
+    + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls | tojson }}"
+    "{% endif %}{% if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('id') }}{% endif %}"
+    "{% endfor %}<assistant>",
+}
+
+
+def with_template(bundle, folder, template):
+    """A copy of a bundle that has this chat template, and whose texts end."""
+    shutil.copytree(bundle.folder, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    digest = hashlib.sha256(template.encode()).hexdigest()
+
+    def change(manifest):
+        manifest["eos_token_ids"] = [1]
+        manifest["files"]["chat_template.jinja"] = {"bytes": len(template.encode()), "sha256": digest}
+
+    edit_json(folder / "manifest.json", change)
+    return folder
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_tools_are_called(family, chat_bundles, tmp_path):
+    """From a demanded call, whole and streamed, to its result in the messages."""
+    folder = with_template(chat_bundles(CAPACITY), tmp_path / "b", TEMPLATES[family])
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=TEMPLATES[family])
+    with edgeskip.load(folder, device="cpu", threads=1) as model, serving(model.bundle) as (_, url):
+        client = client_of(url)
+        request = {"model": NAME, "messages": say("And in Rome?"), "tools": [CLOCK, WEATHER], "temperature": 1}
+        seen = set()
+        for seed, choice in enumerate(["required", "required", {"type": "function", "function": {"name": "weather"}}]):
+            settings = {**request, "tool_choice": choice, "parallel_tool_calls": False, "seed": seed}
+            made = client.chat.completions.create(**settings)
+            (answer,) = made.choices
+            (call,) = answer.message.tool_calls
+            assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+            rendered = judge.apply_chat_template(
+                request["messages"], tools=request["tools"], add_generation_prompt=True, tokenize=False
+            )
+            assert made.usage.prompt_tokens == len(rendered.encode())
+            if call.function.name == "weather":
+                given = json.loads(call.function.arguments)
+                assert (given["city"] in ("Paris", "Rome"), given["days"] in range(1, 10), len(given)) == (1, 1, 2)
+            with client.chat.completions.stream(**settings) as stream:
+                (streamed,) = stream.get_final_completion().choices
+            (again,) = streamed.message.tool_calls
+            assert (again.function.name, again.function.arguments) == (call.function.name, call.function.arguments)
+            assert streamed.finish_reason == "tool_calls"
+            seen.add(call.function.name)
+        assert "weather" in seen
+        result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        said = [*say("Rome?"), answer.message.model_dump(), result]
+        function = {"name": "weather", "arguments": json.loads(call.function.arguments)}
+        plain = {"role": "assistant", "content": "", "tool_calls": [{**call.model_dump(), "function": function}]}
+        rendered = judge.apply_chat_template(
+            [*said[:2], plain, said[3]], tools=request["tools"], add_generation_prompt=True, tokenize=False
+        )
+        wanted = model.complete(model.tokenizer.encode(rendered, add_special_tokens=False).ids, max_new_tokens=9)
+        settings = {"model": NAME, "messages": said, "max_tokens": 9}
+        made = client.chat.completions.create(**settings, tools=request["tools"])
+        assert made.choices[0].message.content == wanted.text
+        assert made.choices[0].message.tool_calls is None
+        without = judge.apply_chat_template([*said[:2], plain, said[3]], add_generation_prompt=True, tokenize=False)
+        made = client.chat.completions.create(**settings, tools=request["tools"], tool_choice="none")
+        assert made.usage.prompt_tokens == len(without.encode())
+
+
+def test_calls_that_the_model_chose_to_make_stand_beside_its_text(chat_bundles, tmp_path, monkeypatch):
+    from starlette.testclient import TestClient
+
+    from edgeskip.runtime.serving.app import Served, make_app
+    from edgeskip.runtime.serving.worker import Worker
+
+    folder = with_template(chat_bundles(CAPACITY), tmp_path / "b", TEMPLATES["hermes"])
+    call = '<tool_call>{"name": "clock", "arguments": {"zone": %s}}</tool_call>'
+    texts = {
+        f"I look.\n{call % 1}\n{call % 2}\n": ("I look.", [1, 2], "tool_calls"),
+        f"No {call % 3} more": ("No more", [3], "tool_calls"),
+        "No <tool_call>.": ("No <tool_call>.", [], "stop"),
+    }
+    with edgeskip.load(folder, device="cpu", threads=1) as model:
+        served = Served(model, Worker(4), NAME)
+        generate = model.generate
+        with TestClient(make_app(served), base_url="http://localhost") as http:
+            client = openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=http)
+            for text, (content, zones, finish) in texts.items():
+                grammar = edgeskip.Grammar.from_lark(f"start: {json.dumps(text)}")  # it can mean nothing else
+                monkeypatch.setattr(model, "generate", lambda ids, g=grammar, **rest: generate(ids, grammar=g, **rest))
+                settings = {"model": NAME, "messages": say("Time?"), "tools": [CLOCK]}
+                whole = client.chat.completions.create(**settings).choices[0]
+                with client.chat.completions.stream(**settings) as stream:
+                    streamed = stream.get_final_completion().choices[0]
+                for answer in (whole, streamed):
+                    assert (answer.message.content, answer.finish_reason) == (content, finish)
+                    calls = answer.message.tool_calls or []
+                    assert [json.loads(call.function.arguments)["zone"] for call in calls] == zones
+        served.worker.close()
+
+
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
@@ -224,6 +349,15 @@ BAD = [
     ({"messages": [{"role": "user"}]}, "message_1"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"tools": [CLOCK]}, "tools"),  # of which the template knows nothing
+    ({"tools": [CLOCK, CLOCK]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
+    ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [CLOCK], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "message_1"),
     ({"extra_body": {"beam_width": 4}}, "beam_width"),
     ({"messages": [{"role": "user", "content": "x" * CAPACITY}]}, "prompt"),
 ]
