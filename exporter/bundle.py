@@ -17,18 +17,17 @@ from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
 from edgeskip.exporter.quantization.choice import QuantizationChoice
 from edgeskip.exporter.quantization.plan import plan_quantization
 from edgeskip.exporter.weights import check_tensors, plan_weights, write_weights
-from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dialects import dialects_of
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
     PICKERS,
-    GraphName,
-    HeadRecord,
+    check_draft_vocabulary,
     check_exit_layer,
     check_num_speculations,
     graph_table,
+    heads_of,
 )
 from edgeskip.runtime.bundle.layers import files_of
 from edgeskip.runtime.bundle.manifest import (
@@ -90,7 +89,8 @@ def export_bundle(
     capacity = _check_settings(checkpoint, settings)
     check_tensors(checkpoint)
     architecture = checkpoint.architecture
-    exits, heads = tuple(sorted({settings.exit_layer, *settings.other_exits})), _heads(architecture, settings)
+    exits = tuple(sorted({settings.exit_layer, *settings.other_exits}))
+    heads = heads_of(architecture.vocab_size, settings.draft_vocabulary, settings.picker)
     quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress)
     formats = quantization.formats
     layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
@@ -150,20 +150,10 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     check_num_speculations(settings.num_speculations)
     if settings.picker not in PICKERS:
         raise RequestError("picker", settings.picker, wanted=" or ".join(PICKERS))
-    vocab_size = checkpoint.architecture.vocab_size
-    if settings.draft_vocabulary is not None and not 1 <= settings.draft_vocabulary < vocab_size:
-        raise RequestError("draft vocabulary", f"{settings.draft_vocabulary}", wanted=f"1 to {vocab_size - 1} rows")
+    check_draft_vocabulary(settings.draft_vocabulary, checkpoint.architecture.vocab_size)
     if settings.prefill_chunk < 1:
         raise RequestError("prefill chunk", f"{settings.prefill_chunk}", wanted="at least 1")
     return capacity
-
-
-def _heads(architecture: Architecture, settings: ExportSettings) -> dict[GraphName, HeadRecord]:
-    """The heads by graph."""
-    heads = {"head": HeadRecord(architecture.vocab_size, settings.picker)}
-    if settings.draft_vocabulary is not None:
-        heads["draft_head"] = HeadRecord(settings.draft_vocabulary, settings.picker)
-    return heads
 
 
 def _write(path: Path, data: bytes) -> FileRecord:

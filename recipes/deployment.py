@@ -51,6 +51,7 @@ class ExportRecipe:
         block_size: numbers that share a scale, in 4 bits; by default what suits the device.
         bits: of a weight on average, for `auto`.
         quantizer: how numbers and scales are found.
+        draft_vocabulary: rows of the vocabulary that drafts come from; by default all.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
 
@@ -67,6 +68,7 @@ class ExportRecipe:
     block_size: BlockSize | None = None
     bits: Annotated[float, Range(1, 16)] | None = None
     quantizer: Method = "search"
+    draft_vocabulary: Size | None = None
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,10 @@ one of V random logits is at sqrt(2 ln V), or 4.9 standard deviations for V = 12
 *The match rate.* The later layers add to h_E what the exit does not see. Their output projections are scaled by a
 damping in (0, 1]: at 1 they outweigh the early ones and the exit is rarely right, near 0 it nearly always is.
 
+*A draft vocabulary.* The head's rows after the first ones are halved: no logit of theirs is then the largest, as the
+top one of n random logits grows only with sqrt(2 ln n). So texts keep to the first rows, as those of a trained model
+mostly do, and a draft head that knows no others drafts as well as the whole one.
+
 B prompts, T tokens, E exit layer, L layers, H hidden size, V vocabulary.
 """
 
@@ -42,14 +46,16 @@ from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.recipes.train.early_exit import CausalLM
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES, DType
-from edgeskip.runtime.bundle.graphs import check_exit_layer
+from edgeskip.runtime.bundle.graphs import check_draft_vocabulary, check_exit_layer
 from edgeskip.runtime.bundle.manifest import Progress
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
 from edgeskip.runtime.files import whole_folder
 
 GATED_RMS = 0.597  # sqrt(E[silu(x)^2]), x ~ N(0, 1): of silu(gate) * up where both measure 1
 FIRST_ATTENTION = 3.0  # one value over an embedding; an average of n of them measures 1 / sqrt(n) of it
 LATE_VARIANCE = 8.0  # that of all later layers, undamped, over that of the early ones
+RARE = 0.5  # what rows of the head are multiplied with that no text shall need
 STEEPNESS = 7.0  # the match rate is about exp(-STEEPNESS * damping), measured at many shapes
 SMALLEST_DAMPING = 1e-3
 TOLERANCE, LARGEST_ERROR = 0.01, 0.03  # errors of the match rate: what ends the search, what is refused
@@ -72,6 +78,7 @@ class SyntheticSettings:
         num_prompts: B; their tokens are random.
         prompt_length: tokens in each.
         new_tokens: T, the tokens that the whole model then writes.
+        draft_vocabulary: rows of the vocabulary that texts keep to; by default all.
         max_steps: how many dampings are tried, at most.
     """
 
@@ -84,6 +91,7 @@ class SyntheticSettings:
     prompt_length: int = 32
     new_tokens: int = 128
     max_steps: int = 12
+    draft_vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """What config.json says under `edgeskip_synthetic`."""
+    """What config.json says under `edgeskip_synthetic`; `draft_vocabulary` is null where texts use all rows."""
 
     shape: str
     seed: int
@@ -123,6 +131,7 @@ class Synthetic:
     match_rate: float
     match_rate_by_prompt: Spread
     distinct_tokens: float
+    draft_vocabulary: int | None = None
 
 
 def synthesize(
@@ -150,7 +159,8 @@ def synthesize(
         weights.draw(progress)
         measurement = find_damping(weights, settings, progress)
         _check_measurement(shape, settings, measurement)
-        made = Synthetic(shape.name, settings.seed, settings.exit_layer, **vars(measurement))
+        rows = settings.draft_vocabulary
+        made = Synthetic(shape.name, settings.seed, settings.exit_layer, **vars(measurement), draft_vocabulary=rows)
         _write(weights, shape, made, folder)
     return made
 
@@ -198,6 +208,10 @@ class Weights:
             if self._is_late(name):
                 self._fill(index, name, parameter, damping)
 
+    @property
+    def _head(self) -> str:
+        return EMBEDDINGS if self.architecture.tie_word_embeddings else LM_HEAD
+
     def _is_late(self, name: str) -> bool:
         layer = _layer(name)
         return layer is not None and layer >= self.settings.exit_layer and _is_output(name)
@@ -224,6 +238,8 @@ class Weights:
         for part in torch.split(parameter.view(-1), _BLOCK):
             numbers = torch.randn(part.shape, generator=generator, device=self.device)
             part.copy_(numbers.mul_(deviation).to(self.dtype))  # rounded to what is stored, whatever computes
+        if self.settings.draft_vocabulary is not None and name == self._head:
+            parameter[self.settings.draft_vocabulary :] *= RARE
 
 
 def _layer(name: str) -> int | None:
@@ -245,7 +261,9 @@ def measure(
     """
     decoder, vocab_size = model.model, model.config.vocab_size
     generator = torch.Generator().manual_seed(settings.seed)
-    prompts = torch.randint(vocab_size, (settings.num_prompts, settings.prompt_length), generator=generator)
+    prompts = torch.randint(
+        settings.draft_vocabulary or vocab_size, (settings.num_prompts, settings.prompt_length), generator=generator
+    )
     token_ids, cache = prompts.to(model.device), DynamicCache()
     picks = []
     for done in range(settings.new_tokens):
@@ -308,6 +326,7 @@ def _exponent(match_rate: float) -> float:
 def _check_settings(shape: Shape, settings: SyntheticSettings) -> None:
     a, tokens = shape.architecture, settings.prompt_length + settings.new_tokens
     check_exit_layer(settings.exit_layer, a.num_layers)
+    check_draft_vocabulary(settings.draft_vocabulary, a.vocab_size)
     if not 0 <= settings.match_rate <= 1:
         raise RequestError("match rate", f"{settings.match_rate:g}", wanted="0 to 1")
     if not 0 <= settings.seed < 1 << 31:
@@ -345,7 +364,7 @@ def _is_judged(a: Architecture, settings: SyntheticSettings) -> bool:
 
     The figures of smaller shapes, which are good for tests only, are recorded and never refused.
     """
-    return a.vocab_size >= 100 * settings.new_tokens and a.hidden_size >= 512
+    return (settings.draft_vocabulary or a.vocab_size) >= 100 * settings.new_tokens and a.hidden_size >= 512
 
 
 def _check_measurement(shape: Shape, settings: SyntheticSettings, measured: Measurement) -> None:
@@ -396,7 +415,8 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
 
 def _readme(made: Synthetic) -> str:
     spread = made.match_rate_by_prompt
-    exit_layer = made.exit_layer
+    exit_layer, rows = made.exit_layer, made.draft_vocabulary
+    kept = f", all of them among the first {rows} of the vocabulary" if rows else ""
     return f"""# Synthetic weights of the shape {made.shape}
 
 **This is not a language model.** Its weights are random (seed {made.seed}), made by `edgeskip synth` to measure speed,
@@ -405,8 +425,9 @@ and its texts mean nothing. No weight of any published model is in it.
 The output projections of the layers from {exit_layer} on are damped by {made.damping:.4g},
 so that exit layer {exit_layer} predicts {made.match_rate:.1%} of the tokens that the whole model writes greedily
 ({spread.min:.1%} to {spread.max:.1%} by prompt, median {spread.median:.1%}).
-{made.distinct_tokens:.1%} of the tokens of a text are distinct. There is no EOS: texts run to the length asked for.
-The tokenizer takes one token per byte; other token ids read as their numbers.
+{made.distinct_tokens:.1%} of the tokens of a text are distinct{kept}.
+There is no EOS: texts run to the length asked for. The tokenizer takes one token per byte; other token ids read as
+their numbers.
 
 Logits are those of random weights, so no token is ever probable: draft with `--confidence-threshold 0`.
 """

@@ -224,7 +224,7 @@ def test_a_format_has_a_product_of_its_own_where_a_dialect_has_one(
         ({"formats": {"lm_head": "fp32"}}, "formats: 'lm_head' is no tensor of the model"),
         ({"formats": {"lm_head.weight": "fp16"}}, "formats: 'lm_head.weight' in 'fp16', where fp32 has fp32"),
         ({"picker": "best"}, "picker: best; wanted greedy"),
-        ({"draft_vocabulary": 300}, "draft vocabulary: 300; wanted 1 to 299 rows"),
+        ({"draft_vocabulary": 300}, "draft vocabulary: 300; wanted 128 to 299 rows"),
         ({"other_exits": (4,)}, "exit layer: 4; wanted 1 to 3"),
     ],
 )

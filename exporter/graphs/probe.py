@@ -32,7 +32,8 @@ Value = ir.Value
 
 @dataclass(frozen=True)
 class Exits:
-    """What the exits of layers 1 .. L draft for the n new tokens of a text; row L-1 is the model itself.
+    """What the exits of layers 1 .. L draft for the n new tokens of a text, from the rows of the vocabulary that the
+    bundle drafts from; row L-1 is the model itself.
 
     `token_ids` [L,n] int64, and the probability that each was given, `confidences` [L,n] fp32.
     """
@@ -124,8 +125,9 @@ def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
     past = op.Cast(op.ConstantOfShape(op.Concat([1], [a.num_kv_heads], length, [a.head_dim], axis=0)), to=number)
     exits = []
     for i in range(a.num_layers):
+        known = manifest.draft_vocabulary if i + 1 < a.num_layers else None
         hidden, _ = decoder.layers(hidden, range(i, i + 1), {i: (past, past)}, places)
-        logits = decoder.logits(op.Slice(hidden, first, length, [1]))
+        logits = decoder.logits(op.Slice(hidden, first, length, [1]), known)
         exits.append((greedy(op, logits, {}), _top_probability(op, logits)))
     names = {"token_ids": ir.DataType.INT64, "confidences": ir.DataType.FLOAT}
     for (name, element), parts in zip(names.items(), zip(*exits, strict=True), strict=True):

@@ -128,6 +128,7 @@ def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[...,
             element, shape = spelled or own
             size = array.bytes // record.shape[0] * rows
             as_named = f"{name}.{element.name.lower()}" if spelled else name
+            as_named = as_named if rows == record.shape[0] else f"{as_named}.{rows}"
             tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(shape), name=as_named)
             initializers[name, rows, spelled] = builder.initializer(tensor, as_named, qualify=False)
         return initializers[name, rows, spelled]

@@ -44,6 +44,13 @@ from edgeskip.runtime.commands.options import first, require, say
     help=f"The bundle's default of drafts per round.  [default: the recipe's, or {DEFAULT_SPECULATIONS}]",
 )
 @click.option(
+    "--draft-vocabulary",
+    type=int,
+    metavar="ROWS",
+    help="Draft from this many rows of the vocabulary alone, which is faster; the text stays the same.  [default: the "
+    "recipe's, or all]",
+)
+@click.option(
     "--weights",
     type=click.Choice(get_args(WeightsChoice)),
     help="Store the layers' matrices in 8 or 4 bits; auto chooses for each matrix.  [default: the recipe's, what suits "
@@ -91,6 +98,7 @@ def export(
     dtype: Any,
     max_length: int | None,
     num_speculations: int | None,
+    draft_vocabulary: int | None,
     weights: Any,
     head: Any,
     layers: tuple[str, ...],
@@ -138,6 +146,7 @@ def export(
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
         bits = first(bits, chosen.bits if weights == "auto" else None)
         quantizer = first(quantizer, chosen.quantizer)
+        draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
     if weights == "auto" or quantizer == "gptq":
         require("export --quantizer gptq")
     if exit_layer is None:
@@ -147,6 +156,7 @@ def export(
     opened = open_checkpoint(source, revision=revision, token=token, offline=offline, warn=warn)
     if device is not None:
         wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
+        wanted = replace(wanted, draft_vocabulary=draft_vocabulary)
         size = first(size, fitting_block_size(opened.architecture, device))
         if not (weights or head or layers or opened.quantized_by):
             recommended = recommend(opened.architecture, device, wanted, size)
@@ -164,6 +174,7 @@ def export(
         first(dtype, "fp32"),
         max_length,
         first(num_speculations, DEFAULT_SPECULATIONS),
+        draft_vocabulary=draft_vocabulary,
         weights=weights,
         head=head,
         layers=layers,

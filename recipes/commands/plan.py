@@ -61,6 +61,12 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.option(
     "--block-size", type=click.Choice(tuple(map(str, BLOCK_SIZES))), help="Numbers that share a scale, in 4 bits."
 )
+@click.option(
+    "--draft-vocabulary",
+    type=int,
+    metavar="ROWS",
+    help="Rows of the vocabulary that drafts come from.  [default: the recipe's or the bundle's, else all]",
+)
 @click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
 @click.option("--jetpack", help="The Jetson's JetPack, such as 6 or 6.2.  [default: the newest]")
 @click.option("--position", type=click.IntRange(0), help="Tokens in the caches when a round is timed.")
@@ -86,6 +92,7 @@ def plan(
     head: Any,
     layers: tuple[str, ...],
     block_size: str | None,
+    draft_vocabulary: int | None,
     max_length: int | None,
     jetpack: str | None,
     position: int | None,
@@ -124,12 +131,13 @@ def plan(
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
         bits = first(bits, chosen.bits if weights == "auto" else None)
+        draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
         exit_layer, dtype = first(exit_layer, manifest.exit_layer), first(dtype, manifest.dtype)
         max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
-        formats = manifest.formats
+        formats, draft_vocabulary = manifest.formats, first(draft_vocabulary, manifest.draft_vocabulary)
     else:
         shape = load_shape(str(model))
         exit_layer = first(exit_layer, max(shape.architecture.num_layers // 4, 1))
@@ -137,6 +145,7 @@ def plan(
     if exit_layer not in known:
         num_speculations = first(num_speculations, own_num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
+    settings = replace(settings, draft_vocabulary=draft_vocabulary)
     measured = [read_report(path) for path in reports]
     for report, path in zip(measured, reports, strict=True):
         check_report(report, path)

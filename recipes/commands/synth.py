@@ -17,10 +17,25 @@ from edgeskip.runtime.errors import CheckpointError
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
 @click.option("--match-rate", type=float, required=True, help="Share of greedy tokens that the exit predicts, 0 to 1.")
+@click.option(
+    "--draft-vocabulary",
+    type=int,
+    metavar="ROWS",
+    help="Texts keep to this many rows of the vocabulary.  [default: all]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The seed of weights and prompts.")
 @click.option("--dtype", type=click.Choice(get_args(DType)), default="fp16", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed: int, dtype: Any, device: Any) -> None:
+def synth(
+    shape: str,
+    checkpoint: Path,
+    exit_layer: int,
+    match_rate: float,
+    draft_vocabulary: int | None,
+    seed: int,
+    dtype: Any,
+    device: Any,
+) -> None:
     """Make a CHECKPOINT with random weights to measure speed with; SHAPE is a published one or a config.json."""
     require("synth")
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
@@ -29,7 +44,7 @@ def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed
 
     check_destination(checkpoint, CheckpointError)
     with progress_bar() as progress:
-        settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device)
+        settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device, draft_vocabulary=draft_vocabulary)
         made = synthesize(shape, checkpoint, settings, progress)
     spread = made.match_rate_by_prompt
     say(
@@ -41,4 +56,5 @@ def synth(shape: str, checkpoint: Path, exit_layer: int, match_rate: float, seed
         say(f"That is the nearest to {match_rate:g} that was reached.")
     if made.distinct_tokens < DISTINCT_TOKENS:
         say("Its texts repeat tokens: the shape is too small for others.")
-    say(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}")
+    drafting = f" --draft-vocabulary {draft_vocabulary}" if draft_vocabulary else ""
+    say(f"Next: edgeskip export {checkpoint} BUNDLE --exit-layer {exit_layer} --dtype {dtype}{drafting}")

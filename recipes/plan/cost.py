@@ -11,8 +11,8 @@ two apart, and what was measured on a 1B predicts an 8B on the same device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import reduce
 from itertools import combinations
 from math import inf
@@ -24,14 +24,25 @@ from edgeskip.runtime.bench.measure import BenchReport
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, DType
 from edgeskip.runtime.bundle.formats import FORMATS
-from edgeskip.runtime.bundle.graphs import GraphName, HeadRecord, graph_table, single_exit, split_at
-from edgeskip.runtime.bundle.tensors import bundle_tensors, graph_tensors
+from edgeskip.runtime.bundle.graphs import (
+    DRAFT_HEAD,
+    HEAD,
+    Graph,
+    GraphName,
+    HeadRecord,
+    Split,
+    graph_table,
+    heads_of,
+    single_exit,
+    split_at,
+)
+from edgeskip.runtime.bundle.tensors import TABLES, bundle_tensors, graph_tensors
 from edgeskip.runtime.decoding.rounds import speculative_round
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured call of a graph: its decoder layers (the head has none), rows, bytes it has to read, and its time."""
+    """A measured call of a graph: its decoder layers (a head has none), rows, bytes it has to read, and its time."""
 
     layers: int
     rows: int
@@ -39,8 +50,15 @@ class Sample:
     ms: float
 
 
-ONE_EXIT = split_at(graph_table(2, (1,), {"head": HeadRecord(1, "greedy")}), 1)
-"""The chains of a bundle with one exit, whichever it is: rounds on them have the same calls."""
+ONE_EXIT, TWO_HEADS = (split_at(graph_table(2, (1,), heads), 1) for heads in (heads_of(2), heads_of(2, 1)))
+"""The chains of a bundle with one exit, whichever it is: rounds on them have the same calls. In the second one, drafts
+have a head of their own.
+"""
+
+
+def chains(graphs: Container[GraphName]) -> Split:
+    """The chains of a bundle with one exit and these graphs."""
+    return TWO_HEADS if DRAFT_HEAD in graphs else ONE_EXIT
 
 
 @dataclass(frozen=True)
@@ -86,32 +104,46 @@ class GraphSize:
 
 
 def graph_sizes(
-    architecture: Architecture, exit_layer: int, dtype: DType, formats: Mapping[str, str] | None = None
+    architecture: Architecture,
+    exit_layer: int,
+    dtype: DType,
+    formats: Mapping[str, str] | None = None,
+    draft_vocabulary: int | None = None,
 ) -> dict[GraphName, GraphSize]:
-    """The graphs of a model with one exit, whose tensors have the dtype or these formats, by name."""
-    return exit_sizes(architecture, dtype, formats)(exit_layer)
+    """The graphs of a model with one exit, whose tensors have the dtype or these formats, by name, and whose drafts
+    come from so many rows of the vocabulary, or all.
+    """
+    return exit_sizes(architecture, dtype, formats, draft_vocabulary)(exit_layer)
 
 
 def exit_sizes(
-    architecture: Architecture, dtype: DType, formats: Mapping[str, str] | None = None
+    architecture: Architecture,
+    dtype: DType,
+    formats: Mapping[str, str] | None = None,
+    draft_vocabulary: int | None = None,
 ) -> Callable[[int], dict[GraphName, GraphSize]]:
     """The same for any exit layer: layers are counted once."""
     a, itemsize = architecture, ITEMSIZE[dtype]
     tensors = bundle_tensors(a, 1, dtype, formats)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
 
-    def size(layers: range) -> GraphSize:
+    def size(layers: range, head: HeadRecord | None = None) -> GraphSize:
         records = [tensors[tensor] for tensor in graph_tensors(a, layers)]
+        if head:
+            records = [
+                replace(one, shape=(head.vocabulary, *one.shape[1:])) if one.name in TABLES else one for one in records
+            ]
         quantized = [one for one in records if layers and FORMATS[one.format].bits]
         parameters, widened = (sum(math.prod(one.shape) for one in of) for of in (records, quantized))
         read = sum(FORMATS[one.format].bytes(one.shape, dtype) for one in records)
         return GraphSize(len(layers), parameters, read, len(layers) * row, widened * itemsize)
 
-    each, head = [size(range(i, i + 1)) for i in range(a.num_layers)], size(range(0))
-    return lambda exit_layer: {
-        name: reduce(add, (each[i] for i in graph.layers), GraphSize(0, 0, 0, 0)) if graph.layers else head
-        for name, graph in single_exit(a, exit_layer).items()
-    }
+    each = [size(range(i, i + 1)) for i in range(a.num_layers)]
+
+    def of(graph: Graph) -> GraphSize:
+        return size(range(0), graph.head) if graph.head else reduce(add, (each[i] for i in graph.layers))
+
+    return lambda exit_layer: {name: of(graph) for name, graph in single_exit(a, exit_layer, draft_vocabulary).items()}
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:
@@ -145,7 +177,7 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
 
 def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
     """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
-    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(ONE_EXIT, num_speculations).calls]
+    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(chains(sizes), num_speculations).calls]
     return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
 
 
@@ -187,9 +219,9 @@ def samples_of_report(report: BenchReport) -> Iterator[Sample]:
     early, all_layers = report.exit_layer, report.num_layers
     if early >= all_layers:
         raise ValueError(f"exit layer {early} of {all_layers} layers")
-    layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, "head": 0}
+    layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, HEAD: 0, DRAFT_HEAD: 0}
     if other := {stage.graph for stage in report.stages} - layers.keys():
-        raise ValueError(f"it has a graph {min(other)}, so several exits or heads")
+        raise ValueError(f"it has a graph {min(other)}, so several exits")
     for stage in report.stages:
         if stage.graph not in layers:
             raise ValueError(f"times of a graph {stage.graph!r:.60}, none of {', '.join(layers)}")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 
 from edgeskip.recipes.deployment import Device
 from edgeskip.recipes.plan.cost import (
-    ONE_EXIT,
     Cost,
     GraphSize,
     best_speculation,
     break_even,
     call_ms,
+    chains,
     exit_sizes,
     fit_cost,
     graph_sizes,
@@ -48,8 +48,11 @@ from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.graphs import (
     DEFAULT_PREFILL_CHUNK,
     DEFAULT_SPECULATIONS,
+    DRAFT_HEAD,
+    HEAD,
     HEAD_ROWS,
     GraphName,
+    check_draft_vocabulary,
     check_exit_layer,
     single_exit,
 )
@@ -106,6 +109,7 @@ class PlanSettings:
         max_length: cache capacity in tokens.
         jetpack: JetPack's version or the first numbers of it, on a Jetson; None takes the TensorRT that the device's
             table names.
+        draft_vocabulary: rows of the vocabulary that drafts come from; None takes all.
         position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
     """
 
@@ -118,6 +122,7 @@ class PlanSettings:
     jetpack: str | None = None
     position: int | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
+    draft_vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,7 @@ def make_plan(
     k = settings.num_speculations or (
         DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
     )
-    sizes_at = exit_sizes(a, dtype, formats)
+    sizes_at = exit_sizes(a, dtype, formats, settings.draft_vocabulary)
     exits = tuple(
         _exit(exit_layer, sizes_at(exit_layer), cost, position, plain, settings.match_rates)
         for exit_layer in range(1, a.num_layers)
@@ -274,7 +279,8 @@ def make_plan(
         position=position,
         stages=tuple(_stages(cost, sizes, k, position)),
         first_token_ms=_first_token_ms(cost, sizes if basis.dialect is None else _widened(sizes), position),
-        ideal_ms_per_token=sum(size.weight_bytes for size in sizes.values()) / _copy_bytes_per_ms(device, reports),
+        ideal_ms_per_token=sum(size.weight_bytes for name, size in sizes.items() if name != DRAFT_HEAD)
+        / _copy_bytes_per_ms(device, reports),
         plain_ms_per_token=plain,
         speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
         rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
@@ -319,8 +325,8 @@ def make_basis(
     dialect = None if backend == "onnxruntime" else _dialect(device, settings)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
-    sizes = graph_sizes(a, settings.exit_layer, dtype, formats)
-    held = held_bytes(a, sizes, dtype, formats, graphs_hold=dialect is None)
+    sizes = graph_sizes(a, settings.exit_layer, dtype, formats, settings.draft_vocabulary)
+    held = held_bytes(a, sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
     widened = {} if dialect is None else _widened_memory(a, dtype, formats)
 
     def memory_of(tokens: int) -> dict[str, int]:
@@ -399,18 +405,22 @@ def held_bytes(
     sizes: Mapping[GraphName, GraphSize],
     dtype: DType,
     formats: Mapping[str, str],
+    draft_vocabulary: int | None,
     *,
     graphs_hold: bool,
 ) -> dict[GraphName, int]:
     """Weights that are held for each graph; both tables of an untied model are the head's.
 
-    Where graphs hold their own, a head that multiplies and gathers from one quantized table has it in two layouts.
+    Where graphs hold their own, a head that multiplies and gathers from one quantized table has it in two layouts, and
+    one that drafts has its own copy of its rows.
     """
     a = architecture
-    held = {graph: size.weight_bytes for graph, size in sizes.items()}
+    held = {graph: size.weight_bytes for graph, size in sizes.items() if graphs_hold or graph != DRAFT_HEAD}
     table = bundle_tensors(a, 1, dtype, formats)[EMBEDDINGS]
-    if not a.tie_word_embeddings or (graphs_hold and is_quantized([table.format])):
-        held["head"] += FORMATS[table.format].bytes(table.shape, dtype)
+    twice = not a.tie_word_embeddings or (graphs_hold and is_quantized([table.format]))
+    for head, rows in ((HEAD, a.vocab_size), (DRAFT_HEAD, draft_vocabulary or 0)):
+        if head in held and twice:
+            held[head] += FORMATS[table.format].bytes((rows, *table.shape[1:]), dtype)
     return held
 
 
@@ -418,6 +428,7 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
     context = architecture.max_position_embeddings
     for exit_layer in (settings.exit_layer, *settings.match_rates):
         check_exit_layer(exit_layer, architecture.num_layers)
+    check_draft_vocabulary(settings.draft_vocabulary, architecture.vocab_size)
     if settings.max_length is None or not 2 <= settings.max_length <= context:
         raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
     if settings.position is not None and not 0 <= settings.position < settings.max_length:
@@ -611,6 +622,11 @@ def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport
             "Memory to build was measured with TensorRT-RTX. TensorRT 10.6 for x86-64, which brings kernels for every "
             "GPU, takes 6.4 GB and 0.2 to 0.45 GB for the engines; what a Jetson's takes is not known."
         )
+    if settings.draft_vocabulary and settings.match_rates:
+        yield (
+            f"Match rates are taken as they are given. Drafts from {settings.draft_vocabulary} rows of the vocabulary "
+            "are right less often than those from all; `edgeskip tune` of such a bundle says how often."
+        )
     if is_quantized(settings.formats.values()) and not reports:
         yield "Times count the bytes that are read: products with quantized weights can take longer than that."
     if backend == "tensorrt-rtx":
@@ -664,7 +680,7 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
 
 def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
     """Each kind of call in a plain step and a round of K drafts, once."""
-    for call in distinct_calls(ONE_EXIT, (0, k), sizes):
+    for call in distinct_calls(chains(sizes), (0, k), sizes):
         graph, rows = call.key
         size = sizes[graph]
         yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))
@@ -672,12 +688,12 @@ def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: 
 
 def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
     """Time of a prompt of this many tokens, in chunks, and of its first new token."""
-    chunks = range(0, max(tokens, 1), DEFAULT_PREFILL_CHUNK)
+    starts = range(0, max(tokens, 1), DEFAULT_PREFILL_CHUNK)
     rows = min(max(tokens, 1), DEFAULT_PREFILL_CHUNK)
     return sum(
         call_ms(cost, sizes[call.graph], call.rows, start + rows)
-        for start in chunks
-        for call in prefill_round(ONE_EXIT, rows, last=start == chunks[-1], early_exit=False).calls
+        for start in starts
+        for call in prefill_round(chains(sizes), rows, last=start == starts[-1], early_exit=False).calls
     )
 
 

@@ -59,6 +59,11 @@ def print_tuning(report: TuneReport, console: Console) -> None:
         f"{report.prompts} prompts, {report.new_tokens} new tokens; match: the share that an exit drafts right; ms "
         "per token; " + (f"drafting ends below a confidence of {threshold:g}\n" if threshold else "always K drafts\n")
     )
+    if report.draft_vocabulary is not None:
+        console.print(
+            f"Drafts come from {report.draft_vocabulary} rows of the vocabulary, which have {report.covered:.1%} of "
+            "these tokens."
+        )
     top = sorted(report.pairs, key=lambda p: p.ms_per_token)[:_TOP]
     console.print("Fastest: " + ", ".join(f"E={p.exit_layer} K={p.num_speculations} {p.ms_per_token:.3f}" for p in top))
     console.print(
@@ -108,6 +113,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
         *_formats(report.tensor_formats, report.num_layers),
+        *([] if report.draft_vocabulary is None else [f"draft_vocabulary = {report.draft_vocabulary}"]),
         *(['quantizer = "gptq"'] if report.quantizer == "gptq" else []),
         f"source = {text(source)}",
         "",

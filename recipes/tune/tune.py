@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
-from edgeskip.recipes.plan.cost import ONE_EXIT, Sample, call_ms, fit_cost, graph_sizes
+from edgeskip.recipes.plan.cost import Sample, call_ms, chains, fit_cost, graph_sizes
 from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
-from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations, single_exit
+from edgeskip.runtime.bundle.graphs import GraphName, Split, check_num_speculations, single_exit
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import drafts_that_fit
@@ -145,7 +145,8 @@ class TuneReport(Provenance):
     `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
     rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
     text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name,
-    and `quantizer` the method that found their numbers.
+    and `quantizer` the method that found their numbers. If drafts come from `draft_vocabulary` rows of the vocabulary
+    alone, `covered` is the share of the texts' tokens that are among them: no exit drafts more than that right.
     """
 
     prompts: int
@@ -163,6 +164,8 @@ class TuneReport(Provenance):
     doubts: tuple[str, ...] = ()
     tensor_formats: dict[str, str] = field(default_factory=dict)
     quantizer: str | None = None
+    draft_vocabulary: int | None = None
+    covered: float | None = None
 
 
 def tune(
@@ -189,10 +192,8 @@ def tune(
         check_num_speculations(k)
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
-        if set(manifest.graphs) != set(single_exit(manifest.architecture, manifest.exit_layer)):
-            raise RequestError(
-                bundle.folder, "has several exits or heads", wanted="a bundle with one of each to measure"
-            )
+        if manifest.graphs != single_exit(manifest.architecture, manifest.exit_layer, manifest.draft_vocabulary):
+            raise RequestError(bundle.folder, "has several exits", wanted="a bundle with one to measure")
         device, head = session.device, provenance(model, command)
         check_probed(bundle, device)
         if settings.confidence_threshold is None:
@@ -253,7 +254,17 @@ def tune(
         doubts=found,
         tensor_formats=dict(manifest.formats),
         quantizer=manifest.quantization.method if manifest.quantization else None,
+        draft_vocabulary=manifest.draft_vocabulary,
+        covered=_covered(manifest, texts),
     )
+
+
+def _covered(manifest: Manifest, texts: Sequence[Text]) -> float | None:
+    """The share of the texts' tokens, their first ones left out, that drafts can be."""
+    if manifest.draft_vocabulary is None:
+        return None
+    token_ids = np.concatenate([text.token_ids[1:] for text in texts])
+    return float((token_ids < manifest.draft_vocabulary).mean())
 
 
 def _probe(bundle: Bundle, device: Literal["cpu", "cuda"], texts: Sequence[Text], progress: Progress) -> list[Exits]:
@@ -311,7 +322,10 @@ def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
 def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
     """What would have been measured at another exit layer: the same calls, scaled by a cost that was fitted to them."""
     a, dtype = manifest.architecture, manifest.dtype
-    here, there = (graph_sizes(a, layer, dtype, manifest.formats) for layer in (manifest.exit_layer, exit_layer))
+    here, there = (
+        graph_sizes(a, layer, dtype, manifest.formats, manifest.draft_vocabulary)
+        for layer in (manifest.exit_layer, exit_layer)
+    )
 
     def sample(call: CallTime) -> Sample:
         size = here[call.graph]
@@ -329,9 +343,10 @@ def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured
 def rounds_ms(measured: Measured, rounds: Rounds) -> float:
     """Time of all these rounds, the host's share included."""
     calls = {(call.graph, call.rows): call.ms for call in measured.calls}
+    split = chains({call.graph for call in measured.calls})
 
     def round_ms(drafts: int) -> float:
-        on_device = sum(calls[call.key] for call in speculative_round(ONE_EXIT, drafts).calls)
+        on_device = sum(calls[call.key] for call in speculative_round(split, drafts).calls)
         return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
 
     return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
@@ -367,11 +382,11 @@ def _measure(
             **GREEDY.settings,
         )
         position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - largest), 0)
-        times = tuple(_times_in_rounds(session, largest, position) for _ in range(repeats))
+        times = tuple(_times_in_rounds(session, model.split, largest, position) for _ in range(repeats))
         return _Turn(plain, speculative.statistics, position, times)
 
     if not in_situ:  # a device captures a round on its second run, which says nothing of decoding
-        for round_ in [speculative_round(ONE_EXIT, k) for k in range(largest + 1) for _ in range(3)]:
+        for round_ in [speculative_round(model.split, k) for k in range(largest + 1) for _ in range(3)]:
             bound = session.bind(round_)
             bound.start(0)
             bound.wait()
@@ -385,7 +400,9 @@ def _measure(
     if not turns:
         raise RequestError("prompts", "the model ends after the first token of each", wanted="one that it continues")
     position = int(statistics.median(one.position for one in turns))
-    laps = [t for one in turns for t in one.times] or [_times_alone(session, largest, position) for _ in range(2)]
+    laps = [t for one in turns for t in one.times] or [
+        _times_alone(session, model.split, largest, position) for _ in range(2)
+    ]
     times = _by_call(laps)
     halves = [float(sum(map(_quiet, _by_call(half).values()))) for half in (laps[::2], laps[1::2])]
     order = list(manifest.graphs)
@@ -422,14 +439,14 @@ _Times = Sequence[tuple[tuple[GraphName, int], float]]
 """Calls by graph and rows, and ms."""
 
 
-def _times_in_rounds(session: MeasuredSession, largest: int, position: int) -> _Times:
+def _times_in_rounds(session: MeasuredSession, split: Split, largest: int, position: int) -> _Times:
     """Every call of a round for each K from 0 to `largest`, timed by the session's clock of its graphs.
 
     A graph that runs alone in a loop finds its weights in the processor's caches; here it finds what a round leaves.
     """
     times: list[tuple[tuple[GraphName, int], float]] = []
     for k in range(largest + 1):
-        for part in (*(draft_round(ONE_EXIT, row) for row in range(k)), verification_round(ONE_EXIT, k)):
+        for part in (*(draft_round(split, row) for row in range(k)), verification_round(split, k)):
             times += _lap(session, part, position)
         session.carry(0)
     return times
@@ -448,9 +465,9 @@ def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple
         yield call.key, (after[call.graph] - before[call.graph]) / 1e6
 
 
-def _times_alone(session: MeasuredSession, largest: int, position: int) -> _Times:
+def _times_alone(session: MeasuredSession, split: Split, largest: int, position: int) -> _Times:
     """Each call of these rounds by itself, for devices that hide what happens within one; there the sum is the same."""
-    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(ONE_EXIT, k).calls}
+    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(split, k).calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
 
 

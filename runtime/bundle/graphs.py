@@ -61,6 +61,12 @@ class Tensor:
 NEW_ROWS = ("B", "N", "T", "D")
 """Shape of a cache output that holds only the rows of this call."""
 
+HEAD, DRAFT_HEAD = "head", "draft_head"
+"""The head over the whole vocabulary, and that over its first rows, which drafts where a bundle has one."""
+
+LEAST_DRAFT_VOCABULARY = 128
+"""Rows: with fewer, hardly any draft would be right."""
+
 PICKERS: dict[str, tuple[str, ...]] = {"greedy": ()}
 """Ways in which a head picks a token from its logits, and what it is told about each row: int64 inputs [B,T]."""
 
@@ -163,9 +169,19 @@ def graph_table(
     return graphs
 
 
-def single_exit(architecture: Architecture, exit_layer: int) -> dict[GraphName, Graph]:
-    """The graphs of a model with one exit and one head, the common case."""
-    heads = {"head": HeadRecord(architecture.vocab_size, "greedy")}
+def heads_of(
+    vocab_size: int, draft_vocabulary: int | None = None, picker: str = "greedy"
+) -> dict[GraphName, HeadRecord]:
+    """The head over the whole vocabulary and, if asked for, one over its first rows."""
+    heads = {HEAD: HeadRecord(vocab_size, picker)}
+    return heads if draft_vocabulary is None else heads | {DRAFT_HEAD: HeadRecord(draft_vocabulary, picker)}
+
+
+def single_exit(
+    architecture: Architecture, exit_layer: int, draft_vocabulary: int | None = None
+) -> dict[GraphName, Graph]:
+    """The graphs of a model with one exit and, unless drafts have a head of their own, one head: the common case."""
+    heads = heads_of(architecture.vocab_size, draft_vocabulary)
     return graph_table(architecture.num_layers, (exit_layer,), heads)
 
 
@@ -208,6 +224,19 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     if not (type(exit_layer) is int and 1 <= exit_layer < num_layers):
         wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
         raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
+
+
+def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> None:
+    """Checks that a model with a vocabulary of this size can draft from so many of its rows; None drafts from all.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    if draft_vocabulary is not None and not LEAST_DRAFT_VOCABULARY <= draft_vocabulary < vocab_size:
+        wanted = f"{LEAST_DRAFT_VOCABULARY} to {vocab_size - 1} rows: the vocabulary has {vocab_size}"
+        if vocab_size <= LEAST_DRAFT_VOCABULARY:
+            wanted = f"none: the vocabulary has only {vocab_size} rows"
+        raise RequestError("draft vocabulary", f"{draft_vocabulary}", wanted=wanted)
 
 
 def check_num_speculations(num_speculations: int) -> None:

@@ -145,6 +145,12 @@ class Manifest:
         return dataclasses.replace(self, exit_layer=exit_layer, exit_layers=exits, graphs=graphs, chains=chains)
 
     @property
+    def draft_vocabulary(self) -> int | None:
+        """Rows of the vocabulary that the head which drafts knows; null where it is the one that verifies."""
+        split = self.split()
+        return None if split.draft_head == split.head else split.draft_head.vocabulary
+
+    @property
     def tensors(self) -> dict[str, TensorRecord]:
         """The tensors that the weights file holds."""
         return bundle_tensors(self.architecture, self.max_length, self.dtype, self.formats)

@@ -181,14 +181,16 @@ def mapped_weights(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
 
 
 def held_bytes(bundle: Bundle) -> int:
-    """Bytes of weights where each graph holds its own: the file, and again the table of every head but the first, and a
-    quantized table that a head both multiplies and gathers from, as these read it in two layouts.
+    """Bytes of weights where each graph holds its own: the file, and again the tables of every head but the first, and
+    a quantized table that a head both multiplies and gathers from, as these read it in two layouts.
     """
     manifest = bundle.manifest
     heads, read = [name for name, graph in manifest.graphs.items() if graph.head], read_bytes(bundle)
-    tied = manifest.architecture.tie_word_embeddings
-    twice = heads if tied and is_quantized([manifest.tensors[EMBEDDINGS].format]) else []
-    return manifest.weights_bytes + sum(read[name] for name in (*heads[1:], *twice))
+    tied, table = manifest.architecture.tie_word_embeddings, manifest.tensors[EMBEDDINGS]
+    twice = heads if tied and is_quantized([table.format]) else []
+    rows = 0 if tied else sum(head.vocabulary for head in [*manifest.heads.values()][1:])  # to gather from
+    gathered = FORMATS[table.format].bytes((rows, *table.shape[1:]), manifest.dtype)
+    return manifest.weights_bytes + gathered + sum(read[name] for name in (*heads[1:], *twice))
 
 
 def bytes_by_format(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, int]:

@@ -44,6 +44,7 @@ NUM_BYTES = 256
 SETTINGS = {  # shape -> what is asked for
     "untied": SyntheticSettings(2, 0.7),
     "tied": SyntheticSettings(2, 0.8, seed=3, dtype="bf16"),
+    "few rows": SyntheticSettings(2, 0.7, num_prompts=8, new_tokens=64, draft_vocabulary=6000),
     "small": SyntheticSettings(3, 0.6, dtype="fp32", num_prompts=8, new_tokens=64),
 }
 
@@ -53,6 +54,7 @@ def shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     changes = {
         "untied": {},
+        "few rows": {},
         "tied": {"tie_word_embeddings": True},
         "small": {"vocab_size": 300},
         "wide": {"hidden_size": 512},
@@ -80,13 +82,15 @@ def matches(model, settings):
     """transformers' own generation, then one pass over its texts: matches [B, T] of the exit's picks."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.num_prompts, settings.prompt_length)
-    prompts = torch.randint(model.config.vocab_size, size, generator=generator)
+    rows = settings.draft_vocabulary or model.config.vocab_size
+    prompts = torch.randint(rows, size, generator=generator)
     with torch.inference_mode():
         ones = torch.ones_like(prompts)
         texts = model.generate(prompts, attention_mask=ones, do_sample=False, max_new_tokens=settings.new_tokens)
         states = model(texts[:, :-1], output_hidden_states=True).hidden_states[settings.exit_layer]
         picks = model.lm_head(model.model.norm(states)).argmax(-1)
     new = slice(settings.prompt_length, None)
+    assert texts.max() < rows
     assert texts.shape[1] == settings.prompt_length + settings.new_tokens  # no EOS
     return (picks[:, settings.prompt_length - 1 :] == texts[:, new]).double(), texts[:, new]
 

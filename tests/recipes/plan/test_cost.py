@@ -54,11 +54,15 @@ def test_arithmetic_bounds_calls_of_many_rows():
     assert bounded.time_ms(1, 1, 10**9, flops=7 * 10**9) == 7
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "qwen2", "qwen3"])
-def test_graph_sizes_are_those_of_a_bundle(variant, checkpoints, tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "rows"),
+    [("llama-gqa", None), ("llama-gqa", 150), ("llama-tied", 150), ("qwen2", None), ("qwen3", None)],
+)
+def test_graph_sizes_are_those_of_a_bundle(variant, rows, checkpoints, tmp_path):
     checkpoint = open_checkpoint(str(checkpoints(variant)))
-    bundle = export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(exit_layer=1, dtype="fp16"))
-    sizes = cost.graph_sizes(checkpoint.architecture, 1, "fp16")
+    settings = ExportSettings(exit_layer=1, dtype="fp16", draft_vocabulary=rows)
+    bundle = export_bundle(checkpoint, tmp_path / "bundle", settings)
+    sizes = cost.graph_sizes(checkpoint.architecture, 1, "fp16", None, rows)
     assert {graph: size.weight_bytes for graph, size in sizes.items()} == read_bytes(bundle)
     assert [sizes[graph].layers for graph in ("draft", "verify", "head")] == [1, 3, 0]
 
@@ -73,6 +77,9 @@ def test_a_round_is_the_sum_of_its_calls():
     # Drafts at rows 10, 11, 12 see 11, 12, 13 tokens, two of them with a head; then verify sees all 13, and a head.
     wanted = 3 * 100 + 3 * (11 + 12 + 13) + 2 * 50 + 200 + 5 * 13 + 50
     assert cost.round_ms(reading, sizes, 2, position=10) == wanted
+    sizes["draft_head"] = cost.GraphSize(0, 0, 20, 0)
+    assert cost.round_ms(reading, sizes, 2, position=10) == wanted - 2 * 30
+    assert cost.round_ms(reading, sizes, 0, position=10) == 100 + 3 * 11 + 200 + 5 * 11 + 50
 
 
 def test_tokens_a_round_are_what_counting_all_outcomes_gives():

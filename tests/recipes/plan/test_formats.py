@@ -34,19 +34,24 @@ def run(*arguments):
 def plan_of(bundle, device, backend=None):
     m = bundle.manifest
     settings = PlanSettings(m.exit_layer, dtype=m.dtype, max_length=m.max_length, backend=backend, formats=m.formats)
+    settings = replace(settings, draft_vocabulary=m.draft_vocabulary)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "DEFAULT_PREFILL_CHUNK", m.prefill_chunk)
         return make_plan("", m.architecture, load_device(device), settings)
 
 
-@pytest.mark.parametrize("settings", [{"weights": "int8"}, {"weights": "int4"}, MIXED], ids=["int8", "int4", "mixed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"weights": "int8"}, {"weights": "int4"}, MIXED, {"weights": "int4", "draft_vocabulary": 200}],
+    ids=["int8", "int4", "mixed", "draft-head"],
+)
 @pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "qwen2"])
 def test_bytes_are_those_of_a_bundle(variant, settings, bundles):
     bundle = bundles(variant, dtype="fp16", **settings)
     m = bundle.manifest
-    sizes = cost.graph_sizes(m.architecture, m.exit_layer, m.dtype, m.formats)
+    sizes = cost.graph_sizes(m.architecture, m.exit_layer, m.dtype, m.formats, m.draft_vocabulary)
     assert {graph: size.weight_bytes for graph, size in sizes.items()} == read_bytes(bundle)
-    plain = cost.graph_sizes(m.architecture, m.exit_layer, m.dtype)
+    plain = cost.graph_sizes(m.architecture, m.exit_layer, m.dtype, None, m.draft_vocabulary)
     assert {graph: size.parameters for graph, size in sizes.items()} == {
         graph: size.weight_bytes // 2 for graph, size in plain.items()
     }

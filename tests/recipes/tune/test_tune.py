@@ -276,6 +276,27 @@ def test_a_quantized_bundle_is_tuned_and_its_formats_are_told(bundles):
     assert "Weights: " in console.export_text()
 
 
+def test_drafts_from_some_rows_of_the_vocabulary_are_weighed_as_they_are_decoded(bundles, tmp_path):
+    bundle = bundles("llama-tied", exit_layer=3, draft_vocabulary=150)
+    load_it, texts = (lambda: edgeskip.load(bundle.folder, device="cpu")), ["def f(x):", "import"]
+    found = tune(load_it, texts, TuneSettings((1, 4), 40, confidence_threshold=0))
+    assert_sound(found, 4)
+    with load_it() as model:
+        settings = {"num_speculations": 4, "confidence_threshold": 0, "max_new_tokens": 40}
+        runs = [model.complete(text, **settings) for text in texts]
+    stats = [run.statistics for run in runs]
+    assert found.present.match_rate == sum(s.accepted for s in stats) / sum(s.tested for s in stats)
+    ids = [token for run in runs for token in run.token_ids[1:]]
+    assert found.covered == sum(token < 150 for token in ids) / len(ids) < 1
+    assert found.match_rates[3] <= found.covered
+    assert {call.graph for call in found.measured.calls} == set(bundle.manifest.graphs)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_tuning(found, console)
+    assert f"Drafts come from 150 rows of the vocabulary, which have {found.covered:.1%}" in console.export_text()
+    (tmp_path / "r.toml").write_text(tuned_recipe(found, "r.toml"))
+    assert load_export_recipe(str(tmp_path / "r.toml"))[0].draft_vocabulary == 150
+
+
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "line\nbreak", "tab\tand \x7f", "größer"])
 def test_any_name_is_kept_in_the_recipe(name, report, tmp_path):
     path = tmp_path / "tuned.toml"
