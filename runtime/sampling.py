@@ -76,6 +76,11 @@ class Sampling:
         return self.temperature >= LEAST_TEMPERATURE
 
     @property
+    def has_filters(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return (self.top_k, self.top_p, self.min_p) != (0, 1, 0)
+
+    @property
     def has_penalties(self) -> bool:
         """Whether a token's logit depends on the tokens before it."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)

@@ -43,7 +43,6 @@ class OrtCpuSession(MeasuredSession):
     """
 
     device = "cpu"
-    picks_on_host = True
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "cpu") -> None:
@@ -122,7 +121,7 @@ class OrtCpuSession(MeasuredSession):
         def bound(calls: Iterable[Call]) -> Iterator[tuple[str, Callable[[], None]]]:
             for call, narrow in zip(calls, round_.calls, strict=True):
                 yield call.graph, self._bound_call(call)
-                if round_.sampled and self._graph_table[call.graph].head:
+                if round_.picks != "heads" and self._graph_table[call.graph].head:
                     yield call.graph, self._picking(narrow)
 
         wide = tuple(map(self._widened, round_.calls))
@@ -167,15 +166,12 @@ class OrtCpuSession(MeasuredSession):
         logits, token_ids, token_logits, embeddings = (
             self._rows(outputs[name]) for name in ("logits", "token_ids", "token_logits", "inputs_embeds")
         )
-        states = call.inputs[0][1]
-        positions, drafts = self._rows(View("position_ids", states.start, call.rows)), self._buffers["draft_token_ids"]
+        positions, drafts = self._buffers["position_ids"][call.first_row :], self._buffers["draft_token_ids"]
+        rows = logits[:, : head.vocabulary]
 
         def pick() -> None:
-            for row in range(call.rows):
-                token = self._sampler.pick(logits[row, : head.vocabulary], int(positions[row]) + 1)
-                token_ids[row], token_logits[row], embeddings[row] = token, logits[row, token], self._table[token]
-                if row + 1 < call.rows and token != drafts[row]:
-                    break  # the rows after it follow another token
+            for row, token, logit in self._sampler.pick_rows(rows, int(positions[0]) + 1, drafts):
+                token_ids[row], token_logits[row], embeddings[row] = token, logit, self._table[token]
 
         return pick
 
@@ -183,7 +179,7 @@ class OrtCpuSession(MeasuredSession):
         return self._buffers[view.buffer][view.start : view.start + view.rows]
 
     def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
-        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones."""
+        """Picks tokens like this from now on, where heads do not, in a text that begins with these ones."""
         self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"], mask)
 
     def write(self, buffer: str, rows: Rows) -> None:

@@ -6,19 +6,23 @@ A round is enqueued as a whole on one stream:
 
 and the host waits once, for the ids. The first run of a round enqueues its calls one by one, which lets the backend
 settle its memory; the second captures the same sequence into one CUDA graph, and all later ones replay that.
+
+Where picks depend on the history, rounds are short ones, up to a head: the host then reads back a row of logits at a
+time, picks, and writes the token in place of the head's own.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.backends.device import CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.engines.heads import Picked
 from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.engines.sampler import SETTINGS, Scratch, room, sampler, settings_of
@@ -26,8 +30,9 @@ from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import Rows
+from edgeskip.runtime.bundle.weights import Rows, embedding_table
 from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round
+from edgeskip.runtime.decoding.sampling import HostSampler, picks_of
 from edgeskip.runtime.decoding.session import (
     NOTHING,
     BoundRound,
@@ -38,7 +43,7 @@ from edgeskip.runtime.decoding.session import (
     softmax_of,
 )
 from edgeskip.runtime.grammar.masks import TokenMask
-from edgeskip.runtime.sampling import Sampling
+from edgeskip.runtime.sampling import GREEDY, Sampling
 
 _IDS = ("draft_token_ids", "target_token_ids")
 _READ_BACK = (*_IDS, "target_token_logits")
@@ -74,6 +79,7 @@ class CudaSession(MeasuredSession):
         self._bound: dict[Round, BoundRound] = {}
         self._carry: list[Callable[[], None]] = []
         self._device_ns = self._captured_rounds = 0
+        self._host_table, self._sampler = embedding_table(bundle), HostSampler(GREEDY, (), 0)
         self._draw: Callable[[Picked, int, int, int], Callable[[], None]] | None = None
         self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
@@ -126,10 +132,12 @@ class CudaSession(MeasuredSession):
         bound.wait()
 
     def _bind(self, round_: Round) -> BoundRound:
+        if round_.picks == "history":
+            return self._picked_by_host(round_)
         calls = []
         for call in round_.calls:
             calls.append(self._enqueued(call))
-            if round_.sampled and self._graph_table[call.graph].head:
+            if round_.picks == "draws" and self._graph_table[call.graph].head:
                 calls.append(self._drawn(call))
         device, written, writes = self._device, {}, []
         for name in ("position_ids", *round_.row_inputs):
@@ -144,6 +152,15 @@ class CudaSession(MeasuredSession):
 
         replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, each only once
         return _CudaRound(self, round_, enqueue, written, replayed=replayed)
+
+    def _picked_by_host(self, round_: Round) -> BoundRound:
+        """The round as heads pick, and after it picks of the host if it has a head."""
+        bound = self.bind(replace(round_, picks="heads"))
+        heads = [call for call in round_.calls if self._graph_table[call.graph].head]
+        if not heads:
+            return bound
+        assert heads == [round_.calls[-1]], "a host must see each draft before the next row"
+        return _HostPickedRound(self, bound, heads[0])
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
         """Where a round's results go in pinned memory, by buffer."""
@@ -167,7 +184,12 @@ class CudaSession(MeasuredSession):
         return {"device": self._device_ns}
 
     def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
-        """Picks tokens of sampled rounds like this from now on; they read it on the device, so none is bound anew."""
+        """Picks tokens like this from now on, where heads do not. Draws read it on the device, so no round is bound
+        anew for it.
+        """
+        if picks_of(sampling, mask) == "history":
+            self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"], mask)
+            return
         self._drawing()
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         host = self._staging[: SETTINGS.itemsize]
@@ -196,8 +218,24 @@ class CudaSession(MeasuredSession):
         assert head is not None
         names = ("logits", "token_ids", "token_logits", "inputs_embeds")
         at = Picked(*(self._address(outputs[name]) for name in names))
-        positions = self._address(View("position_ids", call.inputs[0][1].start, call.rows))
+        positions = self._address(View("position_ids", call.first_row, call.rows))
         return self._drawing()(at, positions, call.rows, head.vocabulary)
+
+    def _put_token(self, outputs: Mapping[str, View], row: int, token: int) -> None:
+        """Puts a token in place of the one that a head picked in a row of its outputs, right after something was read:
+        what is copied from pinned memory then waits for nothing.
+        """
+        ids, logits, picked, embeds = (
+            self._address(replace(view, start=view.start + row))
+            for view in (outputs[name] for name in ("token_ids", "logits", "token_logits", "inputs_embeds"))
+        )
+        number = ITEMSIZE[self._dtype]
+        id_, embedding = self._staging[: ITEMSIZE["int64"]], self._staging[ALIGNMENT:][: self._dims["H"] * number]
+        id_.view(np.int64)[:] = token
+        embedding.view(NUMBER_TYPES[self._dtype].numpy)[:] = self._host_table[token]
+        self._device.copier(ids, id_.ctypes.data, id_.nbytes)()
+        self._device.copier(embeds, embedding.ctypes.data, embedding.nbytes)()
+        self._device.copier(picked, logits + token * number, number)()
 
     def make_current(self) -> None:
         """Lets the calling thread use the session."""
@@ -376,3 +414,35 @@ class _CudaRound:
         session._captured_rounds += self._launch is not None and self._round.num_targets > 0
         logits = self._target_logits if session._dtype != "bf16" else session._widened(self._target_logits)
         return RoundResult(self._drafts.tolist(), self._targets.tolist(), logits.tolist())
+
+
+class _HostPickedRound:
+    """A round up to a head, whose tokens the host then picks one after another, as far as they are the drafts."""
+
+    def __init__(self, session: CudaSession, bound: BoundRound, call: Call) -> None:
+        head = session._graph_table[call.graph].head
+        assert head is not None
+        self._session, self._bound, self._call, self._head = session, bound, call, head
+        self._outputs = dict(call.outputs)
+        self._position = 0
+
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Starts what the device does."""
+        self._position = position
+        self._bound.start(position, row_inputs)
+
+    def wait(self) -> RoundResult:
+        """Waits for the device, and picks."""
+        result, session = self._bound.wait(), self._session
+        first = self._position + self._call.first_row + 1
+        for row, token, logit in session._sampler.pick_rows(self._logits(), first, result.draft_ids):
+            session._put_token(self._outputs, row, token)
+            if result.target_ids:
+                result.target_ids[row], result.target_logits[row] = token, logit
+        return result
+
+    def _logits(self) -> Iterator[npt.NDArray[Any]]:
+        """The logits [V] in fp32 of each row, read back as it is wanted."""
+        view = self._outputs["logits"]
+        for row in range(view.rows):
+            yield self._session.read(View(view.buffer, view.start + row, 1))[0, : self._head.vocabulary]

@@ -333,8 +333,8 @@ def tie_gap(model: Model, token_ids: Sequence[int], ours: int, theirs: int, samp
 
 def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: BenchSettings) -> float:
     session, manifest, sampling = model.session, model.bundle.manifest, settings.sampling
-    how = Decoding(model.split, 1, sampled=True)
-    round_ = session.bind(replace(speculative_round(model.split, 1), sampled=True))
+    how = Decoding(model.split, 1, picks="draws")
+    round_ = session.bind(replace(speculative_round(model.split, 1), picks="draws"))
     vocabulary, shared = model.split.draft_head.vocabulary, []
     for ids in prompts:
         session.sample(sampling, ids)

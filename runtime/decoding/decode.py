@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Split
 from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import (
+    Picks,
     Round,
     draft_round,
     early_exit_round,
@@ -41,7 +42,7 @@ class Decoding:
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
         picker: how the heads pick tokens; the split's must pick so.
-        sampled: the session picks instead, as `Session.sample` told it.
+        picks: whether the session picks instead, as `Session.sample` told it, and on what that depends.
         logprobs: how many of the most probable tokens each token is given with; None reads no logits.
 
     Raises:
@@ -53,7 +54,7 @@ class Decoding:
     confidence_threshold: float = 0.0
     early_exit: bool = False
     picker: Picker = GREEDY
-    sampled: bool = False
+    picks: Picks = "heads"
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -161,7 +162,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
 
 
 def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
-    return session.bind(replace(round_, sampled=True) if how.sampled else round_)
+    return session.bind(replace(round_, picks=how.picks))
 
 
 def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
@@ -182,7 +183,7 @@ def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
     if how.early_exit:
         step = _Whole(session, how, early_exit_round(how.split))
         return lambda _: step
-    if not (how.num_speculations and how.confidence_threshold):
+    if not (how.num_speculations and (how.confidence_threshold or how.picks == "history")):
         whole = [_Whole(session, how, speculative_round(how.split, k)) for k in range(how.num_speculations + 1)]
         return lambda k: whole[k]
     drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(how.num_speculations)]
@@ -205,7 +206,9 @@ class _Whole:
 
 
 class _WhileConfident:
-    """A round that stops drafting after the first draft less probable than the threshold, or the last of these."""
+    """A round that the host looks at draft by draft, for picks that depend on the drafts before, or for a threshold: it
+    stops drafting after the first draft less probable than that, or the last of these.
+    """
 
     def __init__(self, session: Session, how: Decoding, drafts: Sequence[_Whole], checks: Sequence[_Whole]) -> None:
         self._drafts, self._checks = drafts, checks
@@ -229,7 +232,7 @@ class _WhileConfident:
         return self._run(self._checks[drafted])
 
     def _confidence(self, row: int) -> float:
-        return self._session.draft_confidence(row, self._vocabulary)
+        return self._session.draft_confidence(row, self._vocabulary) if self._threshold else 1.0
 
     def _run(self, round_: _Whole) -> RoundResult:
         round_.start(self._position)

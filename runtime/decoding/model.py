@@ -20,7 +20,7 @@ from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
-from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, token_logprob
+from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, picks_of, token_logprob
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
@@ -157,7 +157,7 @@ class Model:
             picking: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
                 `frequency_penalty`, which `edgeskip.Sampling` describes. What is not given is the bundle's own,
                 `model.sampling`. The same seed gives the same text, drafts or not. `grammar`, an `edgeskip.Grammar`, is
-                what the text must be; penalties and a grammar need the CPU.
+                what the text must be. For penalties and a grammar, a GPU waits for the host at every token.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
@@ -185,9 +185,6 @@ class Model:
         picked = self.sampling.changed(**cast("SamplingSettings", picking)).seeded()
         k = num_speculations if mode == "self-speculative" else 0
         ids = self._held(prompt)
-        if picked.has_penalties and not self.session.picks_on_host:
-            found, fix = f"{picked}, with penalties", "give --device cpu, or a repetition penalty of 1 and no others"
-            raise RequestError("sampling", found, wanted="none on a GPU, which picks tokens without the host", fix=fix)
         mask = None if grammar is None else self._mask(grammar)
         request = _Request(ids, mode, k, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
         return self._generate(request)
@@ -260,9 +257,6 @@ class Model:
         """What keeps a text to a grammar."""
         if not isinstance(grammar, Grammar):
             raise RequestError("grammar", f"a {type(grammar).__name__}", wanted="an edgeskip.Grammar")
-        if not self.session.picks_on_host:
-            wanted = "none on a GPU, which picks tokens without the host"
-            raise RequestError("grammar", f"a {grammar.kind}", wanted=wanted, fix="give --device cpu, or no grammar")
         return TokenMask(grammar, self._token_table)
 
     @cached_property
@@ -385,10 +379,10 @@ class Model:
             request.num_speculations,
             request.confidence_threshold,
             early_exit=request.mode == "early-exit",
-            sampled=not request.sampling.is_greedy or request.mask is not None,
+            picks=picks_of(request.sampling, request.mask),
             logprobs=request.logprobs,
         )
-        if how.sampled:
+        if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], early_exit=how.early_exit)

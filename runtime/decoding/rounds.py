@@ -28,6 +28,11 @@ Mode = Literal["self-speculative", "autoregressive", "early-exit"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 """Ways of decoding: rounds with drafts, rounds without, and the draft subgraph alone."""
 
+Picks = Literal["heads", "draws", "history"]
+"""What picks the tokens of a round: its heads; draws, which depend on a row's logits and position; or what depends on
+the tokens before each row too, as penalties and grammars do.
+"""
+
 SPARE_ROWS = 7
 """Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
 
@@ -61,6 +66,11 @@ class Call:
         """Rows T that the call computes."""
         return self.inputs[0][1].rows
 
+    @property
+    def first_row(self) -> int:
+        """The first of them in a round."""
+        return self.inputs[0][1].start
+
     def widened(self, rows: int) -> Call:
         """The same call with at least so many rows; those that are added lie behind in the workspace."""
 
@@ -86,8 +96,9 @@ class Call:
 class Round:
     """Calls in order; `rows` positions are written before them, ids are read back after them.
 
-    `row_inputs` are the buffers, besides the positions, that must be filled for each row. In one that is `sampled`, the
-    session picks tokens from the heads' logits, as `Session.sample` told it; else they are those that the heads pick.
+    `row_inputs` are the buffers, besides the positions, that must be filled for each row. Unless heads pick the tokens,
+    the session does, from their logits, as `Session.sample` told it. Where picks depend on the history, a host has to
+    see each draft before the next row: such a round has one head at most, as its last call.
     """
 
     calls: tuple[Call, ...]
@@ -95,7 +106,7 @@ class Round:
     num_drafts: int
     num_targets: int
     row_inputs: tuple[str, ...] = ()
-    sampled: bool = False
+    picks: Picks = "heads"
 
 
 def workspace(graphs: Iterable[Graph], chunk: int) -> dict[str, tuple[str | None, str, int]]:

@@ -17,13 +17,14 @@ by itself: sample.cu has the same functions. Probabilities are added up as integ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgeskip.runtime.decoding.rounds import Picks
 from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import Sampling
 
@@ -81,12 +82,18 @@ def token_logprob(logits: Array, token_id: int, count: int) -> TokenLogprob:
     return TokenLogprob(token_id, float(wide[token_id]) - total, tuple((int(t), float(wide[t]) - total) for t in best))
 
 
+def picks_of(sampling: Sampling, mask: TokenMask | None) -> Picks:
+    """What picks a text's tokens: no more than its sampling and its mask need."""
+    if sampling.has_penalties or mask is not None:
+        return "history"
+    return "draws" if sampling.is_drawn else "heads"
+
+
 class HostSampler:
     """Picks tokens on the host, as `sampling` says, for one text after another.
 
     With penalties or a mask, it must know the tokens at all positions up to that of a row: those of the prompt are
-    given, and each pick adds the one at its position. Rows of a verification are picked in order, each after the drafts
-    before it, and put the target's tokens in their places.
+    given, and each pick adds the one at its position.
 
     Args:
         sampling: how to pick, with its seed.
@@ -110,6 +117,19 @@ class HostSampler:
         """
         self._tokens[position] = token = self._picked(logits.astype(np.float32, copy=False), position)
         return token
+
+    def pick_rows(
+        self, rows: Iterable[Array], first: int, drafts: Sequence[int] | Array
+    ) -> Iterator[tuple[int, int, float]]:
+        """Rows by number, their tokens, at positions from `first` on, and the tokens' logits, from the logits [V] of
+        each row. A token follows the drafts before it and takes the place of its own; the first that is not the draft
+        is the last, as rows after it follow another one.
+        """
+        for row, logits in enumerate(rows):
+            token = self.pick(logits, first + row)
+            yield row, token, float(logits[token])
+            if row < len(drafts) and token != drafts[row]:
+                return
 
     def _picked(self, logits: Array, position: int) -> int:
         s = self._sampling
@@ -161,6 +181,9 @@ def candidates(sampling: Sampling, logits: Array) -> tuple[Array, Array]:
     if 0 < s.top_k < size:
         tokens = np.flatnonzero(logits >= np.partition(logits, size - s.top_k)[size - s.top_k])
     kept = logits[tokens]
+    possible = kept > -np.inf
+    if np.count_nonzero(possible) < size // 4:  # a mask leaves few; the others could be left in, but would take time
+        tokens, kept = tokens[possible], kept[possible]
     scaled = (kept - top) / temperature
     if s.top_p < 1:
         inside = kept >= _nucleus_bound(kept, weights(scaled), s.top_p)
@@ -187,7 +210,7 @@ def draw_gap(sampling: Sampling, logits: Array, position: int, token_ids: Sequen
     sums = np.full(len(logits), -np.inf)
     sums[tokens] = scaled + gumbel(uniform_bits(sampling.seed or 0, position, len(logits))[tokens])
     gap = float(sums.max() - sums[list(token_ids)].min()) * sampling.temperature
-    if len(tokens) == len(logits):
+    if not sampling.has_filters:
         return gap
     return min(gap, float(np.abs(logits[list(token_ids)] - logits[tokens].min()).min()))
 

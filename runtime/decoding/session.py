@@ -63,9 +63,6 @@ class Session(ABC):
     """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 lets a round run as a
     whole, for devices that should not wait for the host."""
 
-    picks_on_host = False
-    """Whether `sample` may be told of penalties: the picks of a round then depend on the tokens that it drafts."""
-
     _bound: dict[Round, BoundRound]
 
     def bind(self, round_: Round) -> BoundRound:
@@ -88,9 +85,8 @@ class Session(ABC):
 
     @abstractmethod
     def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
-        """Picks tokens of sampled rounds like this from now on, in a text that begins with these ones.
-
-        Penalties and a mask are for sessions that pick on the host.
+        """Picks tokens like this from now on, where heads do not, in a text that begins with these ones. With penalties
+        or a mask, its rounds are those whose picks depend on the history.
         """
 
     @abstractmethod

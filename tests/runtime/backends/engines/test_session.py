@@ -15,6 +15,7 @@ import weakref
 
 import pytest
 from tests.conftest import edit_json, run_round
+from tests.runtime.backends.test_history import CASES, same
 from tests.standin import VERSION, HostDevice, StandInTensorRT, make_device, standin_model, with_engines
 
 import edgeskip
@@ -315,4 +316,8 @@ def test_real_engines_give_the_tokens_of_onnxruntime(backend, dialect, variant, 
                     gap = tie_gap(judge, [*prompt, *wanted[:parted]], ours.token_ids[parted], wanted[parted])
                     assert gap < tie
                 compared += parted
+        for settings in CASES.values():
+            plain = model.complete(PROMPT, mode="autoregressive", max_new_tokens=30, **settings)
+            drafted = model.complete(PROMPT, num_speculations=4, max_new_tokens=30, **settings)
+            same(drafted, plain, model, settings, tie)
     assert compared > 100
