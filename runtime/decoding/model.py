@@ -59,11 +59,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """Streamed text; `drafted` if an early exit proposed it. The last piece carries the whole generation."""
+    """Streamed text; `drafted` if an early exit proposed it. The last piece carries the whole generation.
+
+    `logprobs`, if asked for, has an entry for each token that the text came with; of all pieces, for each token.
+    """
 
     text: str
     drafted: bool = False
     generation: Generation | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -301,6 +305,7 @@ class Model:
         stream = TextStream(self.tokenizer, request.prompt_ids, request.stop)
         token_ids: list[int] = []
         logprobs: list[TokenLogprob] = []
+        untold: list[TokenLogprob] = []  # those that no piece has had
         spans: list[Span] = []
         records: list[RoundRecord] = []
         reason: StopReason | None = None
@@ -333,12 +338,15 @@ class Model:
                     request.mask.check(token_ids)
                 records.append(_record(step, kept, seconds))
                 logprobs += step.logprobs[:kept]
+                untold += step.logprobs[:kept]
                 if len(records) == 1:
                     clock, captured = self.session.stage_ns, self.session.captured_rounds
             if reason:  # what is held depends on the text alone, not on how many drafts the last round had
                 self.held.cut(len(request.prompt_ids) + len(token_ids) - 1, early_exit=early_exit)
             spans += released
-            yield from (Piece(span.text, span.drafted) for span in released)
+            for span in released:
+                untold, own = untold[span.tokens :], tuple(untold[: span.tokens])
+                yield Piece(span.text, span.drafted, logprobs=own)
         first, *rounds = records
         stage_ms = _elapsed_ms(clock, self.session.stage_ns)
         replayed = self.session.captured_rounds
@@ -356,7 +364,7 @@ class Model:
         generation = Generation(
             tuple(request.prompt_ids), tuple(token_ids), text, reason, statistics, request.sampling, told
         )
-        yield Piece("", generation=generation)
+        yield Piece("", generation=generation, logprobs=tuple(untold))
 
     def _session_seconds(self) -> float:
         """Time spent in rounds so far, as far as the session tells it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Protocol
 
@@ -35,8 +35,36 @@ class TextDecoder(Protocol):
 
 def text_decoder(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> TextDecoder:
     """The decoder that suits a tokenizer, for what follows these tokens."""
-    byte_level = [step["type"] for step in decoder_steps(tokenizer)] == ["ByteLevel"]
-    return _ByteLevel(tokenizer, prompt_ids) if byte_level else _Runs(tokenizer, prompt_ids)
+    return _ByteLevel(tokenizer, prompt_ids) if _is_byte_level(tokenizer) else _Runs(tokenizer, prompt_ids)
+
+
+def token_spelling(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """What gives the bytes of UTF-8 that a token stands for within a text, such as those of a part of a character."""
+    if _is_byte_level(tokenizer):
+        return lambda token_id: _raw(tokenizer, token_id)
+
+    has_bytes = any(step["type"] == "ByteFallback" for step in decoder_steps(tokenizer))
+
+    def spelled(token_id: int) -> bytes:
+        token = tokenizer.id_to_token(token_id) or ""
+        if has_bytes and _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        # after itself, as the first token of a text may lose a space
+        once, twice = (str(tokenizer.decode([token_id] * count, skip_special_tokens=False)) for count in (1, 2))
+        return twice[len(once) :].encode()
+
+    return spelled
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return [step["type"] for step in decoder_steps(tokenizer)] == ["ByteLevel"]
+
+
+def _raw(tokenizer: Tokenizer, token_id: int) -> bytes:
+    token = tokenizer.id_to_token(token_id) or ""
+    if all(symbol in _BYTES for symbol in token):
+        return bytes(_BYTES[symbol] for symbol in token)
+    return token.encode()  # an added token, written as it is
 
 
 class _ByteLevel:
@@ -51,16 +79,10 @@ class _ByteLevel:
         self._shown = self._decoder.getstate()[0].decode("utf-8", "replace")
 
     def push(self, token_id: int) -> str:
-        return self._new(self._decoder.decode(self._raw(token_id)))
+        return self._new(self._decoder.decode(_raw(self._tokenizer, token_id)))
 
     def finish(self) -> str:
         return self._new(self._decoder.decode(b"", final=True))
-
-    def _raw(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        if all(symbol in _BYTES for symbol in token):
-            return bytes(_BYTES[symbol] for symbol in token)
-        return token.encode()  # an added token, written as it is
 
     def _new(self, text: str) -> str:
         known = _common(text, self._shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -83,10 +83,13 @@ def _token_id(value: Any, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of text and whether its token was an accepted draft."""
+    """A stretch of text, whether its token was an accepted draft, and how many tokens were read for it, with those
+    before it that show no text.
+    """
 
     text: str
     drafted: bool
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,16 @@ class TextStream:
         self._decoder = text_decoder(tokenizer, [i for i in prompt_ids if i not in self._special])
         self._stop = tuple(stop)
         self._held: list[_Held] = []
+        self._tokens = 0  # without a span of theirs so far
         self.stopped = False
 
     def push(self, token_id: int, *, drafted: bool) -> list[Span]:
         """Takes one token; returns the text that is now certain. Sets `stopped` at a stop string."""
+        self._tokens += 1
         if token_id in self._special:
-            self._held.append(_Held(self._special[token_id], drafted, shown=False))
+            self._hold(self._special[token_id], drafted, shown=False)
         elif text := self._decoder.push(token_id):
-            self._held.append(_Held(text, drafted))
+            self._hold(text, drafted)
         return self._release()
 
     def finish(self) -> list[Span]:
@@ -126,9 +131,13 @@ class TextStream:
         if self.stopped:
             return []
         if text := self._decoder.finish():
-            self._held.append(_Held(text, drafted=False))
+            self._hold(text, drafted=False)
         released = self._release()
         return released if self.stopped else [*released, *self._cut(sum(len(span.text) for span in self._held))]
+
+    def _hold(self, text: str, drafted: bool, *, shown: bool = True) -> None:
+        self._held.append(_Held(text, drafted, self._tokens, shown))
+        self._tokens = 0
 
     def _release(self) -> list[Span]:
         """Gives out what is before a stop string, or what no stop string can begin in."""
@@ -156,14 +165,20 @@ class TextStream:
 
     def _cut(self, length: int) -> list[Span]:
         """Takes the first `length` characters off what is held."""
-        released = []
+        released, tokens = [], 0
         while length > 0:
             span = self._held.pop(0)
+            tokens += span.tokens
             if span.shown:
-                released.append(Span(span.text[:length], span.drafted))
+                released.append(Span(span.text[:length], span.drafted, tokens))
+                tokens = 0
             if len(span.text) > length:
-                self._held.insert(0, _Held(span.text[length:], span.drafted, span.shown))
+                self._held.insert(0, _Held(span.text[length:], span.drafted, 0, span.shown))
             length -= len(span.text)
+        if self._held:
+            self._held[0] = replace(self._held[0], tokens=self._held[0].tokens + tokens)
+        else:
+            self._tokens += tokens
         return released
 
 

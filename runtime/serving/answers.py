@@ -11,9 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.decoding.model import Generation
+from edgeskip.runtime.decoding.model import Generation, Piece
 from edgeskip.runtime.decoding.sampling import TokenLogprob
 from edgeskip.runtime.decoding.statistics import Statistics
+from edgeskip.runtime.decoding.streaming import token_spelling
 from edgeskip.runtime.serving.calls import Call, CallReader
 
 _FINISHES = {"eos": "stop", "stop_string": "stop", "max_new_tokens": "length", "capacity": "length"}
@@ -33,8 +34,9 @@ class Answer:
     """
 
     def __init__(self, model: str, tokenizer: Tokenizer, *, is_chat: bool, calls: CallReader | None = None) -> None:
-        self._is_chat, self._tokenizer, self._calls = is_chat, tokenizer, calls
-        self._num_calls = 0
+        self._is_chat, self._calls, self._spelling = is_chat, calls, token_spelling(tokenizer)
+        self._num_calls = self._offset = 0
+        self._untold: list[TokenLogprob] = []
         self._kind = "chat.completion" if is_chat else "text_completion"
         name = "chatcmpl" if is_chat else "cmpl"
         self._head = {"id": f"{name}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -46,22 +48,27 @@ class Answer:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls := [_call(part) for part in parts if isinstance(part, Call)]:
             message |= {"content": text or None, "tool_calls": calls}
-        choice = self._choice({"message": message} if self._is_chat else {"text": text}, generation)
+        told = None if generation.logprobs is None else self._told(generation.logprobs)
+        choice = self._choice({"message": message} if self._is_chat else {"text": text}, told, self._finish(generation))
         return {**self._head, "object": self._kind, "choices": [choice], "usage": usage_of(generation.statistics)}
 
     def begins(self) -> list[str]:
         """The events before any text."""
         return [self._event({"delta": {"role": "assistant", "content": ""}})] if self._is_chat else []
 
-    def goes_on(self, text: str) -> list[str]:
-        """The events with more text."""
-        return [self._event(self._said(part)) for part in self._parts(text)]
+    def goes_on(self, piece: Piece) -> list[str]:
+        """The events with more text, each with the probabilities of the tokens that came since the one before it."""
+        self._untold += piece.logprobs
+        return [self._event(self._said(part)) for part in self._parts(piece.text)]
 
-    def ends(self, generation: Generation, *, include_usage: bool) -> list[str]:
-        """The events after all text; the first has the probabilities of all tokens, where they are told."""
+    def ends(self, last: Piece, *, include_usage: bool) -> list[str]:
+        """The events after all text."""
+        generation = last.generation
+        assert generation is not None
+        self._untold += last.logprobs
         rest = [self._event(self._said(part)) for part in self._rest()]
         said: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-        events = [*rest, self._event(said, generation)]
+        events = [*rest, self._event(said, self._finish(generation))]
         if include_usage:
             events.append(event(self._chunk([]) | {"usage": usage_of(generation.statistics)}))
         return [*events, END]
@@ -79,18 +86,20 @@ class Answer:
         self._num_calls += 1
         return {"delta": {"tool_calls": [{"index": self._num_calls - 1, **_call(part)}]}}
 
-    def _event(self, said: Mapping[str, Any], ended: Generation | None = None) -> str:
-        return event(self._chunk([self._choice(said, ended)]))
+    def _event(self, said: Mapping[str, Any], finish: str | None = None) -> str:
+        told = self._told(self._untold) if self._untold else None
+        self._untold = []
+        return event(self._chunk([self._choice(said, told, finish)]))
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": f"{self._kind}.chunk" if self._is_chat else self._kind, "choices": choices}
 
-    def _choice(self, said: Mapping[str, Any], ended: Generation | None) -> dict[str, Any]:
-        finish, logprobs = (None, None) if ended is None else (_FINISHES[ended.stop_reason], ended.logprobs)
-        if finish == "stop" and self._calls is not None and self._calls.has_called:
-            finish = "tool_calls"
-        told = None if logprobs is None else self._told(logprobs)
+    def _choice(self, said: Mapping[str, Any], told: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
         return {"index": 0, **said, "logprobs": told, "finish_reason": finish}
+
+    def _finish(self, generation: Generation) -> str:
+        finish = _FINISHES[generation.stop_reason]
+        return "tool_calls" if finish == "stop" and self._calls is not None and self._calls.has_called else finish
 
     def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         """Probabilities of tokens, in the shape of chats or that of texts."""
@@ -102,19 +111,19 @@ class Answer:
             ]
             return {"content": content, "refusal": None}
         tokens = [self._text(one.token_id) for one in logprobs]
+        *offsets, self._offset = accumulate(map(len, tokens), initial=self._offset)
         return {
             "tokens": tokens,
             "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": [{self._text(token_id): logprob for token_id, logprob in one.top} for one in logprobs],
-            "text_offset": [0, *accumulate(map(len, tokens))][:-1],
+            "text_offset": offsets,
         }
 
     def _spelled(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": self._text(token_id), "logprob": logprob, "bytes": list(self._spelling(token_id))}
 
     def _text(self, token_id: int) -> str:
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        return self._spelling(token_id).decode(errors="replace")
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -242,9 +242,9 @@ class _Answering(Response):
             async for piece in pieces:
                 self._note(piece)
                 if piece.generation is None:
-                    await say(self._answer.goes_on(piece.text))
+                    await say(self._answer.goes_on(piece))
                 else:  # in one message: a client may leave with the last event
-                    await say(self._answer.ends(piece.generation, include_usage=self._asked.include_usage), more=False)
+                    await say(self._answer.ends(piece, include_usage=self._asked.include_usage), more=False)
 
     def _note(self, piece: Piece) -> None:
         """Counts a piece: the first one by its time, the last one by its statistics."""

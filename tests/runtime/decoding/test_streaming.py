@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from edgeskip.runtime.decoding.streaming import text_decoder
+from edgeskip.runtime.decoding.streaming import text_decoder, token_spelling
 from edgeskip.runtime.decoding.text import TextStream
 
 EURO, SMILE = "€".encode(), "😀".encode()
@@ -113,3 +113,18 @@ def test_a_long_text_costs_the_same_per_token():
     for _ in range(500):
         decoder.push(tokenizer.token_to_id("▁a"))
     assert max(seen) <= 9
+
+
+@pytest.mark.parametrize("make", [byte_fallback, byte_level])
+def test_a_token_is_spelled_by_its_own_bytes(make):
+    """Also where it is a part of a character, or would lose a space at the beginning of a text."""
+    tokenizer = make()
+    spelling, pieces = token_spelling(tokenizer), [" a" if make is byte_fallback else " ", "é", "€", "😀", "b", "  "]
+    for text in pieces:
+        ids = tokenizer.encode(text.replace(" ", "▁") if make is byte_fallback else text, add_special_tokens=False).ids
+        assert b"".join(map(spelling, ids)) == text.encode()
+    assert spelling(tokenizer.token_to_id("</s>")) == b"</s>"
+    if make is byte_fallback:
+        assert [spelling(3 + byte) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+        assert spelling(tokenizer.token_to_id("▁a")) == b" a"
+        assert spelling(tokenizer.token_to_id("<0x4>")) == b"<0x4>"

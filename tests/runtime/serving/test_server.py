@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import edit_json, make_tokenizer
 
 import edgeskip
+from edgeskip.runtime.decoding.streaming import token_spelling
 
 CAPACITY = 1024
 NAME = "tiny"
@@ -147,8 +148,40 @@ def test_a_seed_draws_the_model_s_text_and_its_probabilities(client, model):
     request = {"model": NAME, "prompt": "a", "max_tokens": 6, "logprobs": 1, "temperature": 0}
     text = client.completions.create(**request).choices[0].logprobs
     assert [list(top.values()) for top in text.top_logprobs] == [[one] for one in text.token_logprobs]
-    *_, last = client.completions.create(**request, stream=True)
-    assert last.choices[0].logprobs.tokens == text.tokens
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**request, stream=True)]
+    streamed = [chunk for chunk in chunks if chunk]
+    assert len(streamed) > 2
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [one for chunk in streamed for one in getattr(chunk, name)] == getattr(text, name)
+
+
+def test_each_event_has_the_probabilities_of_its_own_tokens(client, model):
+    """And each token its own bytes, also where it is a part of a character."""
+    settings = {"temperature": 1.2, "seed": 3, "top_k": 0}
+    wanted = model.complete(say("Hi"), max_new_tokens=200, logprobs=0, **settings)
+    pieces = model.generate(say("Hi"), max_new_tokens=200, logprobs=0, stop=[wanted.text[60:64]], **settings)
+    ids = [one.token_id for piece in pieces for one in piece.logprobs]
+    assert ids == list(wanted.token_ids[: len(ids)])
+    assert 60 <= len(ids) < 200
+    spelled = [token for token in ids if token > 1]  # no special ones
+    own, top_k = b"".join(map(token_spelling(model.tokenizer), spelled)), {"top_k": settings.pop("top_k")}
+    assert own.decode(errors="replace")[:60] == wanted.text[:60]
+    chunks = client.chat.completions.create(
+        model=NAME, messages=say("Hi"), max_tokens=200, logprobs=True, stream=True, extra_body=top_k, **settings
+    )
+    told, plain = [], 0
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        own = [] if choice.logprobs is None else choice.logprobs.content
+        told += own
+        said = bytes(byte for one in own for byte in one.bytes)
+        if choice.delta.content and said.isascii() and b"<" not in said:
+            assert choice.delta.content.lstrip("\ufffd") == said.decode()  # that was a part of a character before
+            plain += 1
+    assert plain > 20
+    assert len(told) == 200
+    assert any(not bytes(one.bytes).isascii() for one in told)
+    assert [bytes(one.bytes) for one in told] == [token_spelling(model.tokenizer)(token) for token in wanted.token_ids]
 
 
 def test_parts_of_a_content_and_a_developer_s_message_are_taken(client, model):
