@@ -117,10 +117,10 @@ def check_name(asked: str, name: str) -> None:
     """Checks that a client asks for the model that is served.
 
     Raises:
-        HTTPException: it asks for another.
+        NoModelError: it asks for another.
     """
     if asked != name:
-        raise HTTPException(404, f"there is no model {asked!r:.100} here; ask for {name!r}")
+        raise NoModelError(404, f"there is no model {asked!r:.100} here; ask for {name!r}")
 
 
 def _check_client(request: Request, served: Served) -> None:
@@ -255,6 +255,10 @@ class _Answering(Response):
             self._metrics.add(piece.generation.statistics)
 
 
+class NoModelError(HTTPException):
+    """A client asks for a model that is not served."""
+
+
 class _ContextFullError(RequestError):
     """A prompt that is longer than the caches."""
 
@@ -284,6 +288,7 @@ def _refusal(error: Exception, worker: Worker, *, grammar: str = "response_forma
         status, message = 503, "the server is closing"
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
+        code = "model_not_found" if isinstance(error, NoModelError) else None
     elif isinstance(error, ClientDisconnect):
         status, message = _LEFT, "the client left"
     else:

@@ -87,7 +87,7 @@ def read_request(data: Any, *, is_chat: bool) -> Asked:
         raise RequestError("n", f"{given['n']!r:.60}", wanted="1, as one text is decoded at a time")
     if "model" not in given:
         raise RequestError("model", "missing", wanted="the name of the model")
-    options = _value(given, "stream_options", _table, {})
+    options = _value(given, "stream_options", _options, {})
     settings = {name: given[name] for name in _SAMPLING if name in given}
     if type(settings.get("seed")) is int:
         settings["seed"] %= 1 << 64  # clients may give negative ones
@@ -244,9 +244,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def _table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("an object")
+def _options(value: Any) -> dict[str, Any]:
+    """What a stream has beside its text."""
+    known = {"include_usage", "include_obfuscation"}
+    if not isinstance(value, dict) or set(value) - known or value.get("include_obfuscation"):  # nothing is padded here
+        raise ValueError('{"include_usage": true or false} and nothing else')
     return value
 
 

@@ -365,8 +365,14 @@ def test_calls_that_the_model_chose_to_make_stand_beside_its_text(chat_bundles, 
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
-        client.models.retrieve("gpt")
+    for ask in (
+        lambda: client.models.retrieve("gpt"),
+        lambda: client.completions.create(model="gpt", prompt="a"),
+        lambda: client.chat.completions.create(model="gpt", messages=say("a"), tools=[CLOCK]),
+    ):
+        with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'") as caught:
+            ask()
+        assert caught.value.code == "model_not_found"
 
 
 BAD = [
@@ -377,6 +383,8 @@ BAD = [
     ({"stop": [""]}, "stop"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"stream": "yes"}, "stream"),
+    ({"stream": True, "stream_options": {"include_logits": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
     ({"messages": []}, "messages"),
     ({"messages": [5, 6]}, "message_1"),
     ({"messages": [{"role": "user"}]}, "message_1"),
