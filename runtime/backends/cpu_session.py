@@ -170,8 +170,8 @@ class OrtCpuSession(MeasuredSession):
         rows = logits[:, : head.vocabulary]
 
         def pick() -> None:
-            for row, token, logit in self._sampler.pick_rows(rows, int(positions[0]) + 1, drafts):
-                token_ids[row], token_logits[row], embeddings[row] = token, logit, self._table[token]
+            for row, token in self._sampler.pick_rows(rows.__getitem__, token_ids, int(positions[0]) + 1, drafts):
+                token_ids[row], token_logits[row], embeddings[row] = token, logits[row, token], self._table[token]
 
         return pick
 

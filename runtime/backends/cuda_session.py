@@ -14,7 +14,7 @@ time, picks, and writes the token in place of the head's own.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -164,14 +164,14 @@ class CudaSession(MeasuredSession):
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
         """Where a round's results go in pinned memory, by buffer."""
-        rows = dict(zip(_READ_BACK, (round_.num_drafts, round_.num_targets, round_.num_targets), strict=True))
-        kinds = dict.fromkeys(_IDS, "int64") | {_READ_BACK[-1]: NUMBER_TYPES[self._dtype].numpy}
-        found, start = {}, 0
-        for name in _READ_BACK:
-            size = self._buffers[name].bytes
-            found[name] = self._results[start : start + size].view(kinds[name])[: rows[name]]
-            start += size
-        return found
+        rows = round_.num_drafts, round_.num_targets, round_.num_targets
+        return {name: self._result(View(name, 0, count)) for name, count in zip(_READ_BACK, rows, strict=True)}
+
+    def _result(self, view: View) -> npt.NDArray[Any]:
+        """Where these rows of what is read back after each round go."""
+        start = self._address(view) - self._buffers[_READ_BACK[0]].address
+        raw = self._results[start : start + view.rows * self._buffers[view.buffer].row_bytes]
+        return raw.view("int64" if view.buffer in _IDS else NUMBER_TYPES[self._dtype].numpy)
 
     @property
     def captured_rounds(self) -> int:
@@ -424,6 +424,8 @@ class _HostPickedRound:
         assert head is not None
         self._session, self._bound, self._call, self._head = session, bound, call, head
         self._outputs = dict(call.outputs)
+        self._own = session._result(self._outputs["token_ids"])
+        self._latest = np.empty(0, np.float32)
         self._position = 0
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
@@ -435,14 +437,16 @@ class _HostPickedRound:
         """Waits for the device, and picks."""
         result, session = self._bound.wait(), self._session
         first = self._position + self._call.first_row + 1
-        for row, token, logit in session._sampler.pick_rows(self._logits(), first, result.draft_ids):
+        for row, token in session._sampler.pick_rows(self._logits, self._own, first, result.draft_ids):
+            if token == self._own[row]:
+                continue
             session._put_token(self._outputs, row, token)
             if result.target_ids:
-                result.target_ids[row], result.target_logits[row] = token, logit
+                result.target_ids[row], result.target_logits[row] = token, float(self._latest[token])
         return result
 
-    def _logits(self) -> Iterator[npt.NDArray[Any]]:
-        """The logits [V] in fp32 of each row, read back as it is wanted."""
+    def _logits(self, row: int) -> npt.NDArray[Any]:
+        """The logits [V] of a row in fp32, read back."""
         view = self._outputs["logits"]
-        for row in range(view.rows):
-            yield self._session.read(View(view.buffer, view.start + row, 1))[0, : self._head.vocabulary]
+        self._latest = self._session.read(View(view.buffer, view.start + row, 1))[0, : self._head.vocabulary]
+        return self._latest

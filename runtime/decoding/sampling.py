@@ -17,8 +17,9 @@ by itself: sample.cu has the same functions. Probabilities are added up as integ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,28 +116,39 @@ class HostSampler:
 
         Where the largest logit is not finite, it is the first such token, and the loop will say so.
         """
-        self._tokens[position] = token = self._picked(logits.astype(np.float32, copy=False), position)
+        self._tokens[position] = token = self._picked(lambda: logits, position)
         return token
 
     def pick_rows(
-        self, rows: Iterable[Array], first: int, drafts: Sequence[int] | Array
-    ) -> Iterator[tuple[int, int, float]]:
-        """Rows by number, their tokens, at positions from `first` on, and the tokens' logits, from the logits [V] of
-        each row. A token follows the drafts before it and takes the place of its own; the first that is not the draft
-        is the last, as rows after it follow another one.
+        self, read: Callable[[int], Array], own: Array, first: int, drafts: Sequence[int] | Array
+    ) -> Iterator[tuple[int, int]]:
+        """The tokens of rows, by the row's number, at positions from `first` on. Each follows the drafts before it and
+        takes the place of its own; the first that is not the draft is the last, as rows after it follow another one.
+
+        Args:
+            read: gives the logits [V] of a row, by its number.
+            own: those with the largest logit of each row, which a head has picked: where one of them is what is wanted,
+                its logits are not read.
+            first: the position of the first row's token.
+            drafts: the tokens that rows from the second on follow.
         """
-        for row, logits in enumerate(rows):
-            token = self.pick(logits, first + row)
-            yield row, token, float(logits[token])
+        for row, largest in enumerate(own):
+            position = first + row
+            self._tokens[position] = token = self._picked(partial(read, row), position, int(largest))
+            yield row, token
             if row < len(drafts) and token != drafts[row]:
                 return
 
-    def _picked(self, logits: Array, position: int) -> int:
-        s = self._sampling
+    def _picked(self, read: Callable[[], Array], position: int, own: int | None = None) -> int:
+        s, allowed = self._sampling, None
+        if self._mask is not None:
+            allowed = self._mask.allowed(self._tokens[self._prompt : position])
+        if own is not None and s.is_greedy and (allowed is None or allowed[own]):
+            return own
+        logits = read().astype(np.float32, copy=False)
         if s.has_penalties:
             logits = penalized(s, logits, self._tokens[:position], self._prompt)
-        if self._mask is not None:
-            logits = _masked(logits, self._mask.allowed(self._tokens[self._prompt : position]))
+        logits = _masked(logits, allowed)
         largest = int(logits.argmax())
         if not s.is_drawn or not math.isfinite(logits[largest]):
             return largest

@@ -12,8 +12,11 @@ from tests.conftest import VOCAB, make_tokenizer
 
 import edgeskip
 from edgeskip import Grammar
+from edgeskip.runtime.bundle.graphs import LEAST_DRAFT_VOCABULARY
+from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.grammar.masks import TokenMask, token_table
+from edgeskip.runtime.sampling import GREEDY
 
 EOS = 1
 PERSON = {
@@ -28,6 +31,8 @@ PERSON = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_flexible": False},  # or a random model writes spaces until its caches are full
 }
+
+ACCENTED = Grammar.from_regex("é(ab|é){9,40}")
 
 
 def is_person(value):
@@ -87,16 +92,28 @@ def test_each_token_is_the_best_of_those_that_may_follow(bundles, reference, mod
     assert [one.logprob for one in made.logprobs] == pytest.approx(own.tolist(), abs=1e-3)
 
 
+def test_logits_are_read_where_the_most_probable_token_may_not_follow():
+    random, read = np.random.default_rng(2), []
+    table, letters = token_table(make_tokenizer(), VOCAB, [EOS]), [make_tokenizer().token_to_id(x) for x in "xyz"]
+    logits = random.normal(size=(12, VOCAB)).astype(np.float16)
+    logits[::3, letters] += 9
+    sampler = HostSampler(GREEDY, [], 20, TokenMask(Grammar.from_regex("[xyz]{12}"), table))
+    found = sampler.pick_rows(lambda row: read.append(row) or logits[row], logits.argmax(1), 0, ())
+    assert [*found] == [(row, letters[logits[row, letters].argmax()]) for row in range(12)]
+    assert read == [row for row in range(12) if row % 3]
+
+
 def test_an_exit_that_has_no_token_that_may_follow_changes_no_text(bundles):
-    """It drafts from the first tokens alone, and braces come after them."""
-    bundle = bundles("llama-gqa", draft_vocabulary=make_tokenizer().token_to_id("{"))
-    settings = {"grammar": Grammar.from_json_schema(PERSON), "temperature": 1.2, "seed": 1, "max_new_tokens": 80}
+    """It drafts from the first tokens alone, and that of the first byte of an accented letter comes after them."""
+    assert make_tokenizer().encode("é", add_special_tokens=False).ids[0] >= LEAST_DRAFT_VOCABULARY
+    bundle = bundles("llama-gqa", draft_vocabulary=LEAST_DRAFT_VOCABULARY)
+    settings = {"grammar": ACCENTED, "temperature": 1.2, "seed": 1, "max_new_tokens": 80}
     with edgeskip.load(bundle.folder, device="cpu", threads=1) as model:
         for number in range(4):
             plain = model.complete([5, number], mode="autoregressive", **settings)
             made = model.complete([5, number], num_speculations=3, confidence_threshold=0, **settings)
             assert made.token_ids == plain.token_ids
-            assert made.text[0] == "{"
+            assert made.text[0] == "é"
             assert made.statistics.accepted
 
 
