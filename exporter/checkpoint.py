@@ -30,6 +30,7 @@ from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.tensors import TensorRecord
 from edgeskip.runtime.errors import CheckpointError, RequestError
+from edgeskip.runtime.hub.access import hub_errors
 from edgeskip.runtime.reading import expanded, kind_of
 from edgeskip.runtime.sampling import Sampling
 
@@ -282,17 +283,10 @@ def _download(
     if looks_like_path:
         raise CheckpointError(source, "no such folder", wanted="a model folder or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    place = f"{source} on the hub"
-    try:
+    unreached = "run once without --offline" if offline else "check the network, or give a local folder"
+    login = "log in with `hf auth login` or pass --token"
+    with hub_errors(source, CheckpointError, login=login, unreached=unreached):
         return Path(
             snapshot_download(
                 source,
@@ -303,29 +297,6 @@ def _download(
                 ignore_patterns=_HUB_DUPLICATES,
             )
         )
-    except GatedRepoError:
-        raise CheckpointError(
-            place,
-            "access is gated",
-            fix="accept its licence on its page, then `hf auth login` or pass --token",
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(place, f"no revision {revision!r}", fix="pass another --revision") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            place, f"no such model, and no folder {source!r} here", fix="check the name, or pass --token"
-        ) from None
-    except HFValidationError:
-        raise CheckpointError(source, "neither a folder nor a valid hub id") from None
-    except LocalEntryNotFoundError:
-        fix = "run once without --offline" if offline else "check the network, or give a local folder"
-        raise CheckpointError(place, "not in the local cache and the hub was not reached", fix=fix) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            place,
-            f"download failed ({type(error).__name__})",
-            fix="check the network, or give a local folder",
-        ) from None
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.hub.access import local_bundle
 
 _LOG = logging.getLogger(__name__)
 logging.getLogger("edgeskip").addHandler(logging.NullHandler())  # what is said goes where the program sends it
@@ -26,7 +27,8 @@ def load(
     """Loads a bundle: reads and checks it, and takes the memory it needs.
 
     Args:
-        bundle: the folder that `edgeskip export` wrote.
+        bundle: the folder that `edgeskip export` wrote, or the id of a bundle on the hub, such as `owner/name`, where
+            there is no such folder: it is fetched into the user's cache.
         backend: `onnxruntime`, `tensorrt`, `tensorrt-rtx`, or `auto`: engines that fit this machine, else ONNX Runtime.
         device: ONNX Runtime's: `cpu`, `cuda`, or `auto`, which takes the GPU where there is one.
         threads: CPU threads; 0 means one per core.
@@ -37,10 +39,10 @@ def load(
 
     Raises:
         RequestError: the bundle has no such exit, or there is no such backend or device.
-        BundleError: the bundle is damaged, foreign or not there.
-        BackendError: no backend can run it here.
+        BundleError: the bundle is damaged, foreign or not there; on the hub, gated or not reached.
+        BackendError: no backend can run it here; or the hub's library is not installed.
     """
-    opened = read_bundle(bundle)
+    opened = read_bundle(local_bundle(bundle))
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
     if exit_layer is not None and exit_layer not in opened.manifest.exit_layers:
         usable = backend != "auto" or (device != "cpu" and dialect is None)

@@ -34,11 +34,9 @@ class BundleFolder(Folder):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The folder."""
-        from edgeskip.runtime.hub.access import download_bundle, names_a_repository
+        from edgeskip.runtime.hub.access import local_bundle
 
-        if isinstance(value, str) and names_a_repository(value):
-            return download_bundle(value)
-        return super().convert(value, param, ctx)
+        return super().convert(local_bundle(value), param, ctx)
 
 
 bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))

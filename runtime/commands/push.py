@@ -27,8 +27,21 @@ from edgeskip.runtime.reading import read_json
     multiple=True,
     help="A report of `edgeskip bench --json` to show; can be given more than once.",
 )
+@click.option(
+    "--check",
+    "checks",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A report of `edgeskip check --json` to show; can be given more than once.",
+)
 def push(
-    bundle: Path, name: str, private: bool, base_model: str | None, license_id: str | None, reports: tuple[Path, ...]
+    bundle: Path,
+    name: str,
+    private: bool,
+    base_model: str | None,
+    license_id: str | None,
+    reports: tuple[Path, ...],
+    checks: tuple[Path, ...],
 ) -> None:
     """Upload a BUNDLE to the hub as OWNER/NAME, with a page that says what it is."""
     if not is_hub_id(name):
@@ -36,11 +49,12 @@ def push(
     require("push")
     from edgeskip.runtime.bundle.manifest import read_bundle, verify_hashes
     from edgeskip.runtime.hub.access import upload_bundle
-    from edgeskip.runtime.hub.card import figures_of, model_card
+    from edgeskip.runtime.hub.card import bench_figures, check_figures, model_card
     from edgeskip.runtime.terminal import progress_bar
 
     opened = read_bundle(bundle)
-    figures = [line for path in reports for line in figures_of(read_json(path, RequestError), path)]
+    figures = [line for path in checks for line in check_figures(read_json(path, RequestError), path)]
+    figures += [line for path in reports for line in bench_figures(read_json(path, RequestError), path)]
     source = opened.manifest.source
     guessed = source if source.count("/") == 1 and not source.startswith((".", "/", "~")) else None
     card = model_card(opened.manifest, name, base_model=base_model or guessed, license_id=license_id, figures=figures)

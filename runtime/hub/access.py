@@ -30,6 +30,16 @@ def names_a_repository(name: str) -> bool:
     return is_hub_id(name) and not path.exists() and not path.parent.exists()
 
 
+def local_bundle(bundle: str | Path) -> str | Path:
+    """Where a bundle is here: its folder, or the one that it was fetched to where it is named by its hub id.
+
+    Raises:
+        BackendError: the hub's library is not installed.
+        BundleError: as `download_bundle`.
+    """
+    return download_bundle(bundle) if isinstance(bundle, str) and names_a_repository(bundle) else bundle
+
+
 def require_hub() -> None:
     """Looks for the hub's library.
 
@@ -56,7 +66,7 @@ def download_bundle(name: str) -> Path:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     disable_progress_bars()
     folder, place = trusted_folder("bundles") / name.replace("/", "--"), f"{name} on the hub"
-    with hub_errors(name, BundleError, fix="check the name, or log in with `hf auth login`"):
+    with hub_errors(name, BundleError):
         snapshot_download(name, local_dir=folder, allow_patterns=[MANIFEST])
         if not kind_of(folder / MANIFEST, BundleError):
             fix = f"make one with `edgeskip export {name} FOLDER`"
@@ -82,7 +92,7 @@ def upload_bundle(bundle: Bundle, name: str, card: str, *, private: bool) -> str
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    with hub_errors(name, BundleError, fix="check the name, or log in with `hf auth login`"):
+    with hub_errors(name, BundleError):
         address = str(api.create_repo(name, private=private, exist_ok=True))
         added = [CommitOperationAdd(file, str(bundle.path(file))) for file in (*bundle.manifest.files, MANIFEST)]
         added.append(CommitOperationAdd("README.md", card.encode()))
@@ -91,11 +101,23 @@ def upload_bundle(bundle: Bundle, name: str, card: str, *, private: bool) -> str
 
 
 @contextmanager
-def hub_errors(name: str, error: type[EdgeskipError], *, fix: str) -> Iterator[None]:
-    """What the hub's library raises, as one line; `fix` is what to do where there is no such repository.
+def hub_errors(
+    name: str,
+    error: type[EdgeskipError],
+    *,
+    login: str = "log in with `hf auth login`",
+    unreached: str = "check the network",
+) -> Iterator[None]:
+    """What the hub's library raises, as one line.
+
+    Args:
+        name: the repository.
+        error: what to raise.
+        login: how one shows who one is.
+        unreached: what to do where the hub was not reached, and what is asked for is not here.
 
     Raises:
-        error: in its place.
+        error: in the place of the library's.
     """
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -105,35 +127,39 @@ def hub_errors(name: str, error: type[EdgeskipError], *, fix: str) -> Iterator[N
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     place = f"{name} on the hub"
     try:
         yield
     except GatedRepoError:
-        raise error(
-            place, "access is gated", fix="accept its licence on its page, then log in with `hf auth login`"
-        ) from None
+        raise error(place, "access is gated", fix=f"accept its licence on its page, then {login}") from None
+    except RevisionNotFoundError:
+        raise error(place, "no such revision", fix="give another") from None
     except RepositoryNotFoundError:
+        fix = f"check the name, or {login}"
         raise error(place, f"no such model, and no folder {name!r} here", fix=fix) from None
     except HFValidationError:
-        raise error(name, "not a valid hub id", wanted="owner/name") from None
+        raise error(name, "neither a folder nor a valid hub id", wanted="a folder, or owner/name") from None
     except LocalTokenNotFoundError:
-        raise error(place, "you are not logged in", fix="log in with `hf auth login`") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise error(place, "not in the local cache and the hub was not reached", fix="check the network") from None
+        raise error(place, "you are not logged in", fix=login) from None
+    except LocalEntryNotFoundError:
+        raise error(place, "not in the local cache and the hub was not reached", fix=unreached) from None
+    except OfflineModeIsEnabled:
+        raise error(place, "not reached, as HF_HUB_OFFLINE says", fix="unset it") from None
     except HfHubHTTPError as caught:
         status = getattr(caught.response, "status_code", None)
         if status == 401:
-            raise error(place, "you are not logged in", fix="log in with `hf auth login`") from None
+            raise error(place, "you are not logged in", fix=login) from None
         if status == 403:
-            raise error(place, "you may not do this", fix="log in as somebody who may, with `hf auth login`") from None
+            raise error(place, "you may not do this", fix=f"{login}, as somebody who may") from None
         raise error(place, f"the hub refuses ({type(caught).__name__}, status {status})", fix="try again") from None
     except EdgeskipError:
         raise
-    except OSError as caught:
-        raise error(place, f"the transfer failed ({type(caught).__name__})", fix="check the network") from None
     except Exception as caught:
-        if type(caught).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "hf_xet"):
+        known = ("httpx", "httpx2", "httpcore", "requests", "hf_xet")
+        if not isinstance(caught, OSError) and type(caught).__module__.partition(".")[0] not in known:
             raise
-        raise error(place, f"the transfer failed ({type(caught).__name__})", fix="check the network") from None
+        found = "not reached" if "Connect" in type(caught).__name__ else "the transfer failed"
+        raise error(place, f"{found} ({type(caught).__name__})", fix="check the network") from None

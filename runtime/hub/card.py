@@ -26,7 +26,7 @@ def model_card(
         name: the repository's, owner/name.
         base_model: the hub id of the checkpoint.
         license_id: as the hub spells it.
-        figures: lines of Markdown, from `figures_of`.
+        figures: lines of Markdown, from `bench_figures` and `check_figures`.
     """
     head = {"base_model": base_model, "license": license_id, "library_name": "edgeskip"}
     lines = [f"{key}: {json.dumps(value)}" for key, value in head.items() if value is not None]
@@ -54,7 +54,7 @@ def model_card(
     return "\n".join([*text, *figures])
 
 
-def figures_of(report: Any, place: object) -> list[str]:
+def bench_figures(report: Any, place: object) -> list[str]:
     """What a report of `edgeskip bench` has to say, as lines of Markdown.
 
     Raises:
@@ -70,3 +70,29 @@ def figures_of(report: Any, place: object) -> list[str]:
     except (KeyError, TypeError, ValueError):
         raise RequestError(place, "not a report to show", wanted="one of `edgeskip bench --json`") from None
     return [head, "", "| decoding | drafts | tokens/s | speedup |", "|---|---:|---:|---:|", *rows, "", *doubts]
+
+
+def check_figures(report: Any, place: object) -> list[str]:
+    """What a report of `edgeskip check` has to say, as lines of Markdown.
+
+    Raises:
+        RequestError: it is no such report; `place` is where it was found.
+    """
+    try:
+        head = f"Compared by `{report['command']}` on {report['hardware']['device']} with transformers in fp32"
+        verdict = "what runs is what was trained" if report["passed"] is True else "**it does not pass**"
+        rows = [f"| {mode} | {agreed} of {report['prompts']} |" for mode, agreed in report["agreed"].items()]
+        ties = sum(one["is_tie"] for one in report["disagreements"])
+        lost = [
+            f"| {one['exit_layer']} | {one['original_perplexity']:.3f} | {one['perplexity']:.3f} | {one['kl']:.4f} | "
+            f"{one['agreement']:.1%} |"
+            for one in report["lost"] or ()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RequestError(place, "not a report to show", wanted="one of `edgeskip check --json`") from None
+    lines = [f"{head}: {verdict}.", "", "| decoding | greedy texts that are the same |", "|---|---:|", *rows, ""]
+    lines += [f"Texts that part at a tie: {ties}.", ""] if ties else []
+    if lost:
+        top = "| after layer | perplexity before | perplexity | KL, nats | same top token |"
+        lines += ["What quantization cost:", "", top, "|---:|---:|---:|---:|---:|", *lost, ""]
+    return lines

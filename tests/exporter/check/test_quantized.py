@@ -25,6 +25,7 @@ from edgeskip.exporter.check.weights import compare_weights
 from edgeskip.runtime.bundle.formats import SCALES
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.weights import stored_arrays
+from edgeskip.runtime.hub.card import check_figures
 
 VARIANT = "llama-tied"
 FORMATS = ["int8", "int4"]
@@ -253,6 +254,10 @@ def test_the_command_tells_loss_from_faults(bundles, checkpoints, tmp_path):
     assert "Lost to quantization: perplexity x" in healthy.output
     assert "What runs is what was trained." in healthy.output
     report = json.loads((tmp_path / "report.json").read_text())
+    card = check_figures(report, "the report")  # as `push` shows it
+    assert card[0].endswith("with transformers in fp32: what runs is what was trained.")
+    assert f"| self-speculative | {report['agreed']['self-speculative']} of {report['prompts']} |" in card
+    assert sum(line.startswith(f"| {lost['exit_layer']} |") for lost in report["lost"] for line in card) == 2
     assert [one["exit_layer"] for one in report["lost"]] == [2, 4]
     assert report["rounded_to_8_bits"]
     other = save_checkpoint(make_model(VARIANT, seed=1), tmp_path / "other")

@@ -16,6 +16,15 @@ import yaml
 
 from edgeskip.runtime.hub.access import names_a_repository
 
+PYTHON = """import sys
+import edgeskip
+try:
+    with edgeskip.load(sys.argv[1], device="cpu", threads=1) as model:
+        print(model.complete("abc", max_new_tokens=5).text)
+except edgeskip.runtime.errors.EdgeskipError as error:
+    sys.exit(f"{error}")
+"""
+
 
 class Hub(BaseHTTPRequestHandler):
     """Repositories by id, each a table of files; those of `gated/...` nobody may read."""
@@ -93,10 +102,12 @@ def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Ours)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def run(*words, token="hf_right", endpoint=f"http://127.0.0.1:{server.server_port}"):
+    def run(*words, token="hf_right", endpoint=f"http://127.0.0.1:{server.server_port}", **others):
         variables = {"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "edgeskip", *map(str, words)]
+        variables |= others
+        python = ("-c", PYTHON) if words[0] == "load" else ("-m", "edgeskip", words[0])
+        command = [sys.executable, *python, *map(str, words[1:])]
         return subprocess.run(
             command, capture_output=True, text=True, env=os.environ | variables, cwd=tmp_path, timeout=100
         )
@@ -123,7 +134,11 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     }
     report["rows"] = [{"mode": "autoregressive", "num_speculations": 0, "tokens_per_second": 12.5, "speedup": 1.0}]
     (tmp_path / "bench.json").write_text(json.dumps(report))
+    checked = {"command": "edgeskip check x", "hardware": {"device": "a test"}, "passed": False, "prompts": 8}
+    checked |= {"agreed": {"self-speculative": 7}, "disagreements": [{"is_tie": True}], "lost": None}
+    (tmp_path / "check.json").write_text(json.dumps(checked))
     settings = ("--license", "apache-2.0", "--base-model", "meta/base", "--report", tmp_path / "bench.json")
+    settings += ("--check", tmp_path / "check.json")
     pushed = run("push", bundle.folder, "me/tiny", *settings)
     assert pushed.returncode == 0, pushed.stderr
     assert set(repositories["me/tiny"]) == {*bundle.manifest.files, "manifest.json", "README.md"}
@@ -134,11 +149,15 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     assert "Measured by `edgeskip bench x` on a test:" in text
     assert "| autoregressive | 0 | 12.5 | 1.00 |" in text
     assert "Not a valid measurement: it was busy." in text
+    assert "Compared by `edgeskip check x` on a test with transformers in fp32: **it does not pass**." in text
+    assert "| self-speculative | 7 of 8 |" in text
     ask = ("-p", "abc", "-n", "5", "--device", "cpu", "--threads", "1")
     wanted = run("generate", bundle.folder, *ask).stdout
     repositories["me/tiny"]["secret.txt"] = b"not named by the manifest"
     fetched = run("generate", "me/tiny", *ask)
     assert (fetched.returncode, fetched.stdout) == (0, wanted), fetched.stderr
+    loaded = run("load", "me/tiny")
+    assert (loaded.returncode, loaded.stdout) == (0, wanted), loaded.stderr
     folder = tmp_path / "cache" / "edgeskip" / "bundles" / "me--tiny"
     assert {path.name for path in folder.iterdir() if path.is_file()} == {*bundle.manifest.files, "manifest.json"}
     offline = run("generate", "me/tiny", *ask, endpoint="http://127.0.0.1:9")
@@ -154,11 +173,17 @@ def test_what_the_hub_does_not_give_is_told_in_one_line(hub, bundles):
         "me/model": "no manifest.json, so not a bundle; make one with `edgeskip export me/model FOLDER`",
     }.items():
         assert_one_line(run("inspect", name), 4, text)
+    assert_one_line(run("load", "gated/model"), 1, "gated/model on the hub: access is gated; accept its licence")
+    assert_one_line(run("load", "me/other", HF_HUB_OFFLINE="1"), 1, "the hub was not reached; check the network")
     assert_one_line(run("inspect", "me/other", endpoint="http://127.0.0.1:9"), 4, "the hub was not reached")
     assert_one_line(run("push", bundles("llama-gqa").folder, "me/x", token="hf_wrong"), 4, "you are not logged in")
     no_report = bundles("llama-gqa").folder / "config.json"
-    refused = run("push", bundles("llama-gqa").folder, "me/x", "--report", no_report)
-    assert_one_line(refused, 5, "not a report to show; wanted one of `edgeskip bench --json`")
+    for option, verb in (("--report", "bench"), ("--check", "check")):
+        refused = run("push", bundles("llama-gqa").folder, "me/x", option, no_report)
+        assert_one_line(refused, 5, f"not a report to show; wanted one of `edgeskip {verb} --json`")
+    push = ("push", bundles("llama-gqa").folder, "me/x")
+    assert_one_line(run(*push, endpoint="http://127.0.0.1:9"), 4, "me/x on the hub: not reached (ConnectError)")
+    assert_one_line(run(*push, HF_HUB_OFFLINE="1"), 4, "not reached, as HF_HUB_OFFLINE says; unset it")
     assert_one_line(run("push", bundles("llama-gqa").folder, "me"), 5, "not a valid hub id; wanted owner/name")
 
 
