@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,7 +15,8 @@ from edgeskip.exporter.graphs.split import Model, split_graph
 from edgeskip.exporter.index import Warn
 from edgeskip.exporter.magnitude import LARGEST_FP16, beyond_fp16
 from edgeskip.exporter.quantization.choice import QuantizationChoice
-from edgeskip.exporter.quantization.plan import plan_quantization
+from edgeskip.exporter.quantization.plan import asks_for_texts, plan_quantization
+from edgeskip.exporter.vocabulary.renumbering import by_frequency
 from edgeskip.exporter.weights import check_tensors, plan_weights, write_weights
 from edgeskip.runtime.bundle.dialects import dialects_of
 from edgeskip.runtime.bundle.dtypes import DType
@@ -58,7 +59,8 @@ class ExportSettings(QuantizationChoice):
         num_speculations: drafts per round, unless the user asks for another number.
         prefill_chunk: prompt tokens of one call.
         other_exits: exit layers besides E from which the bundle can draft.
-        draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from.
+        draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from. With texts
+            for calibration, ids are numbered anew, and the tokens that are frequent there come first.
         picker: how the heads pick tokens.
     """
 
@@ -89,6 +91,10 @@ def export_bundle(
     capacity = _check_settings(checkpoint, settings)
     check_tensors(checkpoint)
     architecture = checkpoint.architecture
+    if settings.draft_vocabulary is not None and settings.calibration is not None:
+        checkpoint = by_frequency(checkpoint, settings.calibration)
+        if not asks_for_texts(settings):
+            settings = replace(settings, calibration=None)
     exits = tuple(sorted({settings.exit_layer, *settings.other_exits}))
     heads = heads_of(architecture.vocab_size, settings.draft_vocabulary, settings.picker)
     quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress)
@@ -128,6 +134,7 @@ def export_bundle(
             graphs=graphs,
             chains=chains_of(graphs, exits),
             files=files,
+            renumbered=checkpoint.order is not None,
             synthetic=bool(checkpoint.config.get(SYNTHETIC)),
             split_special_tokens=checkpoint.tokenizer.split_special_tokens,
             quantization=quantization.record,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgeskip.exporter.tokenizer import (
 from edgeskip.runtime.bundle.architecture import Architecture
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS
-from edgeskip.runtime.bundle.tensors import TensorRecord
+from edgeskip.runtime.bundle.tensors import TABLES, TensorRecord
 from edgeskip.runtime.errors import CheckpointError, RequestError
 from edgeskip.runtime.hub.access import hub_errors
 from edgeskip.runtime.reading import expanded, kind_of
@@ -54,7 +55,8 @@ class Checkpoint:
 
     `sampling` is what generation_config.json says of how tokens are drawn. `tensors` maps each tensor's name to its
     file, shape and dtype; no data has been read. `licences` are licence and notice files, which travel with the
-    weights. `quantized_by` is the method of one that comes quantized.
+    weights. `quantized_by` is the method of one that comes quantized. `order` [V], if token ids were put in another
+    order than in the files, has the row of the files' tables for each; the tokenizer is then in the new one.
     """
 
     source: str
@@ -68,6 +70,7 @@ class Checkpoint:
     tensors: dict[str, SourceTensor]
     licences: tuple[Path, ...]
     quantized_by: str | None = None
+    order: Array | None = None
 
 
 class TensorReader:
@@ -86,10 +89,14 @@ class TensorReader:
 
     def blocks(self, name: str, block_bytes: int = 1 << 24) -> Iterator[npt.NDArray[Any]]:
         """Yields a tensor's rows in order, about `block_bytes` at a time, in the stored dtype; of one that is stored
-        quantized, what they stand for, in fp32.
+        quantized, what they stand for, in fp32. Tables of tokens are in the order of the ids.
         """
-        stored = self.checkpoint.tensors[name]
-        if isinstance(stored, QuantizedTensor):
+        stored, order = self.checkpoint.tensors[name], self.checkpoint.order
+        if order is not None and name in TABLES:
+            view = self._slices(stored)
+            for start, stop in _spans(stored.shape, block_bytes):
+                yield np.concatenate([view[first:last] for first, last in _runs(order[start:stop])])
+        elif isinstance(stored, QuantizedTensor):
             for start, stop in _spans(stored.shape, block_bytes):
                 yield self._values(stored, start, stop)
         else:
@@ -165,6 +172,13 @@ def _spans(shape: tuple[int, ...], block_bytes: int = 1 << 24) -> Iterator[tuple
     """The rows of a matrix by blocks of about so many bytes in fp32; whole eights."""
     count = max(8, block_bytes // (4 * shape[1]) // 8 * 8)
     return ((start, min(start + count, shape[0])) for start in range(0, shape[0], count))
+
+
+def _runs(rows: Array) -> Iterator[tuple[int, int]]:
+    """Rows as spans of those that follow one another."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for first, last in pairwise((0, *breaks.tolist(), len(rows))):
+        yield int(rows[first]), int(rows[last - 1]) + 1
 
 
 def _is_finite(block: npt.NDArray[Any]) -> bool:

@@ -123,6 +123,8 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"round, RoPE {a.rope.type} (theta {a.rope.theta:g}), EOS "
         f"{shown(', '.join(map(str, m.eos_token_ids)) or 'none')}"
     )
+    if m.renumbered:
+        console.print("token ids are numbered by how frequent tokens are, and not those of the checkpoint")
     picks = "the most probable one" if m.sampling.is_greedy else f"drawn with {m.sampling}"
     console.print(f"the next token is {picks}, unless you say otherwise")
     for exit_layer, chains in m.chains.items():

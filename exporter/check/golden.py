@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.exporter.reference import cache_argument, reference_model
+from edgeskip.exporter.vocabulary.renumbering import order_of
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.decoding.text import load_tokenizer
 from edgeskip.runtime.errors import CheckpointError
 
 Array = npt.NDArray[Any]
@@ -177,7 +179,18 @@ def _loaded(bundle: Bundle, source: str) -> Any:
             )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    if bundle.manifest.renumbered:
+        _renumber(model, order_of(load_tokenizer(bundle), checkpoint.tokenizer.tokenizer, wanted.vocab_size))
     return model.eval()
+
+
+def _renumber(model: Any, order: Array) -> None:
+    """Puts the tables of tokens in the order of a bundle's ids."""
+    import torch
+
+    with torch.no_grad():
+        for table in {id(one): one for one in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
+            table.copy_(table[torch.from_numpy(order)])
 
 
 def _has_room(model: Any) -> bool:

@@ -75,9 +75,14 @@ def plan_quantization(
     return QuantizationPlan(formats, quantizer, record if is_quantized(formats.values()) else None)
 
 
+def asks_for_texts(choice: QuantizationChoice) -> str | None:
+    """What reads texts, if anything does."""
+    return "auto" if choice.weights == "auto" else "gptq" if choice.quantizer == "gptq" else None
+
+
 def _calibration(checkpoint: Checkpoint, choice: QuantizationChoice) -> Calibration | None:
     """The texts, where something asks for them."""
-    asked = "auto" if choice.weights == "auto" else "gptq" if choice.quantizer == "gptq" else None
+    asked = asks_for_texts(choice)
     check_is_auto(choice)
     if asked is None:
         if choice.calibration is not None:

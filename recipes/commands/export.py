@@ -85,7 +85,8 @@ from edgeskip.runtime.commands.options import first, require, say
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="For auto and GPTQ: a text file, or a folder of them.  [default: built in]",
+    help="A text file, or a folder of them: for auto and GPTQ, which have some built in, and to count which tokens are "
+    "frequent and let drafts come from those.",
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub access token.  [env: HF_TOKEN]")
@@ -187,4 +188,7 @@ def export(
         exported = export_bundle(opened, bundle, settings, progress, warn)
     size_mb = exported.manifest.weights_bytes / 1e6
     say(f"{bundle}: {size_mb:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
+    if draft_vocabulary is not None:
+        counted = "are frequent in your texts" if exported.manifest.renumbered else "have the first ids"
+        say(f"Drafts are among the {draft_vocabulary} tokens that {counted}.")
     say(f'Try it: edgeskip generate {bundle} --prompt "..."')

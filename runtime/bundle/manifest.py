@@ -93,6 +93,7 @@ class Manifest:
     `prefill_chunk` the prompt tokens of one call; `special_tokens` are texts for the chat template, by names such as
     `bos_token`; with `split_special_tokens`, they are ordinary text wherever they stand in a prompt. `graphs` and
     `chains` (by exit layer, the graphs that draft and those that verify) repeat the contract for other readers.
+    `renumbered` says that token ids are not those of the checkpoint, but in the order of how frequent tokens are.
     `synthetic` says that the weights are random, from `edgeskip synth`: good for nothing but measuring speed.
     `quantization` is null where no tensor is quantized. `sampling` is how tokens are picked unless the user says
     otherwise, from the checkpoint's generation_config.json.
@@ -115,6 +116,7 @@ class Manifest:
     graphs: dict[GraphName, Graph]
     chains: dict[str, dict[str, tuple[GraphName, ...]]]
     files: dict[str, FileRecord]
+    renumbered: bool = False
     synthetic: bool = False
     split_special_tokens: bool = False
     quantization: Quantization | None = None
