@@ -288,10 +288,11 @@ def pick(macros, grid, block, logits, table, scales, token_ids, token_logits, em
     out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
 
 
-def narrow(macros, grid, block, *arguments):
-    """The kernel of sample.cu that finds the bounds of filters, which `draw` here finds itself."""
-    assert macros["STORE"] in NUMBERS
-    assert len(arguments) == 9
+def narrow(macros, grid, block, logits, tops, settings, bounds, sums, counters, vocabulary, number, level):
+    """The kernel of sample.cu that finds the bounds of filters: here it counts, as `draw` finds them itself."""
+    found = array_at(bounds, [grid[1], 32], np.uint8)[:, int(number)]
+    assert (found == int(level)).all()
+    found += 1
 
 
 def draw(
@@ -314,7 +315,11 @@ def draw(
     """The kernel of sample.cu that draws, as a host does."""
     kind, rows, vocabulary = NUMBERS[macros["STORE"]], grid[1], int(vocabulary)
     assert grid[0] * block[0] * 8 >= vocabulary
+    narrowed = array_at(bounds, [rows, 32], np.uint8)
     seed, top_p, temperature, least, top_k = array_at(settings, [1], SETTINGS)[0].tolist()
+    for number, used in enumerate((top_k > 0, top_p < 1)):
+        assert (narrowed[:, number] == used * kind().nbytes).all(), "a launch for 8 bits of each filter"
+    narrowed[:] = 0
     sampler = HostSampler(Sampling(temperature, top_k, top_p, math.exp(least), seed), (), 1 << 12)
     found, at = array_at(logits, [rows, vocabulary], kind), array_at(positions, [rows], np.int64)
     ids = np.array([sampler.pick(row, int(position) + 1) for row, position in zip(found, at, strict=True)])

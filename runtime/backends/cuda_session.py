@@ -25,7 +25,16 @@ import numpy.typing as npt
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.engines.heads import Picked
 from edgeskip.runtime.backends.engines.products import Matrix
-from edgeskip.runtime.backends.engines.sampler import SETTINGS, Scratch, room, sampler, settings_of
+from edgeskip.runtime.backends.engines.sampler import (
+    SETTINGS,
+    Draw,
+    Filters,
+    Scratch,
+    filters_of,
+    room,
+    sampler,
+    settings_of,
+)
 from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
@@ -80,7 +89,8 @@ class CudaSession(MeasuredSession):
         self._carry: list[Callable[[], None]] = []
         self._device_ns = self._captured_rounds = 0
         self._host_table, self._sampler = embedding_table(bundle), HostSampler(GREEDY, (), 0)
-        self._draw: Callable[[Picked, int, int, int], Callable[[], None]] | None = None
+        self._draw: Draw | None = None
+        self._filters: Filters = ()
         self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._graph_table, self._split = manifest.graphs, manifest.split(exit_layer)
@@ -132,8 +142,18 @@ class CudaSession(MeasuredSession):
         bound.wait()
 
     def _bind(self, round_: Round) -> BoundRound:
-        if round_.picks == "history":
-            return self._picked_by_host(round_)
+        heads = [call for call in round_.calls if self._graph_table[call.graph].head]
+        if round_.picks == "heads":
+            return self._whole_round(round_)
+        if not heads:
+            return self.bind(replace(round_, picks="heads"))
+        if round_.picks == "draws":
+            return _DrawnRound(self, round_)
+        assert heads == [round_.calls[-1]], "a host must see each draft before the next row"
+        return _HostPickedRound(self, self.bind(replace(round_, picks="heads")), heads[0])
+
+    def _whole_round(self, round_: Round) -> _CudaRound:
+        """A round that runs without the host; draws in it have the filters that were last asked for."""
         calls = []
         for call in round_.calls:
             calls.append(self._enqueued(call))
@@ -152,15 +172,6 @@ class CudaSession(MeasuredSession):
 
         replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, each only once
         return _CudaRound(self, round_, enqueue, written, replayed=replayed)
-
-    def _picked_by_host(self, round_: Round) -> BoundRound:
-        """The round as heads pick, and after it picks of the host if it has a head."""
-        bound = self.bind(replace(round_, picks="heads"))
-        heads = [call for call in round_.calls if self._graph_table[call.graph].head]
-        if not heads:
-            return bound
-        assert heads == [round_.calls[-1]], "a host must see each draft before the next row"
-        return _HostPickedRound(self, bound, heads[0])
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
         """Where a round's results go in pinned memory, by buffer."""
@@ -184,20 +195,21 @@ class CudaSession(MeasuredSession):
         return {"device": self._device_ns}
 
     def sample(self, sampling: Sampling, prompt_ids: Sequence[int], mask: TokenMask | None = None) -> None:
-        """Picks tokens like this from now on, where heads do not. Draws read it on the device, so no round is bound
-        anew for it.
+        """Picks tokens like this from now on, where heads do not. Draws read it on the device, so a round is bound anew
+        only where it first has other filters.
         """
         if picks_of(sampling, mask) == "history":
             self._sampler = HostSampler(sampling, prompt_ids, self._dims["C"], mask)
             return
         self._drawing()
+        self._filters = filters_of(sampling)
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         host = self._staging[: SETTINGS.itemsize]
         host.view(SETTINGS)[:] = settings_of(sampling)
         self._device.copier(self._scratch_of_draws.settings, host.ctypes.data, host.nbytes)()
         self._device.stream.sync()
 
-    def _drawing(self) -> Callable[[Picked, int, int, int], Callable[[], None]]:
+    def _drawing(self) -> Draw:
         """The kernels that draw, and their memory, taken when it is first asked for."""
         if self._draw is None:
             sizes = room(self._dims["V"])
@@ -219,7 +231,7 @@ class CudaSession(MeasuredSession):
         names = ("logits", "token_ids", "token_logits", "inputs_embeds")
         at = Picked(*(self._address(outputs[name]) for name in names))
         positions = self._address(View("position_ids", call.first_row, call.rows))
-        return self._drawing()(at, positions, call.rows, head.vocabulary)
+        return self._drawing()(at, positions, (call.rows, head.vocabulary), self._filters)
 
     def _put_token(self, outputs: Mapping[str, View], row: int, token: int) -> None:
         """Puts a token in place of the one that a head picked in a row of its outputs, right after something was read:
@@ -414,6 +426,26 @@ class _CudaRound:
         session._captured_rounds += self._launch is not None and self._round.num_targets > 0
         logits = self._target_logits if session._dtype != "bf16" else session._widened(self._target_logits)
         return RoundResult(self._drafts.tolist(), self._targets.tolist(), logits.tolist())
+
+
+class _DrawnRound:
+    """A round with draws, bound and captured once for each set of filters: those that are off launch nothing."""
+
+    def __init__(self, session: CudaSession, round_: Round) -> None:
+        self._session, self._round = session, round_
+        self._by_filters: dict[Filters, _CudaRound] = {}
+        self._filters: Filters = ()
+
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Starts the round with the filters that were last asked for."""
+        self._filters = self._session._filters
+        if self._filters not in self._by_filters:
+            self._by_filters[self._filters] = self._session._whole_round(self._round)
+        self._by_filters[self._filters].start(position, row_inputs)
+
+    def wait(self) -> RoundResult:
+        """Waits for the device."""
+        return self._by_filters[self._filters].wait()
 
 
 class _HostPickedRound:

@@ -31,6 +31,18 @@ def settings_of(sampling: Sampling) -> np.ndarray[tuple[int], np.dtype[np.void]]
     return np.array([(s.seed or 0, s.top_p, s.temperature, least_scaled(s.min_p), s.top_k)], SETTINGS)
 
 
+Filters = tuple[int, ...]
+"""Filters whose bounds the kernels must find, in order: 0 is top-k, 1 top-p."""
+
+Draw = Callable[[Picked, int, tuple[int, int], Filters], Callable[[], None]]
+"""Binds a draw: see `sampler`."""
+
+
+def filters_of(sampling: Sampling) -> Filters:
+    """Those that draws like this have; min-p is a bound by itself."""
+    return tuple(number for number, used in enumerate((sampling.top_k > 0, sampling.top_p < 1)) if used)
+
+
 @dataclass(frozen=True)
 class Scratch:
     """Addresses of memory, zeroed: how to draw, bounds and sums of each row, parts of rows, and counters."""
@@ -47,19 +59,19 @@ def room(vocabulary: int, rows: int = HEAD_ROWS) -> tuple[int, ...]:
     return SETTINGS.itemsize, rows * 32, rows * 256 * 8, rows * _parts(vocabulary) * 8, rows * 4
 
 
-def sampler(
-    device: CudaDevice, table: Matrix, size: int, dtype: DType, scratch: Scratch
-) -> Callable[[Picked, int, int, int], Callable[[], None]]:
+def sampler(device: CudaDevice, table: Matrix, size: int, dtype: DType, scratch: Scratch) -> Draw:
     """Draws with this embedding table, whose rows have `size` numbers.
 
     The result binds a draw to addresses: those of a head's outputs, with its own picks, and of the positions of the
-    rows that it read, for so many rows of so many logits. Calling what it gives enqueues it.
+    rows that it read, for so many rows of so many logits, and to filters. Calling what it gives enqueues it: one
+    launch, and before it for each filter one for 8 bits of a logit.
     """
     defined = {"STORE": STORES[dtype], **table.macros, "IN": str(size)}
     narrow, draw = (device.kernel(source(*sources(table)), name, defined) for name in ("narrow", "draw"))
     s, levels, block = scratch, range(4 if dtype == "fp32" else 2), (THREADS, 1, 1)
 
-    def bind(at: Picked, positions: int, rows: int, vocabulary: int) -> Callable[[], None]:
+    def bind(at: Picked, positions: int, shape: tuple[int, int], filters: Filters) -> Callable[[], None]:
+        rows, vocabulary = shape
         grid, count = (_parts(vocabulary), rows, 1), np.uint32(vocabulary)
         bounding = [*map(np.uint64, (at.logits, at.token_logits, s.settings, s.bounds, s.sums, s.counters)), count]
         inputs = (at.logits, positions, table.address, table.scales, s.settings, s.bounds)
@@ -67,9 +79,9 @@ def sampler(
         drawing = [*map(np.uint64, (*inputs, *outputs)), count]
 
         def enqueue() -> None:
-            for kind in range(2):  # top-k, then top-p
+            for number in filters:
                 for level in levels:
-                    narrow(grid, block, *bounding, np.uint32(kind), np.uint32(level))
+                    narrow(grid, block, *bounding, np.uint32(number), np.uint32(level))
             draw(grid, block, *drawing)
 
         return enqueue

@@ -14,7 +14,7 @@ from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.engines import products
 from edgeskip.runtime.backends.engines.heads import Picked
 from edgeskip.runtime.backends.engines.products import Matrix
-from edgeskip.runtime.backends.engines.sampler import Scratch, room, sampler, settings_of, sources
+from edgeskip.runtime.backends.engines.sampler import Scratch, filters_of, room, sampler, settings_of, sources
 from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.sampling import Sampling
 
@@ -77,7 +77,7 @@ def test_draws_are_those_of_the_host(device, dtype, format_, vocabulary, rows): 
         ids, embeddings = (block.address for block in device.zeros(amounts))
         at = Picked(place(device, logits), ids, place(device, tops), embeddings)
         device.copier(scratch.settings, place(device, settings_of(sampling).view(np.uint8)), 32)()
-        draw(at, place(device, positions), rows, vocabulary)()
+        draw(at, place(device, positions), (rows, vocabulary), filters_of(sampling))()
         host = HostSampler(sampling, (), 4001)
         wanted = [host.pick(row.astype(np.float32), int(at) + 1) for row, at in zip(logits, positions, strict=True)]
         assert fetched(device, ids, np.empty(rows, np.int64)).tolist() == wanted, sampling
@@ -96,5 +96,5 @@ def test_a_heads_pick_stays_where_nothing_can_be_drawn():
         gpu.copier(scratch.settings, place(gpu, settings_of(SAMPLINGS[-1]).view(np.uint8)), 32)()
         ids, rows = place(gpu, np.array([7])), gpu.zeros([(size * 2, 1)])[0].address
         at = Picked(place(gpu, logits), ids, place(gpu, logits[:, 0].copy()), rows)
-        draw(at, place(gpu, np.array([3])), 1, 300)()
+        draw(at, place(gpu, np.array([3])), (1, 300), (0, 1))()
         assert fetched(gpu, ids, np.empty(1, np.int64)).tolist() == [7]
