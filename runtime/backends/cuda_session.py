@@ -54,8 +54,16 @@ from edgeskip.runtime.decoding.session import (
 from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
+PROMPT_STEP = 64
+"""Rows of prompts are rounded up to a multiple of it, so that a few captured graphs serve all of them."""
+
 _IDS = ("draft_token_ids", "target_token_ids")
 _READ_BACK = (*_IDS, "target_token_logits")
+
+
+def is_frequent(rows: int) -> bool:
+    """Whether calls of so many rows will come again: those of rounds, and those of prompts that are rounded up."""
+    return rows <= HEAD_ROWS or rows % PROMPT_STEP == 0
 
 
 class CudaSession(MeasuredSession):
@@ -170,7 +178,7 @@ class CudaSession(MeasuredSession):
             for step in (*writes, *calls, read):
                 step()
 
-        replayed = round_.rows <= HEAD_ROWS  # prompts come in many lengths, each only once
+        replayed = is_frequent(round_.rows) and all(is_frequent(call.rows) for call in round_.calls)
         return _CudaRound(self, round_, enqueue, written, replayed=replayed)
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
@@ -248,6 +256,11 @@ class CudaSession(MeasuredSession):
         self._device.copier(ids, id_.ctypes.data, id_.nbytes)()
         self._device.copier(embeds, embedding.ctypes.data, embedding.nbytes)()
         self._device.copier(picked, logits + token * number, number)()
+
+    def prompt_rows(self, rows: int, position: int) -> int:
+        """The rows, rounded up where there is room, so that the call is replayed as one captured graph."""
+        rounded = rows if is_frequent(rows) else -(-rows // PROMPT_STEP) * PROMPT_STEP
+        return rounded if position + rounded <= self._dims["C"] else rows
 
     def make_current(self) -> None:
         """Lets the calling thread use the session."""

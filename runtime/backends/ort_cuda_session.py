@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
+from edgeskip.runtime.backends.engines.heads import embedder
 from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
@@ -20,7 +21,14 @@ from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, graph_tensors
-from edgeskip.runtime.bundle.weights import StoredTensor, embedding_table, held_bytes, mapped_weights
+from edgeskip.runtime.bundle.weights import (
+    Rows,
+    StoredTensor,
+    TokenRows,
+    embedding_table,
+    held_bytes,
+    mapped_weights,
+)
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -67,6 +75,7 @@ class OrtCudaSession(CudaSession):
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             options = partial(_cuda_options, ort, manifest)
             self._graphs = OrtGraphs(ort, bundle, dialect, options, [_cuda_provider(device)])
+            self._read_rows = self._row_reader(manifest.prefill_chunk)
             self._warm_up(manifest.prefill_chunk)
         except BaseException as error:
             short = _is_out_of_memory(error, device)
@@ -85,6 +94,44 @@ class OrtCudaSession(CudaSession):
 
     def _place(self, place: str | View) -> int:
         return self._address(place) if isinstance(place, View) else self._caches[place].address
+
+    def write(self, buffer: str, rows: Rows) -> None:
+        """Puts rows into the first rows of a buffer; those of a quantized table are converted on the device."""
+        if self._read_rows is None or not isinstance(rows, TokenRows):
+            return super().write(buffer, rows)
+        self._device.stream.sync()  # a round that nobody waited for may still be reading
+        return self._read_rows(rows, self._buffers[buffer].address)
+
+    def _row_reader(self, most: int) -> Callable[[TokenRows, int], None] | None:
+        """What copies up to so many rows of the embedding table to the device as they are stored, and puts them in the
+        dtype at an address; None where the table needs no such thing, or the kernel does not read it.
+        """
+        manifest = self._bundle.manifest
+        format_ = FORMATS[manifest.tensors[EMBEDDINGS].format]
+        if not (format_.bits and manifest.has_products(self._device.compute_capability)):
+            return None
+        stored = embedding_table(self._bundle).stored(slice(0, 1))
+        places = self._device.zeros([(part.nbytes, most) for part in stored] + [(ITEMSIZE["int64"], most)])
+        self._workspace_bytes += (taken := sum(place.bytes for place in places))
+        self.planned_bytes += taken
+        numbers, scales, order = (place.address for place in places)
+        host = self._staging[: most * ITEMSIZE["int64"]]
+        host.view(np.int64)[:] = np.arange(most)
+        self._device.copier(order, host.ctypes.data, host.nbytes)()
+        self._device.stream.sync()
+        table = Matrix(numbers, scales, format_.bits, format_.block_size or 0)
+        embed = embedder(self._device, table, self._dims["H"], self._dtype)
+
+        def read(rows: TokenRows, address: int) -> None:
+            start = 0
+            for part, place in zip(rows.table.stored(list(rows.token_ids)), (numbers, scales), strict=True):
+                raw = self._staging[start : start + part.nbytes]
+                raw[:] = part.reshape(-1).view(np.uint8)
+                self._device.copier(place, raw.ctypes.data, raw.nbytes)()
+                start += raw.nbytes
+            embed(order, address, len(rows))
+
+        return read
 
     def _token_table(self) -> Matrix:
         """A table of its own, as ONNX Runtime does not say where it keeps the head's: as it is stored, if it is

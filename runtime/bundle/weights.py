@@ -136,7 +136,11 @@ class StoredTensor:
 
     def __getitem__(self, rows: Any) -> npt.NDArray[Any]:
         """Rows [n, ...] in the bundle's dtype, bf16 as raw 16-bit words."""
-        return self._format.decode([part[rows] for part in self._parts], self._dtype)
+        return self._format.decode(self.stored(rows), self._dtype)
+
+    def stored(self, rows: Any) -> list[npt.NDArray[Any]]:
+        """Rows as they are stored, [n, ...] of each part of the format."""
+        return [part[rows] for part in self._parts]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from edgeskip.runtime.decoding.rounds import (
     Round,
     draft_round,
     early_exit_round,
+    head_round,
     prefill_round,
-    scoring_round,
     speculative_round,
     verification_round,
 )
@@ -84,20 +84,32 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     """Runs a prompt, [T,H] embedding rows, through the layers and picks the first new token.
 
     It runs in full chunks, the last one overlapping backwards so that there are few shapes: its first rows are computed
-    again from the same inputs. A prompt shorter than a chunk is one call of its own length. The caches hold its first
-    `start` rows already, less than all: only the rest runs.
+    again from the same inputs. A prompt shorter than a chunk is one call, of its own length or of what the
+    session rounds that up to: rows of whatever the workspace holds then come after its own, and stay as hidden as those
+    of drafts that were wrong.
+
+    Args:
+        session: the session.
+        how: how to decode.
+        embeddings: the prompt's, [T,H].
+        chunk: the most rows of a call.
+        start: rows of the prompt that the caches hold already, less than T: only the rest runs.
 
     Raises:
         BackendError: the model's logits are not finite.
     """
     length = len(embeddings)
     rows, places = _chunks(length, chunk, start)
+    rows = max(rows, min(session.prompt_rows(rows, places[-1]), chunk))
     for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
-        last = place == places[-1]
-        round_ = _bound(session, how, prefill_round(how.split, rows, last=last, early_exit=how.early_exit))
-        round_.start(place, how.picker.row_inputs(place, rows))
-        result = round_.wait()
+        round_ = session.bind(prefill_round(how.split, rows, last=False, early_exit=how.early_exit))
+        round_.start(place)
+        round_.wait()
+    row = length - 1 - places[-1]
+    head = _bound(session, how, head_round(how.split, row, 1, early_exit=how.early_exit))
+    head.start(places[-1], how.picker.row_inputs(places[-1], row + 1))
+    result = head.wait()
     logprobs = _logprobs(session, how, result.target_ids)
     session.carry(0)
     return _step(result, 0, length, logprobs)
@@ -111,7 +123,7 @@ def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iter
         session.write("inputs_embeds", embeddings[place : place + rows])
         rounds = [prefill_round(how.split, rows, last=False, early_exit=False)]
         for row in range(done - place, rows, HEAD_ROWS):  # the last chunk begins with rows that are done
-            rounds.append(scoring_round(how.split, row, min(HEAD_ROWS, rows - row)))
+            rounds.append(head_round(how.split, row, min(HEAD_ROWS, rows - row), early_exit=False))
         for round_ in rounds:
             bound = session.bind(round_)
             bound.start(place, how.picker.row_inputs(place, round_.rows))

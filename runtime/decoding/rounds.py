@@ -170,9 +170,9 @@ def prefill_round(split: Split, rows: int, *, last: bool, early_exit: bool) -> R
 
 
 @cache
-def scoring_round(split: Split, row: int, rows: int) -> Round:
-    """The head over so many rows of a chunk of the prompt, for their logits."""
-    call = _target_head(split.head, "hidden_states", row, rows)
+def head_round(split: Split, row: int, rows: int, *, early_exit: bool) -> Round:
+    """The head over so many rows of a chunk of the prompt."""
+    call = _target_head(split.head, split.exit_states if early_exit else "hidden_states", row, rows)
     return Round((call,), rows=row + rows, num_drafts=0, num_targets=rows, row_inputs=split.head.row_inputs)
 
 

@@ -65,6 +65,10 @@ class Session(ABC):
 
     _bound: dict[Round, BoundRound]
 
+    def prompt_rows(self, rows: int, position: int) -> int:
+        """Rows of the call that does so many of a prompt best, from this position on; the caches have room for them."""
+        return rows
+
     def bind(self, round_: Round) -> BoundRound:
         """Fixes shapes and memory of a round's calls; the same round is bound only once."""
         if round_ not in self._bound:

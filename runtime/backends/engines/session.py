@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from edgeskip.runtime.backends.cuda_session import CudaSession
+from edgeskip.runtime.backends.cuda_session import CudaSession, is_frequent
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
 from edgeskip.runtime.backends.engines.library import make_logger
 from edgeskip.runtime.backends.engines.products import Matrix
@@ -20,7 +20,7 @@ from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.engines.weights import weights_on_device
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
-from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.graphs import GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.layers import files_of, weight_of
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, TABLES
@@ -245,7 +245,7 @@ class TrtSession(CudaSession):
 
     def _context(self, graph: GraphName, profile: int, rows: int) -> Any:
         """The context of a graph for this many rows; prompts, which can have any length, share one."""
-        key = (graph, profile, rows if rows <= HEAD_ROWS else 0)
+        key = (graph, profile, rows if is_frequent(rows) else 0)
         if key not in self._contexts:
             engine = self._engines[graph]
             strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED

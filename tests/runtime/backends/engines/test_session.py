@@ -28,6 +28,7 @@ from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.backends.engines.targets import VERSIONS
 from edgeskip.runtime.bench.measure import tie_gap
 from edgeskip.runtime.bundle.engines import BUILD, ENGINE_BACKENDS
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 from edgeskip.runtime.bundle.manifest import read_bundle
 from edgeskip.runtime.bundle.store import read_engines
 from edgeskip.runtime.decoding.rounds import speculative_round
@@ -112,6 +113,24 @@ def test_stale_engines_do_not_keep_a_bundle_from_onnxruntime(bundle, tmp_path):
         assert "built from another draft graph; edgeskip build" in session.description
     with pytest.raises(BundleError, match="built from another draft graph"):
         open_session(copied, backend="tensorrt")
+
+
+def test_prompts_of_other_lengths_replay_the_same_rounds(bundles, tmp_path, monkeypatch):
+    """They are rounded up to 64 rows where the caches, of 96, have room; what comes after them is not seen."""
+    captured, bundle = [], bundles("llama-gqa", exit_layer=3, prefill_chunk=64)
+    with edgeskip.load(bundle.folder, device="cpu") as plain, model_of(bundle, tmp_path) as model:
+        bound, real = list(model.session._bound), HostDevice.captured
+        monkeypatch.setattr(HostDevice, "captured", lambda self, enqueue: captured.append(1) or real(self, enqueue))
+        for length in (50, 37, 64, 23, 85):  # the last one in two chunks, the second of which overlaps the first
+            prompt = [40 + (i * length) % 50 for i in range(length)]
+            wanted = plain.complete(prompt, confidence_threshold=0, max_new_tokens=9)
+            assert model.complete(prompt, mode="autoregressive", max_new_tokens=9).token_ids == wanted.token_ids
+        bound = [one for one in model.session._bound if one not in bound]
+        assert [one.rows for one in bound if one.rows > HEAD_ROWS and not one.num_targets] == [64]
+        assert captured
+        near = list(range(40, 90))  # what is new of it, 21 rows, leaves no room to round up
+        wanted = plain.complete(prompt[:60] + near[:21], confidence_threshold=0, max_new_tokens=9)
+        assert model.complete(prompt[:60] + near[:21], max_new_tokens=9).token_ids == wanted.token_ids
 
 
 def test_a_context_serves_one_graph_and_number_of_rows(bundle, tmp_path):
