@@ -32,8 +32,7 @@ Value = ir.Value
 
 @dataclass(frozen=True)
 class Exits:
-    """What the exits of layers 1 .. L draft for the n new tokens of a text, from the rows of the vocabulary that the
-    bundle drafts from; row L-1 is the model itself.
+    """What the exits of layers 1 .. L draft for the n new tokens of a text; row L-1 is the model itself.
 
     `token_ids` [L,n] int64, and the probability that each was given, `confidences` [L,n] fp32.
     """
@@ -51,6 +50,7 @@ class Probe:
     Args:
         bundle: the bundle with the weights.
         device: `cuda` if ONNX Runtime should use its CUDA provider; if it has none, the CPU is used.
+        draft_vocabulary: rows of the vocabulary that exits draft from; by default all.
         dialect: by default `ort`, or `standard` for fp32 on CUDA, where the fused attention has no fp32.
 
     Raises:
@@ -58,14 +58,21 @@ class Probe:
         BackendError: ONNX Runtime is missing or refuses the graph, or has to compute bf16 on a CPU.
     """
 
-    def __init__(self, bundle: Bundle, device: Literal["cpu", "cuda"] = "cpu", *, dialect: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Literal["cpu", "cuda"] = "cpu",
+        draft_vocabulary: int | None = None,
+        *,
+        dialect: str | None = None,
+    ) -> None:
         check_probed(bundle, device)
         ort, dtype, on_gpu = onnxruntime(), bundle.manifest.dtype, _on_gpu(device)
         options = cpu_options(ort, 0)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder))
         options.add_session_config_entry("session.disable_prepacking", "1")  # else the vocabulary is copied L times
         dialect = dialect or ("standard" if on_gpu and dtype == "fp32" else "ort")
-        data = ir.to_proto(probe_graph(bundle, dialect)).SerializeToString()
+        data = ir.to_proto(probe_graph(bundle, dialect, draft_vocabulary)).SerializeToString()
         providers = [*([CUDA_PROVIDER] if on_gpu else []), "CPUExecutionProvider"]
         with ort_errors("probe"):
             self._session = ort.InferenceSession(data, options, providers=providers)
@@ -103,12 +110,13 @@ def _on_gpu(device: Literal["cpu", "cuda"]) -> bool:
     return device == "cuda" and has_cuda_provider(onnxruntime())
 
 
-def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
+def probe_graph(bundle: Bundle, dialect: str, draft_vocabulary: int | None = None) -> ir.Model:
     """Writes the probe: `inputs_embeds` [1,T,H] fp32 and `first` [1], the first row that predicts, -> `Exits`.
 
     Args:
         bundle: the bundle with the layers, and with the weights file that the graph points into.
         dialect: `standard` or `ort`.
+        draft_vocabulary: rows of the vocabulary that all layers but the last pick among; by default all.
     """
     manifest = bundle.manifest
     a, number = manifest.architecture, ONNX_DTYPES[manifest.dtype]
@@ -125,7 +133,7 @@ def probe_graph(bundle: Bundle, dialect: str) -> ir.Model:
     past = op.Cast(op.ConstantOfShape(op.Concat([1], [a.num_kv_heads], length, [a.head_dim], axis=0)), to=number)
     exits = []
     for i in range(a.num_layers):
-        known = manifest.draft_vocabulary if i + 1 < a.num_layers else None
+        known = draft_vocabulary if i + 1 < a.num_layers else None
         hidden, _ = decoder.layers(hidden, range(i, i + 1), {i: (past, past)}, places)
         logits = decoder.logits(op.Slice(hidden, first, length, [1]), known)
         exits.append((greedy(op, logits, {}), _top_probability(op, logits)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
 from edgeskip.recipes.plan.cost import Sample, call_ms, chains, fit_cost, graph_sizes
 from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
-from edgeskip.runtime.bundle.graphs import GraphName, Split, check_num_speculations, single_exit
+from edgeskip.runtime.bundle.graphs import DRAFT_HEAD, GraphName, Split, check_num_speculations, single_exit
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import drafts_that_fit
@@ -146,7 +146,8 @@ class TuneReport(Provenance):
     rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
     text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name,
     and `quantizer` the method that found their numbers. If drafts come from `draft_vocabulary` rows of the vocabulary
-    alone, `covered` is the share of the texts' tokens that are among them: no exit drafts more than that right.
+    alone, `covered` is the share of the texts' tokens that are among them, which no exit drafts more of right, and
+    `best_of_all_rows` the best pair without such a head.
     """
 
     prompts: int
@@ -166,6 +167,7 @@ class TuneReport(Provenance):
     quantizer: str | None = None
     draft_vocabulary: int | None = None
     covered: float | None = None
+    best_of_all_rows: Pair | None = None
 
 
 def tune(
@@ -203,21 +205,17 @@ def tune(
         texts, measured, halves = _measure(model, prompt_ids, settings, progress)
         copy_rates.append(session.copy_bytes_per_second())
         others_share, weights = watch.others_share(), read_bytes(bundle)
-    probed = _probe(bundle, device, texts, progress)
-    drafts = {
-        exit_layer: [drafts_of_exit(*one, exit_layer, manifest.max_length) for one in zip(probed, texts, strict=True)]
-        for exit_layer in range(1, manifest.architecture.num_layers)
-    }
+    probed = _probe(bundle, device, texts, manifest.draft_vocabulary, progress)
+    drafts = _drafts_by_exit(probed, texts, manifest)
     own, threshold = (manifest.exit_layer, manifest.num_speculations), settings.confidence_threshold or 0.0
-    costs = {exit_layer: carried(measured, manifest, exit_layer) for exit_layer in drafts}
     scale = statistics.median(
         text.speculative_ms / rounds_ms(measured, simulate([one], own[1], threshold))
         for text, one in zip(texts, drafts[own[0]], strict=True)
     )
 
-    def pair(exit_layer: int, k: int) -> Pair:
-        rounds = simulate(drafts[exit_layer], k, threshold)
-        ms = scale * rounds_ms(costs[exit_layer], rounds) / rounds.tokens
+    def pair(exit_layer: int, k: int, drafts: Sequence[Drafts], cost: Measured) -> Pair:
+        rounds = simulate(drafts, k, threshold)
+        ms = scale * rounds_ms(cost, rounds) / rounds.tokens
         return Pair(
             exit_layer=exit_layer,
             num_speculations=k,
@@ -228,6 +226,15 @@ def tune(
             match_rate=rounds.accepted / max(rounds.tested, 1),
         )
 
+    def pairs_of(drafts: Mapping[int, Sequence[Drafts]], measured: Measured) -> tuple[Pair, ...]:
+        costs = {exit_layer: carried(measured, manifest, exit_layer) for exit_layer in drafts}
+        grid = sorted(set(settings.grid))
+        return tuple(pair(e, k, drafts[e], costs[e]) for e in drafts for k in grid)
+
+    all_rows: tuple[Pair, ...] = ()
+    if manifest.draft_vocabulary is not None:
+        others = _drafts_by_exit(_probe(bundle, device, texts, None, progress), texts, manifest)
+        all_rows = pairs_of(others, without_draft_head(measured))
     rates = [
         (f"{call.graph} over {call.rows} row{'s' * (call.rows > 1)}", size, 1e3 * size / call.ms / max(copy_rates))
         for call in measured.calls
@@ -236,7 +243,7 @@ def tune(
     found = doubts(rates, {"rounds": halves, "copies of memory": copy_rates}, others_share)
     if scale > BUSY:
         found += (f"rounds took {scale:.2f} times what their calls add up to",)
-    pairs = tuple(pair(exit_layer, k) for exit_layer in drafts for k in sorted(set(settings.grid)))
+    pairs = pairs_of(drafts, measured)
     return TuneReport(
         **vars(head),
         prompts=len(texts),
@@ -245,7 +252,7 @@ def tune(
         departures=sum(int((one.token_ids[-1] != t.token_ids).sum()) for one, t in zip(probed, texts, strict=True)),
         settings=settings,
         best=min(pairs, key=lambda one: one.ms_per_token),
-        present=pair(*own),
+        present=pair(*own, drafts[own[0]], carried(measured, manifest, own[0])),
         match_rates={e: float(np.concatenate([d.right for d in kept]).mean()) for e, kept in drafts.items()},
         pairs=pairs,
         scale=scale,
@@ -256,6 +263,7 @@ def tune(
         quantizer=manifest.quantization.method if manifest.quantization else None,
         draft_vocabulary=manifest.draft_vocabulary,
         covered=_covered(manifest, texts),
+        best_of_all_rows=min(all_rows, key=lambda one: one.ms_per_token, default=None),
     )
 
 
@@ -267,14 +275,28 @@ def _covered(manifest: Manifest, texts: Sequence[Text]) -> float | None:
     return float((token_ids < manifest.draft_vocabulary).mean())
 
 
-def _probe(bundle: Bundle, device: Literal["cpu", "cuda"], texts: Sequence[Text], progress: Progress) -> list[Exits]:
+def _probe(
+    bundle: Bundle,
+    device: Literal["cpu", "cuda"],
+    texts: Sequence[Text],
+    draft_vocabulary: int | None,
+    progress: Progress,
+) -> list[Exits]:
     found = []
-    with Probe(bundle, device) as probe:
+    with Probe(bundle, device, draft_vocabulary) as probe:
         for done, text in enumerate(texts):
             progress("probing", done, len(texts))
             found.append(probe.exits(text.prompt_ids, text.token_ids))
     progress("probing", len(texts), len(texts))
     return found
+
+
+def _drafts_by_exit(probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest) -> dict[int, list[Drafts]]:
+    """What each exit drafts for each text."""
+    return {
+        exit_layer: [drafts_of_exit(*one, exit_layer, manifest.max_length) for one in zip(probed, texts, strict=True)]
+        for exit_layer in range(1, manifest.architecture.num_layers)
+    }
 
 
 def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, capacity: int) -> Drafts:
@@ -338,6 +360,11 @@ def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured
         return replace(call, ms=call.ms * wanted / fitted)
 
     return replace(measured, calls=tuple(map(moved, measured.calls)))
+
+
+def without_draft_head(measured: Measured) -> Measured:
+    """What would have been measured if the head over all rows drafted too."""
+    return replace(measured, calls=tuple(call for call in measured.calls if call.graph != DRAFT_HEAD))
 
 
 def rounds_ms(measured: Measured, rounds: Rounds) -> float:

@@ -293,8 +293,21 @@ def test_drafts_from_some_rows_of_the_vocabulary_are_weighed_as_they_are_decoded
     console = Console(record=True, width=200, file=io.StringIO())
     print_tuning(found, console)
     assert f"Drafts come from 150 rows of the vocabulary, which have {found.covered:.1%}" in console.export_text()
-    (tmp_path / "r.toml").write_text(tuned_recipe(found, "r.toml"))
-    assert load_export_recipe(str(tmp_path / "r.toml"))[0].draft_vocabulary == 150
+    whole = bundles("llama-tied", exit_layer=3)
+    other, ms = found.best_of_all_rows, found.best.ms_per_token
+    with edgeskip.load(whole.folder, device="cpu") as model:
+        settings |= {"num_speculations": other.num_speculations}
+        stats = [model.complete(text, **settings).statistics for text in texts]
+    if other.exit_layer == 3:
+        assert other.match_rate == sum(s.accepted for s in stats) / sum(s.tested for s in stats)
+    for factor, rows, exit_layer in ((1.1, 150, found.best.exit_layer), (0.9, None, other.exit_layer)):
+        one = dataclasses.replace(found, best_of_all_rows=dataclasses.replace(other, ms_per_token=factor * ms))
+        (tmp_path / "r.toml").write_text(tuned_recipe(one, "r.toml"))
+        recipe, _ = load_export_recipe(str(tmp_path / "r.toml"))
+        assert (recipe.draft_vocabulary, recipe.exit_layer) == (rows, exit_layer)
+        console = Console(record=True, width=400, file=io.StringIO())
+        print_tuning(one, console)
+        assert ("which is faster: export without --draft-vocabulary" in console.export_text()) == (rows is None)
 
 
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "line\nbreak", "tab\tand \x7f", "größer"])
