@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from edgeskip.runtime.errors import RequestError
 
-MOST_CHARACTERS = 1 << 13
-"""Of a grammar: llguidance follows references by recursion, and a long chain of them would end the process."""
+MOST_CHARACTERS = 1 << 15
+"""Of a grammar, so that it is compiled in little time, and in a stack of known size."""
 
 Kind = Literal["json_schema", "regex", "lark"]
 

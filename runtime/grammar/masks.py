@@ -6,22 +6,31 @@ the same tokens, pick alike where both find the same token best, and drafts chan
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.errors import BackendError, RequestError
-from edgeskip.runtime.grammar.grammar import Grammar
+from edgeskip.runtime.grammar.grammar import MOST_CHARACTERS, Grammar
 from edgeskip.runtime.packages import NEEDS, missing_modules
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+_STACK_BYTES = 2048 * MOST_CHARACTERS
+"""llguidance follows nested schemas, references and rules by recursion, the end of which would be that of the process.
+Chains of all kinds take at most 420 bytes for each character, in version 1.9.
+"""
+_STACK_SIZE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,22 +76,8 @@ class TokenMask:
     """
 
     def __init__(self, grammar: Grammar, table: TokenTable) -> None:
-        from llguidance import LLMatcher, LLParserLimits
-
         self._eos = np.array(table.eos_token_ids)
-        sources: dict[str, Callable[[str], str]] = {
-            "json_schema": LLMatcher.grammar_from_json_schema,
-            "regex": LLMatcher.grammar_from_regex,
-            "lark": LLMatcher.grammar_from_lark,
-        }
-        try:
-            source = sources[grammar.kind](grammar.source)
-        except ValueError as error:
-            raise RequestError("grammar", f"not sound ({error})") from None
-        limits = LLParserLimits(verbose_errors=False)
-        self._at_start: LLMatcher = LLMatcher(table.tokens, source, log_level=0, limits=limits)
-        if self._at_start.is_error():
-            raise RequestError("grammar", f"not sound ({' '.join(self._at_start.get_error().split())})")
+        self._at_start = _with_stack(lambda: _matcher(grammar, table))
         self._restart()
 
     def _restart(self) -> None:
@@ -130,3 +125,40 @@ class TokenMask:
             return False
         self._taken = token_ids[: kept + known].copy()
         return kept + known == len(token_ids)
+
+
+def _matcher(grammar: Grammar, table: TokenTable) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    sources: dict[str, Callable[[str], str]] = {
+        "json_schema": LLMatcher.grammar_from_json_schema,
+        "regex": LLMatcher.grammar_from_regex,
+        "lark": LLMatcher.grammar_from_lark,
+    }
+    try:
+        source = sources[grammar.kind](grammar.source)
+    except ValueError as error:
+        raise RequestError("grammar", f"not sound ({error})") from None
+    made = LLMatcher(table.tokens, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    if made.is_error():
+        raise RequestError("grammar", f"not sound ({' '.join(made.get_error().split())})")
+    return made
+
+
+def _with_stack(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, from a thread whose stack is large enough to compile any grammar in."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _STACK_SIZE:  # which is the process's
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
