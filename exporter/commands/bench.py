@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     command_line,
     device_option,
+    draft_option,
     drawing_options,
     html_option,
     json_option,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     type=int,
     help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
 )
+@draft_option
 @threshold_option
 @max_new_tokens_option
 @prompts_option
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 def bench(
     bundle: Path,
     grid: tuple[int, ...],
+    draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
@@ -95,6 +98,7 @@ def bench(
         confidence_threshold,
         prompt_tokens,
         GREEDY.changed(**drawing),
+        draft,
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

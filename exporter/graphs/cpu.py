@@ -29,31 +29,6 @@ Value = ir.Value
 _END = np.iinfo(np.int64).max
 
 
-class Cpu(Ort):
-    """The attention of `ort` as it is, for the first layers, which draft one row at a time in every way of decoding."""
-
-    name = "cpu"
-
-    def __init__(self, attends: DialectWriter | None = None) -> None:
-        self.attends = attends or OrtGrouped()
-        self.opsets = self.attends.opsets
-
-    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
-        """Layers after an exit verify several rows."""
-        kind = CpuAlike if first_layer else Cpu
-        return kind(self.attends.suited(architecture, first_layer))
-
-    def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> Any:
-        """Those of the attention."""
-        return self.attends.places(op, position_ids, cos, sin, capacity)
-
-    def attention(
-        self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: Any
-    ) -> tuple[Value, Value, Value]:
-        """The attention."""
-        return self.attends.attention(op, heads, qkv, pasts, places)
-
-
 @dataclass(frozen=True)
 class _AlikePlaces:
     """`places` of all T+A rows, `rows` [1] int64, which is T, and `pads` [4] int64, which adds A rows to [T,Q]."""
@@ -63,8 +38,18 @@ class _AlikePlaces:
     pads: Value
 
 
-class CpuAlike(Cpu):
-    """The attention with a second row beside a single one."""
+class Cpu(Ort):
+    """The attention of `ort` with a second row beside a single one."""
+
+    name = "cpu"
+
+    def __init__(self, attends: DialectWriter | None = None) -> None:
+        self.attends = attends or OrtGrouped()
+        self.opsets = self.attends.opsets
+
+    def suited(self, architecture: Architecture) -> DialectWriter:
+        """With the attention that suits the model."""
+        return Cpu(self.attends.suited(architecture))
 
     def places(self, op: OpBuilder, position_ids: Value, cos: Value, sin: Value, capacity: int | Value) -> _AlikePlaces:
         """With a position after the first one, if there is none and the caches have it."""
@@ -74,7 +59,7 @@ class CpuAlike(Cpu):
         full = op.Constant(value_int=capacity - 1) if isinstance(capacity, int) else op.Sub(capacity, one)
         added = op.Range(op.Add(last, one), op.Add(op.Min(op.Max(last, op.Add(first, one)), full), one), one)
         positions = op.Concat(position_ids, op.Unsqueeze(added, [0]), axis=1)
-        places = super().places(op, positions, cos, sin, capacity)
+        places = self.attends.places(op, positions, cos, sin, capacity)
         zero = op.Constant(value_ints=[0])
         pads = op.Concat(zero, zero, op.Shape(added), zero, axis=0)
         return _AlikePlaces(places, op.Shape(position_ids, start=1, end=2), pads)
@@ -83,5 +68,5 @@ class CpuAlike(Cpu):
         self, op: OpBuilder, heads: Heads, qkv: Value, pasts: tuple[Value, Value], places: _AlikePlaces
     ) -> tuple[Value, Value, Value]:
         """Attends with all rows, and gives the call's own."""
-        attended, key, value = super().attention(op, heads, op.Pad(qkv, places.pads), pasts, places.places)
+        attended, key, value = self.attends.attention(op, heads, op.Pad(qkv, places.pads), pasts, places.places)
         return op.Slice(attended, [0], places.rows, [1]), key, value

@@ -64,7 +64,7 @@ class OrtGrouped(Ort):
 
     opsets = MappingProxyType({"": 23, "com.microsoft": 1})  # ONNX Runtime reads opset 24 from release 1.24 on
 
-    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
+    def suited(self, architecture: Architecture) -> DialectWriter:
         """GroupQueryAttention has kernels for heads of 8, 16, 24, ... numbers."""
         return self if architecture.head_dim % 8 == 0 else OrtPlain()
 

@@ -51,7 +51,7 @@ class Primitive(DialectWriter):
     def __init__(self, group: int = 1) -> None:
         self._group = group  # query heads for each head of keys
 
-    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
+    def suited(self, architecture: Architecture) -> DialectWriter:
         """The writer for the model's groups of heads."""
         return Primitive(architecture.num_heads // architecture.num_kv_heads)
 
@@ -125,6 +125,6 @@ class Layers(Primitive):
 
     name = "layers"
 
-    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
+    def suited(self, architecture: Architecture) -> DialectWriter:
         """The same for all models."""
         return self

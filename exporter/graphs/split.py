@@ -38,7 +38,7 @@ class Model:
 
 def split_graph(name: GraphName, graph: Graph, model: Model, dialect: str) -> ir.Model:
     """Writes a graph of the contract in a dialect."""
-    writing = begin(name, model, dialect, graph.first_layer)
+    writing = begin(name, model, dialect)
     decoder, builder = writing.decoder, writing.decoder.builder
     sizes = graph.dimensions(dimensions(model.architecture, model.capacity))
 
@@ -91,11 +91,11 @@ class Writing:
         )
 
 
-def begin(name: str, model: Model, dialect: str, first_layer: int = 0) -> Writing:
-    """Begins a graph of layers from this one on; its `places` takes `position_ids` [B,T] and a capacity, as a number or
+def begin(name: str, model: Model, dialect: str) -> Writing:
+    """Begins a graph; its `places` takes `position_ids` [B,T] and a capacity, as a number or
     a value.
     """
-    writer = DIALECT_WRITERS[dialect].suited(model.architecture, first_layer)
+    writer = DIALECT_WRITERS[dialect].suited(model.architecture)
     builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports=dict(writer.opsets), name=name))
     decoder = Decoder(builder, model.architecture, writer, _weights(builder, model, dialect))
 

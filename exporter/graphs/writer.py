@@ -40,8 +40,8 @@ class DialectWriter(ABC):
     ir_version: int = 11
     """That of the ONNX files."""
 
-    def suited(self, architecture: Architecture, first_layer: int) -> DialectWriter:
-        """The writer for a graph of a model from this layer on, if some need other operators."""
+    def suited(self, architecture: Architecture) -> DialectWriter:
+        """The writer for a model, if some need other operators."""
         return self
 
     @abstractmethod

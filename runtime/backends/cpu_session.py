@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import Any
 
@@ -18,7 +19,7 @@ from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import Rows, embedding_table, mapped_weights
-from edgeskip.runtime.decoding.rounds import Call, Round, View, verification_round, workspace
+from edgeskip.runtime.decoding.rounds import Call, Round, View, given_round, workspace
 from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
@@ -74,31 +75,32 @@ class OrtCpuSession(MeasuredSession):
         self._threads = threads or usable_cores()
         self.hardware = f"{cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
-        self._fewest_rows = 1
+        self._fewest_rows, self._drafts_singly = 1, False
         if dialect == "cpu":
-            fewest = fewest_rows(self._verification(bundle)) if manifest.max_length > MOST_ROWS else None
-            self._fewest_rows = fewest or 1
-            self.exact = fewest is not None and manifest.architecture.head_dim <= LARGEST_HEAD
+            first, later = map(fewest_rows, self._trials(bundle)) if manifest.max_length > MOST_ROWS else (None, None)
+            self._fewest_rows, self._drafts_singly = later or 1, (first, later) != (1, 1)
+            self.exact = later is not None and manifest.architecture.head_dim <= LARGEST_HEAD
             self.description += (
                 "" if self.exact else "; a row depends on their number here, so drafts may change a token"
             )
 
-    def _verification(self, bundle: Bundle) -> Callable[[int], list[npt.NDArray[Any]]]:
-        """Runs a verification of so many random rows at the start of the caches, by all graphs after the first."""
+    def _trials(self, bundle: Bundle) -> Iterator[Callable[[int], list[npt.NDArray[Any]]]]:
+        """Run so many random rows at the start of the caches: by the first graph, and by all that are after it."""
         split = bundle.manifest.split(min(bundle.manifest.exit_layers))
         states = np.random.default_rng(0).standard_normal((MOST_ROWS, self._dims["H"]))
-        self.write(split.exit_states, states)
         self._buffers["position_ids"][:MOST_ROWS] = np.arange(MOST_ROWS)
 
-        def run(rows: int) -> list[npt.NDArray[Any]]:
-            calls = [call for call in verification_round(split, rows - 1).calls if call.verifies]
+        def run(rows: int, *, verifies: bool) -> list[npt.NDArray[Any]]:
+            calls = [call for call in given_round(split, rows - 1).calls if call.verifies == verifies]
             for call in calls:
                 self._bound_call(call)()
             for cache in self._caches.values():
                 cache[:, :, :MOST_ROWS] = 0
             return [self.read(view) for call in calls for _, view in call.outputs]
 
-        return run
+        for buffer, verifies in (("inputs_embeds", False), (split.exit_states, True)):
+            self.write(buffer, states)
+            yield partial(run, verifies=verifies)
 
     def _make_caches(
         self, graphs: Iterable[Graph], number: np.dtype[Any], dialect: str
@@ -119,15 +121,20 @@ class OrtCpuSession(MeasuredSession):
 
     def _bind(self, round_: Round) -> BoundRound:
         def bound(calls: Iterable[Call]) -> Iterator[tuple[str, Callable[[], None]]]:
-            for call, narrow in zip(calls, round_.calls, strict=True):
+            for call, own in zip(calls, narrow, strict=True):
                 yield call.graph, self._bound_call(call)
                 if round_.picks != "heads" and self._graph_table[call.graph].head:
-                    yield call.graph, self._picking(narrow)
+                    yield call.graph, self._picking(own)
 
-        wide = tuple(map(self._widened, round_.calls))
+        narrow = tuple(one for call in round_.calls for one in self._as_drafted(call))
+        wide = tuple(map(self._widened, narrow))
         calls, last = [*bound(wide)], self._dims["C"] - max(call.rows for call in wide)
-        both = calls, calls if wide == round_.calls else [*bound(round_.calls)]
+        both = calls, calls if wide == narrow else [*bound(narrow)]
         return _CpuRound(round_, both, last, self._buffers, self._stage_ns)
+
+    def _as_drafted(self, call: Call) -> list[Call]:
+        """Row by row, if the rows should be those of single ones and would not be."""
+        return [call.row(row) for row in range(call.rows)] if call.drafts and self._drafts_singly else [call]
 
     def _widened(self, call: Call) -> Call:
         """A verification with as many rows as it takes."""

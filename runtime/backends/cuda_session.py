@@ -40,7 +40,7 @@ from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import Rows, embedding_table
-from edgeskip.runtime.decoding.rounds import Call, Round, View, prefill_round
+from edgeskip.runtime.decoding.rounds import GIVEN, Call, Round, View, prefill_round
 from edgeskip.runtime.decoding.sampling import HostSampler, picks_of
 from edgeskip.runtime.decoding.session import (
     NOTHING,
@@ -117,9 +117,9 @@ class CudaSession(MeasuredSession):
         # what is read back after each round is side by side on the device, so that one copy reads it all
         self._buffers |= self._adjacent({name: buffers[name] for name in _READ_BACK})
         self._results = device.pinned((sum(self._buffers[name].bytes for name in _READ_BACK),), np.uint8)
+        told = {tensor.name for graph in self._graph_table.values() if graph.head for tensor in graph.inputs[1:]}
         self._row_inputs = {
-            name: device.pinned((buffers[name][1],), np.int64)
-            for name in ("position_ids", *(t.name for g in self._graph_table.values() if g.head for t in g.inputs[1:]))
+            name: device.pinned((buffers[name][1],), np.int64) for name in ("position_ids", GIVEN, *told)
         }
         self._staging = device.pinned((max(size * rows for size, rows in buffers.values()),), np.uint8)
         first, size = self._buffers["inputs_embeds"].address, buffers["inputs_embeds"][0]

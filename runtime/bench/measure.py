@@ -25,10 +25,10 @@ from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, count_accepted, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import MODES, Mode, View, distinct_calls, speculative_round
+from edgeskip.runtime.decoding.rounds import MODES, Draft, Drafter, Mode, View, distinct_calls, speculative_round
 from edgeskip.runtime.decoding.sampling import distribution, draw_gap
 from edgeskip.runtime.decoding.session import Memory
-from edgeskip.runtime.decoding.statistics import Statistics, distinct_4grams
+from edgeskip.runtime.decoding.statistics import Drafting, Statistics, distinct_4grams, together
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.reading import read_json
@@ -45,7 +45,7 @@ _STAGE_REPEATS = 30
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Speculation lengths to measure, tokens per prompt, how often, and when drafting ends early.
+    """Speculation lengths to measure, tokens per prompt, how often, when drafting ends early, and what drafts.
 
     `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
     given.
@@ -57,6 +57,7 @@ class BenchSettings:
     confidence_threshold: float | None = None
     prompt_tokens: int | None = None
     sampling: Sampling = GREEDY
+    draft: Draft = "exit"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class BenchRow:
     `stage_ms_per_round` (mean time in each graph, or of the whole round on a device that hides them),
     `host_ms_per_round` (mean of the rest) and `host_share` (the rest over the stages) are null for other runtimes.
     `distinct_tokens` and `distinct_4grams` are shares of the texts: a model that loops flatters every rate.
+    `by_drafter` has the rounds with drafts of one repeat, by what drafted.
     """
 
     mode: str
@@ -104,6 +106,7 @@ class BenchRow:
     stage_ms_per_round: dict[str, float] | None
     host_ms_per_round: float | None
     host_share: float | None
+    by_drafter: dict[Drafter, Drafting] | None = None
 
 
 @dataclass(frozen=True)
@@ -363,6 +366,7 @@ def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
             mode=mode,
             num_speculations=k or None,
             confidence_threshold=settings.confidence_threshold,
+            draft=settings.draft,
             max_new_tokens=max_new_tokens,
             **settings.sampling.settings,
         )
@@ -412,6 +416,7 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
         stage_ms_per_round=stage_ms,
         host_ms_per_round=host_ms,
         host_share=None if host_ms is None or stage_ms is None else host_ms / sum(stage_ms.values()),
+        by_drafter=together([run.statistics.by_drafter for run in repeats[0] if run.statistics]) if stats else None,
     )
 
 

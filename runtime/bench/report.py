@@ -43,6 +43,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
     )
     _print_rounds(report, console)
+    _print_drafters(report, console)
     stages = table("graph", "rows", "ms", "MB", "GB/s", "of a copy")
     for stage in report.stages:
         cells = (f"{stage.ms:.3f}", f"{stage.bytes / 1e6:.1f}", f"{stage.gb_per_s:.0f}", f"{stage.share_of_copy:.0%}")
@@ -83,6 +84,18 @@ def _print_rounds(report: BenchReport, console: Console) -> None:
             )
     console.print("Where a round's time goes:")
     console.print(rounds)
+
+
+def _print_drafters(report: BenchReport, console: Console) -> None:
+    """What each drafter cost and brought, for each K."""
+    drafters = table("K", "drafter", "rounds", "ms", "drafted", "accepted", "share", "rounds by drafts")
+    for row in report.rows:
+        for name, one in (row.by_drafter or {}).items():
+            lengths = " ".join(f"{k}:{n}" for k, n in enumerate(one.rounds_by_length) if n)
+            cells = (f"{one.rounds}", f"{1e3 * one.seconds / one.rounds:.3f}", f"{one.drafted}", f"{one.accepted}")
+            drafters.add_row(str(row.num_speculations), name, *cells, f"{one.accepted / one.drafted:.0%}", lengths)
+    console.print("Rounds with drafts, by what drafted; ms per round:")
+    console.print(drafters)
 
 
 def _speed_cells(row: BenchRow) -> list[str]:

@@ -12,6 +12,7 @@ from edgeskip.runtime.commands.options import (
     backend_option,
     bundle_argument,
     device_option,
+    draft_option,
     require,
     sampling_options,
     threads_option,
@@ -24,6 +25,7 @@ from edgeskip.runtime.sampling import GREEDY
 @bundle_argument
 @click.option("--system", help="The system prompt.")
 @click.option("--num-speculations", "-k", type=click.IntRange(1), help="Drafts per round.  [default: the bundle's]")
+@draft_option
 @threshold_option
 @click.option(
     "--max-new-tokens", "-n", type=click.IntRange(1), help="The most tokens of an answer.  [default: what has room]"
@@ -36,6 +38,7 @@ def chat(
     bundle: Path,
     system: str | None,
     num_speculations: int | None,
+    draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int | None,
     backend: Any,
@@ -59,6 +62,7 @@ def chat(
     with model:
         settings: Any = {
             "num_speculations": num_speculations,
+            "draft": draft,
             "confidence_threshold": confidence_threshold,
             "max_new_tokens": max_new_tokens,
             **sampling,

@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     backend_option,
     bundle_argument,
     device_option,
+    draft_option,
     report_option,
     require,
     sampling_options,
@@ -34,6 +35,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
 @click.option("--num-speculations", "-k", type=int, help="Drafts per round.  [default: the bundle's]")
+@draft_option
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
@@ -52,6 +54,7 @@ def generate(
     chat: bool,
     mode: Any,
     num_speculations: int | None,
+    draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
@@ -82,6 +85,7 @@ def generate(
         settings: Any = {
             "mode": mode,
             "num_speculations": num_speculations,
+            "draft": draft,
             "confidence_threshold": confidence_threshold,
             "max_new_tokens": max_new_tokens,
             "stop": stop,

@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
+from edgeskip.runtime.decoding.rounds import DRAFTS
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.files import lend_cache
 from edgeskip.runtime.packages import NEEDS, missing_modules
@@ -44,6 +45,13 @@ threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),
     help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
+)
+draft_option = click.option(
+    "--draft",
+    type=click.Choice(DRAFTS),
+    default=DRAFTS[0],
+    show_default=True,
+    help="What drafts: the exit; ngram, what the text had after the same tokens before; auto, that where there is any.",
 )
 backend_option = click.option(
     "--backend",

@@ -12,6 +12,7 @@ from edgeskip.runtime.commands.options import (
     backend_option,
     bundle_argument,
     device_option,
+    draft_option,
     require,
     say,
     threads_option,
@@ -37,6 +38,7 @@ from edgeskip.runtime.commands.options import (
     show_default=True,
     help="Host memory for what the caches held of earlier texts.",
 )
+@draft_option
 @backend_option
 @device_option
 @threads_option
@@ -49,6 +51,7 @@ def serve(
     queue: int,
     grace: int,
     prefix_cache_mb: int,
+    draft: Any,
     backend: Any,
     device: Any,
     threads: int,
@@ -67,7 +70,7 @@ def serve(
         with progress_bar() as progress:
             model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
         with model:
-            model.held.most_saved_bytes = prefix_cache_mb * 10**6
+            model.held.most_saved_bytes, model.draft = prefix_cache_mb * 10**6, draft
             called = name or bundle.resolve().name
             served = Served(model, Worker(queue), called, api_key or None, is_loopback(listening))
             print_model(model, console(stderr=True))

@@ -13,15 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Split
-from edgeskip.runtime.bundle.weights import Rows
+from edgeskip.runtime.bundle.weights import Rows, StoredTensor, TokenRows
 from edgeskip.runtime.decoding.rounds import (
+    GIVEN,
+    Draft,
+    Drafter,
     Picks,
     Round,
     draft_round,
     early_exit_round,
+    given_round,
     head_round,
     prefill_round,
     speculative_round,
@@ -29,7 +34,21 @@ from edgeskip.runtime.decoding.rounds import (
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
+from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Drafts that the text has, and what makes rows of them.
+
+    Args:
+        text: the prompt and the first new token when the loop begins, which adds what follows.
+        embeddings: [V,H].
+    """
+
+    text: NgramIndex
+    embeddings: StoredTensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,8 @@ class Decoding:
         picker: how the heads pick tokens; the split's must pick so.
         picks: whether the session picks instead, as `Session.sample` told it, and on what that depends.
         logprobs: how many of the most probable tokens each token is given with; None reads no logits.
+        draft: what drafts.
+        lookup: the drafts that the text has; unless only the exit drafts.
 
     Raises:
         RequestError: they do not.
@@ -56,6 +77,8 @@ class Decoding:
     picker: Picker = GREEDY
     picks: Picks = "heads"
     logprobs: int | None = None
+    draft: Draft = "exit"
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         if self.picker.name != self.split.picker:
@@ -67,12 +90,14 @@ class Decoding:
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is the number of drafts that were made; `logprobs`, if they were asked for, has an entry for each token.
+    `drafted` is the number of drafts that were made, by `drafter`; `logprobs`, if they were asked for, has an entry for
+    each token.
     """
 
     token_ids: tuple[int, ...]
     drafted: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    drafter: Drafter = "exit"
 
     @property
     def accepted(self) -> int:
@@ -164,13 +189,16 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
 
     under_way = started()
     while under_way:
-        result = under_way.wait()
+        result, drafter = under_way.wait(), under_way.drafter
         accepted = count_accepted(result.draft_ids, result.target_ids)
-        logprobs = _logprobs(session, how, result.target_ids[: accepted + 1])  # before the next round writes others
+        kept = result.target_ids[: accepted + 1]
+        logprobs = _logprobs(session, how, kept)  # before the next round writes others
         session.carry(accepted)
+        if how.lookup is not None:
+            how.lookup.text.add(kept)
         position += accepted + 1
         under_way = started()
-        yield _step(result, accepted, position, logprobs)
+        yield replace(_step(result, accepted, position, logprobs), drafter=drafter)
 
 
 def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
@@ -185,12 +213,29 @@ def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int]) -> tupl
 
 
 class _Started(Protocol):
+    drafter: Drafter
+
     def start(self, position: int) -> None: ...
 
     def wait(self) -> RoundResult: ...
 
 
 def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
+    """The next round, from the most drafts that it may have."""
+    lookup = how.lookup
+    if lookup is None:
+        return _drafting_at_exit(session, how)
+    others = _drafting_at_exit(session, how if how.draft == "auto" else replace(how, num_speculations=0))
+    given = [_Given(session, how, lookup, k) for k in range(1, how.num_speculations + 1)]
+
+    def drafting(most: int) -> _Started:
+        drafts = lookup.text.drafts(most)
+        return given[len(drafts) - 1].of(drafts) if drafts else others(most if how.draft == "auto" else 0)
+
+    return drafting
+
+
+def _drafting_at_exit(session: Session, how: Decoding) -> Callable[[int], _Started]:
     """The rounds to run, by their number of drafts."""
     if how.early_exit:
         step = _Whole(session, how, early_exit_round(how.split))
@@ -207,6 +252,8 @@ def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
 class _Whole:
     """A round that a device runs without the host."""
 
+    drafter: Drafter = "exit"
+
     def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
         self._bound = _bound(session, how, round_)
         self._rows, self._picker = round_.rows, how.picker
@@ -217,10 +264,38 @@ class _Whole:
         self._bound.start(position, self._picker.row_inputs(position, self._rows))
 
 
+class _Given:
+    """A round whose drafts the text has."""
+
+    drafter: Drafter = "ngram"
+
+    def __init__(self, session: Session, how: Decoding, lookup: Lookup, k: int) -> None:
+        round_ = given_round(how.split, k)
+        self._session, self._lookup, self._picker, self._rows = session, lookup, how.picker, round_.rows
+        self._bound = _bound(session, how, round_)
+        self._drafts: Sequence[int] = ()
+        self.wait = self._bound.wait
+
+    def of(self, drafts: Sequence[int]) -> _Given:
+        """With these drafts."""
+        self._drafts = drafts
+        return self
+
+    def start(self, position: int) -> None:
+        """Writes the rows of the last token and of the drafts, and hands the round to the device."""
+        self._session.write(
+            "inputs_embeds", TokenRows(self._lookup.embeddings, (self._lookup.text.last, *self._drafts))
+        )
+        given = {GIVEN: np.array((*self._drafts, 0))}
+        self._bound.start(position, {**self._picker.row_inputs(position, self._rows), **given})
+
+
 class _WhileConfident:
     """A round that the host looks at draft by draft, for picks that depend on the drafts before, or for a threshold: it
     stops drafting after the first draft less probable than that, or the last of these.
     """
+
+    drafter: Drafter = "exit"
 
     def __init__(self, session: Session, how: Decoding, drafts: Sequence[_Whole], checks: Sequence[_Whole]) -> None:
         self._drafts, self._checks = drafts, checks

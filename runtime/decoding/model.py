@@ -17,13 +17,14 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.bundle.graphs import check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
-from edgeskip.runtime.decoding.decode import Decoding, Step, decode, prefill, score
+from edgeskip.runtime.decoding.decode import Decoding, Lookup, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
-from edgeskip.runtime.decoding.rounds import MODES, Mode
+from edgeskip.runtime.decoding.rounds import DRAFTS, MODES, Draft, Mode
 from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, picks_of, token_logprob
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
+from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.grammar.masks import TokenMask, TokenTable, token_table
@@ -59,7 +60,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """Streamed text; `drafted` if an early exit proposed it. The last piece carries the whole generation.
+    """Streamed text; `drafted` if it was an accepted draft. The last piece carries the whole generation.
 
     `logprobs`, if asked for, has an entry for each token that the text came with; of all pieces, for each token.
     """
@@ -73,13 +74,14 @@ class Piece:
         return self.text
 
 
-class PickingSettings(SamplingSettings, total=False):
-    """How tokens are picked: sampling, and a grammar that the text keeps to."""
+class FurtherSettings(SamplingSettings, total=False):
+    """How tokens are picked, by sampling and a grammar that the text keeps to, and what drafts them."""
 
     grammar: Grammar | None
+    draft: Draft | None
 
 
-class GenerationSettings(PickingSettings, total=False):
+class GenerationSettings(FurtherSettings, total=False):
     """The keyword arguments of `Model.generate`."""
 
     mode: Mode
@@ -101,6 +103,7 @@ class Model:
         bundle: what was loaded: its folder and its manifest.
         tokenizer: the bundle's `tokenizers.Tokenizer`, to count tokens or spell them; `encode` does more for a prompt.
         sampling: how tokens are picked where `generate` is not told.
+        draft: what drafts where `generate` is not told.
         session: what runs it; its `description` says what was chosen, and why.
         held: whose rows the caches hold.
     """
@@ -108,6 +111,7 @@ class Model:
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
         self.bundle, self.session = bundle, session
         self.sampling = bundle.manifest.sampling
+        self.draft: Draft = "exit"
         self.split = bundle.manifest.split(exit_layer, GREEDY.name)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
@@ -144,7 +148,7 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
-        **picking: Unpack[PickingSettings],
+        **further: Unpack[FurtherSettings],
     ) -> Iterator[Piece]:
         """Continues a prompt, yielding text as soon as it is certain.
 
@@ -158,10 +162,12 @@ class Model:
             stop: texts that end the generation.
             logprobs: how many of the most probable tokens to give with each token, and their probabilities, in the
                 generation; 0 gives that of the token alone, None nothing.
-            picking: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
+            further: `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `repetition_penalty`, `presence_penalty` and
                 `frequency_penalty`, which `edgeskip.Sampling` describes. What is not given is the bundle's own,
                 `model.sampling`. The same seed gives the same text, drafts or not. `grammar`, an `edgeskip.Grammar`, is
-                what the text must be. For penalties and a grammar, a GPU waits for the host at every token.
+                what the text must be. For penalties and a grammar, a GPU waits for the host at every token. `draft` is
+                what drafts: `exit`; `ngram`, what followed earlier where the text went the same way; `auto`, that where
+                there is any, else the exit.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
@@ -174,6 +180,9 @@ class Model:
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
         check_num_speculations(num_speculations)
+        draft = further.pop("draft", None) or self.draft
+        if draft not in DRAFTS:
+            raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
@@ -185,12 +194,12 @@ class Model:
                 raise RequestError("stop", found, wanted="at least one character")
         if logprobs is not None:
             _check_logprobs(logprobs)
-        grammar = picking.pop("grammar", None)
-        picked = self.sampling.changed(**cast("SamplingSettings", picking)).seeded()
+        grammar = further.pop("grammar", None)
+        picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
         k = num_speculations if mode == "self-speculative" else 0
         ids = self._held(prompt)
         mask = None if grammar is None else self._mask(grammar)
-        request = _Request(ids, mode, k, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
+        request = _Request(ids, mode, k, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
         return self._generate(request)
 
     def complete(
@@ -203,7 +212,7 @@ class Model:
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
-        **picking: Unpack[PickingSettings],
+        **further: Unpack[FurtherSettings],
     ) -> Generation:
         """Like `generate`, but returns everything at once."""
         *_, last = self.generate(
@@ -214,7 +223,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop=stop,
             logprobs=logprobs,
-            **picking,
+            **further,
         )
         assert last.generation is not None
         return last.generation
@@ -382,6 +391,7 @@ class Model:
         """Steps of a prompt whose first `cached` rows are there."""
         manifest, new_tokens, ids = self.bundle.manifest, request.max_new_tokens, request.prompt_ids
         embeddings = TokenRows(self.embeddings, ids)
+        looks_up = request.draft != "exit" and request.num_speculations > 0
         how = Decoding(
             self.split,
             request.num_speculations,
@@ -389,11 +399,15 @@ class Model:
             early_exit=request.mode == "early-exit",
             picks=picks_of(request.sampling, request.mask),
             logprobs=request.logprobs,
+            draft=request.draft,
+            lookup=Lookup(NgramIndex(ids), self.embeddings) if looks_up else None,
         )
         if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], early_exit=how.early_exit)
+        if how.lookup is not None:
+            how.lookup.text.add(step.token_ids)
         yield step
         end = None if new_tokens is None else len(ids) + new_tokens - 1
         for following in decode(self.session, how, len(ids), manifest.max_length, end=end):
@@ -453,6 +467,7 @@ class _Request:
     prompt_ids: list[int]
     mode: Mode
     num_speculations: int
+    draft: Draft
     confidence_threshold: float
     max_new_tokens: int | None
     stop: tuple[str, ...]
@@ -473,8 +488,8 @@ def _closed_error() -> RequestError:
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
     """A round cut to its first `kept` tokens, as if the drafts that a stop dropped had never been made."""
     if kept < len(step.token_ids):
-        return RoundRecord(kept, kept, kept, seconds)
-    return RoundRecord(kept, step.drafted, step.accepted, seconds)
+        return RoundRecord(kept, kept, kept, seconds, step.drafter)
+    return RoundRecord(kept, step.drafted, step.accepted, seconds, step.drafter)
 
 
 def _elapsed_ms(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, float] | None:

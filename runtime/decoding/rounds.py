@@ -9,8 +9,8 @@ The workspace is a set of buffers, each with a number of rows. A round of K draf
                     embeds 1     embeds 2
 
 Row 0 of `inputs_embeds` is the last token, whose place in the caches is still empty. The exit states of all rows are
-kept from drafting, so verify never runs the early layers again. Plain decoding is the round with K = 0. A session
-binds a round once and runs it many times.
+kept from drafting, so verify never runs the early layers again. Plain decoding is the round with K = 0. Where the host
+knows the drafts beforehand, all layers run on all rows at once. A session binds a round once and runs it many times.
 
 If a bundle has several exits, `draft` and `verify` each stand for a chain of graphs: see `Split`.
 """
@@ -33,6 +33,17 @@ Picks = Literal["heads", "draws", "history"]
 the tokens before each row too, as penalties and grammars do.
 """
 
+GIVEN = "draft_token_ids"
+"""The row inputs of rounds whose drafts the host knows: the drafts, and after them a row that does not matter."""
+
+Draft = Literal["exit", "ngram", "auto"]
+DRAFTS: tuple[Draft, ...] = get_args(Draft)
+"""What drafts: the exit; the text so far; or that where it has drafts, else the exit."""
+
+Drafter = Literal["exit", "ngram"]
+DRAFTERS: tuple[Drafter, ...] = get_args(Drafter)
+"""What made the drafts of a round."""
+
 SPARE_ROWS = 7
 """Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
 
@@ -52,7 +63,8 @@ class Call:
 
     The caches are the session's. Where one graph serves several runs of layers, `layer_shift` binds the caches of
     layers that many further on than those that the graph was made for. `verifies` says that the rows are those of a
-    verification: they should be the same however many they are, so that drafts change no token.
+    verification: they should be the same however many they are, so that drafts change no token. `drafts` says that they
+    should be those of calls with a single row each, as when the exit drafts.
     """
 
     graph: GraphName
@@ -60,6 +72,7 @@ class Call:
     outputs: tuple[tuple[str, View], ...]
     layer_shift: int = 0
     verifies: bool = False
+    drafts: bool = False
 
     @property
     def rows(self) -> int:
@@ -78,6 +91,14 @@ class Call:
             return tuple((name, replace(view, rows=max(view.rows, rows))) for name, view in views)
 
         return replace(self, inputs=wide(self.inputs), outputs=wide(self.outputs))
+
+    def row(self, index: int) -> Call:
+        """The same call with one of its rows alone."""
+
+        def one(views: tuple[tuple[str, View], ...]) -> tuple[tuple[str, View], ...]:
+            return tuple((name, View(view.buffer, view.start + index, 1)) for name, view in views)
+
+        return replace(self, inputs=one(self.inputs), outputs=one(self.outputs))
 
     def cache(self, name: str) -> str:
         """The cache that is bound to this input or output of the graph."""
@@ -151,6 +172,19 @@ def verification_round(split: Split, num_speculations: int) -> Round:
     k = num_speculations
     calls = (*_chain(split.verify, 0, k + 1), _target_head(split.head, "hidden_states", 0, k + 1))
     return _round(split, (*_chain(split.draft, k, 1), *(replace(call, verifies=True) for call in calls)), k)
+
+
+@cache
+def given_round(split: Split, num_drafts: int) -> Round:
+    """The verification of drafts that the host knows.
+
+    It writes their ids, and before the round their embeddings, to row 1 and on of `inputs_embeds`.
+    """
+    rows = num_drafts + 1
+    early = (replace(call, drafts=True) for call in _chain(split.draft, 0, rows))
+    late = (*_chain(split.verify, 0, rows), _target_head(split.head, "hidden_states", 0, rows))
+    round_ = _round(split, (*early, *(replace(call, verifies=True) for call in late)), num_drafts)
+    return replace(round_, row_inputs=(*round_.row_inputs, GIVEN))
 
 
 @cache

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
+
+from edgeskip.runtime.decoding.rounds import DRAFTERS, Drafter
 
 
 @dataclass(frozen=True)
 class RoundRecord:
     """One round as it was emitted: without tokens after a stop, and without the drafts that became them.
 
-    `drafted` and `accepted` count drafts; `seconds` is the time from the start of the round to its text, or what
-    the device took where it went on working while nobody waited.
+    `drafted` and `accepted` count drafts, which `drafter` made; `seconds` is the time from the start of the round to
+    its text, or what the device took where it went on working while nobody waited.
     """
 
     tokens: int
     drafted: int
     accepted: int
     seconds: float
+    drafter: Drafter = "exit"
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Rounds with drafts of one drafter. `rounds_by_length[k]` counts those with k drafts."""
+
+    rounds: int
+    drafted: int
+    tested: int
+    accepted: int
+    seconds: float
+    rounds_by_length: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,8 @@ class Statistics:
     mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted drafts. Rates of tokens
     leave out the first token, which comes from the prefill; a token's latency is its round's time over the round's
     tokens. `stage_ms` is the time in each graph, without the prefill; null where the device hides it. `captured_rounds`
-    is how many rounds ran as one captured CUDA graph; null on a CPU.
+    is how many rounds ran as one captured CUDA graph; null on a CPU. `by_drafter` has the rounds with drafts, by what
+    made them.
     """
 
     mode: str
@@ -64,6 +81,7 @@ class Statistics:
     latency_ms: dict[str, float] | None
     stage_ms: dict[str, float] | None
     captured_rounds: int | None
+    by_drafter: dict[Drafter, Drafting]
 
 
 def summarize(
@@ -75,9 +93,9 @@ def summarize(
     captured_rounds: int | None,
 ) -> Statistics:
     """Sums up a generation whose first token came from the prefill and the others from `rounds`."""
-    drafted = sum(r.drafted for r in rounds)
-    accepted = sum(r.accepted for r in rounds)
-    tested = sum(min(r.accepted + 1, r.drafted) for r in rounds)
+    whole = _drafting(rounds)
+    drafted, tested, accepted = whole.drafted, whole.tested, whole.accepted
+    by_drafter = {name: [r for r in rounds if r.drafted and r.drafter == name] for name in DRAFTERS}
     tokens = sum(r.tokens for r in rounds)
     seconds = sum(r.seconds for r in rounds)
     histogram = np.bincount([r.accepted for r in rounds], minlength=num_speculations + 1)
@@ -101,7 +119,31 @@ def summarize(
         latency_ms=_latencies_ms(rounds) if tokens else None,
         stage_ms=stage_ms,
         captured_rounds=captured_rounds,
+        by_drafter={name: _drafting(some) for name, some in by_drafter.items() if some},
     )
+
+
+def _drafting(rounds: Sequence[RoundRecord]) -> Drafting:
+    lengths = np.bincount([r.drafted for r in rounds])
+    return Drafting(
+        rounds=len(rounds),
+        drafted=sum(r.drafted for r in rounds),
+        tested=sum(min(r.accepted + 1, r.drafted) for r in rounds),
+        accepted=sum(r.accepted for r in rounds),
+        seconds=sum(r.seconds for r in rounds),
+        rounds_by_length=tuple(int(n) for n in lengths),
+    )
+
+
+def together(texts: Sequence[Mapping[Drafter, Drafting]]) -> dict[Drafter, Drafting]:
+    """The rounds of several texts, by what drafted."""
+    return {name: _sum([text[name] for text in texts if name in text]) for name in {n for text in texts for n in text}}
+
+
+def _sum(some: Sequence[Drafting]) -> Drafting:
+    lengths = [sum(n) for n in zip_longest(*(one.rounds_by_length for one in some), fillvalue=0)]
+    totals = {name: sum(getattr(one, name) for one in some) for name in ("rounds", "drafted", "tested", "accepted")}
+    return Drafting(**totals, seconds=sum(one.seconds for one in some), rounds_by_length=tuple(lengths))
 
 
 def distinct_4grams(texts: Sequence[Sequence[int]]) -> float:
