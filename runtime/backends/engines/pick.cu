@@ -2,8 +2,7 @@
 // id [T], its logit [T], and its row of the embedding table [T, IN]. `embed` gives the rows of a prompt's tokens. Compiled by
 // NVRTC; numbers.cuh, mma.cuh, packs.cuh and best.cuh are put before it, and its macros are theirs and IN.
 //
-// Each block looks at a part of a row; the last of a row's blocks to end, told by `counters`, puts the parts together and
-// sets the counter back to zero for the next launch.
+// Each block looks at a part of a row; the last of a row's blocks to end puts the parts together.
 
 // A row of the embedding table, by all threads of a block.
 __device__ inline void embed_row(const uint4* table, const store* scales, size token, uint4* to) {
@@ -36,34 +35,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pick(
     const store* logits, const uint4* table, const store* scales, long long* token_ids, store* token_logits,
     uint4* embeddings, Best* parts, unsigned* counters, unsigned vocabulary)
 {
-    __shared__ Best shared[THREADS / 32];
-    __shared__ unsigned ended;
     let_next_begin();
     await_inputs();
     const store* row = logits + (size)blockIdx.y * vocabulary;
-    Best lowest = {-__int_as_float(0x7f800000), ~0u}, mine = lowest;
+    Best mine = worst();
     for (unsigned token = blockIdx.x * THREADS + threadIdx.x; token < vocabulary; token += gridDim.x * THREADS) {
         Best one = {load(row[token]), token};
         if (beats(one, mine)) mine = one;
     }
-    mine = best_of_block(mine, shared);
-    Best* of_row = parts + blockIdx.y * gridDim.x;
+    if (!best_of_row(&mine, parts, counters)) return;
     if (threadIdx.x == 0) {
-        of_row[blockIdx.x] = mine;
-        __threadfence();
-        ended = atomicAdd(counters + blockIdx.y, 1);
-    }
-    __syncthreads();
-    if (ended != gridDim.x - 1) return;
-    __threadfence();
-    mine = lowest;
-    for (unsigned part = threadIdx.x; part < gridDim.x; part += THREADS) {
-        Best one = {__ldcg(&of_row[part].value), __ldcg(&of_row[part].token)};
-        if (beats(one, mine)) mine = one;
-    }
-    mine = best_of_block(mine, shared);
-    if (threadIdx.x == 0) {
-        counters[blockIdx.y] = 0;
         token_ids[blockIdx.y] = mine.token;
         token_logits[blockIdx.y] = row[mine.token];
     }

@@ -101,22 +101,12 @@ __device__ inline float scaled_of(store logit, float top, float temperature) {
 
 __device__ inline bool keeps_top_k(const Settings* s, unsigned vocabulary) { return s->top_k && s->top_k < vocabulary; }
 
-// Whether this is the last of its row's blocks to end; what the others wrote can then be read past the first cache.
-__device__ inline bool is_last(unsigned* counter, unsigned* ended) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *ended = atomicAdd(counter, 1);
-    __syncthreads();
-    __threadfence();
-    return *ended == gridDim.x - 1;
-}
-
 // grid (parts of a row, T); the bits of `filter` (0: top-k, 1: top-p) below those that were found in `level` launches before.
 extern "C" __global__ void __launch_bounds__(THREADS) narrow(
     const store* logits, const store* tops, const Settings* settings, Row* states, unsigned long long* sums, unsigned* counters,
     unsigned vocabulary, unsigned filter, unsigned level)
 {
-    __shared__ unsigned low[256], high[256], ended, found;
+    __shared__ unsigned low[256], high[256], found;
     __shared__ unsigned long long above[THREADS];
     let_next_begin();
     await_inputs();
@@ -155,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) narrow(
     unsigned long long* sum = sums + 256 * blockIdx.y + threadIdx.x;
     unsigned long long mine = ((unsigned long long)high[threadIdx.x] << 20) + low[threadIdx.x];
     if (mine) atomicAdd(sum, mine);
-    if (!is_last(counters + blockIdx.y, &ended)) return;
+    if (!is_last(counters + blockIdx.y)) return;
     mine = __ldcg(sum);
     *sum = 0;
     unsigned long long upward = mine;  // of this digit and those above it
@@ -188,8 +178,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(
     const Row* states, long long* token_ids, store* token_logits, uint4* embeddings, Best* parts, unsigned* counters,
     unsigned vocabulary)
 {
-    __shared__ Best shared[THREADS / 32];
-    __shared__ unsigned ended;
     let_next_begin();
     await_inputs();
     float top = load(token_logits[blockIdx.y]), temperature = settings->temperature, least = settings->least;
@@ -197,8 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(
     const store* row = logits + (size)blockIdx.y * vocabulary;
     unsigned key = keeps_top_k(settings, vocabulary) ? states[blockIdx.y].key[0] : 0;
     if (settings->top_p < 1 && states[blockIdx.y].key[1] > key) key = states[blockIdx.y].key[1];
-    const Best lowest = {-__int_as_float(0x7f800000), ~0u};
-    Best mine = lowest;
+    Best mine = worst();
     unsigned first = blockIdx.x * PER_BLOCK + threadIdx.x * EACH;
     float scaled[EACH];
     unsigned kept = 0;
@@ -218,18 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(
             if (beats(one, mine)) mine = one;
         }
     }
-    mine = best_of_block(mine, shared);
-    Best* of_row = parts + (size)blockIdx.y * gridDim.x;
-    if (threadIdx.x == 0) of_row[blockIdx.x] = mine;
-    if (!is_last(counters + blockIdx.y, &ended)) return;
-    mine = lowest;
-    for (unsigned part = threadIdx.x; part < gridDim.x; part += THREADS) {
-        Best one = {__ldcg(&of_row[part].value), __ldcg(&of_row[part].token)};
-        if (beats(one, mine)) mine = one;
-    }
-    mine = best_of_block(mine, shared);
+    if (!best_of_row(&mine, parts, counters)) return;
     if (threadIdx.x == 0) {
-        counters[blockIdx.y] = 0;
         token_ids[blockIdx.y] = mine.token;
         token_logits[blockIdx.y] = row[mine.token];
     }
