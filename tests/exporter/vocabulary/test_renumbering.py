@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
 import edgeskip
+from edgeskip.cli import main
 from edgeskip.exporter.check.golden import Golden
 from edgeskip.exporter.check.run import run_check
 from edgeskip.exporter.checkpoint import open_checkpoint
@@ -132,3 +134,20 @@ def test_what_cannot_be_put_in_order_is_said_in_one_line(texts, tmp_path, checkp
     object.__setattr__(packed, "__dict__", vars(stored) | {"dtype": "int8"})
     with pytest.raises(RequestError, match=r"lm_head.weight: comes quantized"):
         by_frequency(replace(opened, tensors=opened.tensors | {HEAD: packed}), texts)
+
+
+def test_commands_say_which_tokens_are_drafted(texts, checkpoints, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(main, [*map(str, arguments)])
+
+    export = ("export", checkpoints("llama-gqa"), tmp_path / "b", "-e", 2, "--draft-vocabulary")
+    refused = run(*export, 300)
+    assert refused.exit_code == RequestError.exit_code
+    assert "draft vocabulary: 300; wanted 128 to 299 rows: the vocabulary has 300" in refused.stderr
+    assert not (tmp_path / "b").exists()
+    made = run(*export, 150, "--calibration", texts)
+    assert "Drafts are among the 150 tokens that are frequent in your texts." in made.output
+    shown = run("inspect", tmp_path / "b").output
+    assert "token ids are numbered by how frequent tokens are, and not those of the checkpoint" in shown
+    assert "150 tokens, greedy" in shown
+    assert "draft_head weights" in run("plan", tmp_path / "b", "-d", "h100", "--dtype", "fp16").output

@@ -7,10 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
+import edgeskip
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes.plan import cost
 from edgeskip.recipes.plan.cost import Cost, Sample
+from edgeskip.runtime.bench.measure import BenchSettings, run_bench
 from edgeskip.runtime.bundle.weights import read_bytes
 
 KNOWN = Cost(call_ms=0.02, layer_ms=0.03, several_ms=0.004, row_ms=0.0005, row_byte_ms=0.0, bytes_per_ms=2.5e9)
@@ -99,3 +101,14 @@ def test_break_even_is_where_the_best_length_costs_a_plain_step():
     assert cost.best_speculation(rounds, rate)[1] == pytest.approx(1.0, abs=1e-6)
     assert cost.best_speculation(rounds, rate - 0.05)[1] > 1
     assert cost.break_even(1.0, {1: 2.5, 2: 3.5}) is None
+
+
+def test_a_report_of_a_bundle_with_a_draft_head_calibrates(bundles):
+    bundle = bundles("llama-tied", exit_layer=3, draft_vocabulary=150)
+    with edgeskip.load(bundle.folder, device="cpu") as model:
+        report = run_bench(model, ["def f(x):"], BenchSettings((2,), 12, 1, 0.0))
+    assert report.faults == 0
+    assert {stage.graph for stage in report.stages} == set(bundle.manifest.graphs)
+    size = cost.graph_sizes(bundle.manifest.architecture, 3, "fp32", None, 150)["draft_head"]
+    found = [(sample.layers, sample.rows, sample.bytes) for sample in cost.samples_of_report(report)]
+    assert found.count((0, 1, size.weight_bytes)) == 1
