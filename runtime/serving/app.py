@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from edgeskip.runtime.decoding.chat import chat_template
+from edgeskip.runtime.decoding.chat import chat_template, check_takes_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import EdgeskipError, RequestError
 from edgeskip.runtime.reading import check_plain
@@ -162,6 +162,7 @@ class _Answering(Response):
         self._settings, calls = asked.settings, None
         if asked.tools is not None:
             if form is None:
+                check_takes_chats(served.model.bundle)
                 found = "the model's chat template takes none, or shows no way of writing calls that is known here"
                 raise RequestError("tools", found, fix="leave them out")
             self._prompt_tools = asked.tools.given

@@ -36,11 +36,31 @@ class CallFormat:
 
 
 _TAG, _END = "<tool_call>", "</tool_call>"
-FORMATS = (
-    CallFormat(_TAG, _TAG, _END, "", "arguments", (f"{_TAG}\n", f"\n{_END}\n{_TAG}\n", f"\n{_END}")),  # Qwen, Hermes
-    CallFormat("[TOOL_CALLS]", "[TOOL_CALLS]", "", "[", "arguments", ("[", ", ", "]")),  # Mistral
-    CallFormat('"parameters": ', "<|python_tag|>", "", "{", "parameters", ("", "", "")),  # Llama from 3.1 on
+HERMES = CallFormat(  # and Qwen
+    sign=_TAG,
+    opens=_TAG,
+    closes=_END,
+    bare="",
+    arguments="arguments",
+    written=(f"{_TAG}\n", f"\n{_END}\n{_TAG}\n", f"\n{_END}"),
 )
+MISTRAL = CallFormat(
+    sign="[TOOL_CALLS]",
+    opens="[TOOL_CALLS]",
+    closes="",
+    bare="[",
+    arguments="arguments",
+    written=("[", ", ", "]"),
+)
+LLAMA = CallFormat(  # from 3.1 on
+    sign='"parameters": ',
+    opens="<|python_tag|>",
+    closes="",
+    bare="{",
+    arguments="parameters",
+    written=("", "", ""),
+)
+FORMATS = (HERMES, MISTRAL, LLAMA)
 
 
 def call_format(template: str) -> CallFormat | None:
@@ -108,12 +128,8 @@ class CallReader:
     def _opening(self) -> tuple[int, int]:
         """Where calls begin in what is held, and where their JSON does; -1 where none do."""
         opens, bare, start = self._form.opens, self._form.bare, self._held.lstrip()
-        if (
-            bare
-            and not (self._has_text or self.has_called)
-            and start.startswith(bare)
-            and not opens.startswith(start[: len(opens)])
-        ):
+        is_opened = opens.startswith(start[: len(opens)])
+        if bare and start.startswith(bare) and not (is_opened or self._has_text or self.has_called):
             return (len(self._held) - len(start),) * 2
         begin = self._held.find(opens)
         return begin, begin + len(opens)
@@ -132,14 +148,14 @@ def read_calls(text: str, names: Sequence[str]) -> list[Call]:
     """The calls that a text consists of: JSON objects, or lists of them, one after another. There are none if it is
     anything else, or calls any function but these.
     """
-    decoder, values, at = json.JSONDecoder(parse_constant=_refuse), [], 0
+    decoder, at = json.JSONDecoder(parse_constant=_refuse), 0
+    calls: list[Call] = []
     try:
         while rest := text[at:].lstrip("; \n\r\t"):
             value, length = decoder.raw_decode(rest)
             at = len(text) - len(rest) + length
-            values += value if isinstance(value, list) else [value]
-        check_plain(values)
-        calls = [_call(value) for value in values]
+            check_plain(value)
+            calls += map(_call, value if isinstance(value, list) else [value])
     except (ValueError, RecursionError):
         return []
     return calls if all(call.name in names for call in calls) else []

@@ -7,9 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from edgeskip.runtime.serving.calls import FORMATS, Call, CallReader, call_format, demanded_calls
+from edgeskip.runtime.serving.calls import (
+    FORMATS,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    Call,
+    CallReader,
+    call_format,
+    demanded_calls,
+)
 
-HERMES, MISTRAL, LLAMA = FORMATS
 NAMES = ["weather", "time"]
 PARIS, NOW = ("weather", {"city": "Paris"}), ("time", {})
 P, T = '"city": "Paris"', '{"name": "time", "arguments": {}}'
