@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tests.conftest import BACKENDS
+from tests.runtime.decoding.test_drafts import Foreseen
 from tests.runtime.grammar.test_masks import ACCENTED, PERSON
 from tests.standin import make_device, standin_model
 
@@ -12,6 +13,7 @@ import edgeskip
 from edgeskip import Grammar
 from edgeskip.runtime.bench.measure import TIE_GAP
 from edgeskip.runtime.bundle.graphs import LEAST_DRAFT_VOCABULARY
+from edgeskip.runtime.decoding import model as decoding_model
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.sampling import draw_gap, penalized
 from edgeskip.runtime.grammar.masks import TokenMask
@@ -52,9 +54,10 @@ def same(found, wanted, model, settings, tie):
     return parted
 
 
-def check(model, judge, tie, ks=(), prompts=PROMPTS[:1]):
+def check(model, judge, tie, monkeypatch, ks=(), prompts=PROMPTS[:1]):
     """Compares texts with drafts and without on a model, and those with the judge's."""
     alike, dtype = 0, model.bundle.manifest.dtype
+    monkeypatch.setattr(decoding_model, "NgramIndex", Foreseen)
     for settings in CASES.values():
         for prompt in prompts:
             how = settings | {"max_new_tokens": 30}
@@ -62,6 +65,10 @@ def check(model, judge, tie, ks=(), prompts=PROMPTS[:1]):
             for k in ks:
                 drafted = model.complete(prompt, num_speculations=k, confidence_threshold=0, **how)
                 same(drafted, plain, model, settings, 2 * TIE_GAP[dtype])
+            monkeypatch.setattr(Foreseen, "text", (*prompt, *plain.token_ids))
+            given = model.complete(prompt, num_speculations=3, draft="auto", **how)
+            same(given, plain, model, settings, 2 * TIE_GAP[dtype])
+            assert given.statistics.by_drafter["ngram"].accepted
             few = {"num_speculations": 3, "confidence_threshold": 0.2} | how
             drafted, wanted = model.complete(prompt, **few), judge.complete(prompt, **few)
             same(drafted, plain, model, settings, 2 * TIE_GAP[dtype])
@@ -73,13 +80,13 @@ def check(model, judge, tie, ks=(), prompts=PROMPTS[:1]):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:], ids=str)
-def test_drafts_change_no_text_and_it_is_a_cpus(backend, bundles):
+def test_drafts_change_no_text_and_it_is_a_cpus(backend, bundles, monkeypatch):
     bundle = bundles("llama-tied", dtype=backend.dtype)
     with (
         backend.load(bundle) as model,
         edgeskip.load(bundles("llama-tied").folder, device="cpu", threads=1) as judge,
     ):
-        check(model, judge, backend.tie, *(ALL if backend.device == "cuda" else ((4,), PROMPTS)))
+        check(model, judge, backend.tie, monkeypatch, *(ALL if backend.device == "cuda" else ((4,), PROMPTS)))
         greedy = model.complete(PROMPTS[0], max_new_tokens=20, temperature=0, confidence_threshold=0)
         wanted = judge.complete(PROMPTS[0], max_new_tokens=20, temperature=0)
         assert same(greedy, wanted, judge, {}, 2 * backend.tie)
@@ -88,13 +95,13 @@ def test_drafts_change_no_text_and_it_is_a_cpus(backend, bundles):
 
 
 @pytest.mark.parametrize("kind", ["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_so_it_is_with_kernels_of_ours_and_quantized_weights(kind, bundles, tmp_path):
+def test_so_it_is_with_kernels_of_ours_and_quantized_weights(kind, bundles, tmp_path, monkeypatch):
     bundle = bundles("llama-tied", dtype="fp16", weights="int4", head="int8")
     with (
         standin_model(bundle, tmp_path / "b", make_device(kind), "layers") as model,
         edgeskip.load(bundle.folder, device="cpu", dialect="standard", threads=1) as judge,
     ):
-        check(model, judge, 0.15, *(ALL if kind == "cuda" else ()))
+        check(model, judge, 0.15, monkeypatch, *(ALL if kind == "cuda" else ()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:3], ids=str)
