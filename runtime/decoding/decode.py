@@ -301,29 +301,34 @@ class _WhileConfident:
         self._drafts, self._checks = drafts, checks
         self._session, self._threshold = session, how.confidence_threshold
         self._vocabulary = how.split.draft_head.vocabulary
-        self._position = 0
+        self._first, self._left, self._position = checks[0], self._steps(), 0
 
     def start(self, position: int) -> None:
-        """Remembers where the round begins: the host looks at each draft, so the round runs when somebody waits."""
-        self._position = position
+        """Hands the first step to the device. The host looks at each draft, so others run when somebody waits."""
+        self._position, self._left = position, self._steps()
+        self._first = next(self._left)
+        self._first.start(position)
 
     def wait(self) -> RoundResult:
-        """Runs the round."""
+        """Runs the rest of the round."""
+        result = self._first.wait()
+        for step in self._left:
+            step.start(self._position)
+            result = step.wait()
+        return result
+
+    def _steps(self) -> Iterator[_Whole]:
+        """The drafts, as long as the exit is sure of them, and the verification."""
         drafted = 0
-        while drafted < len(self._drafts):
-            self._run(self._drafts[drafted])
+        for draft in self._drafts:
+            yield draft
             drafted += 1
-            unsure = drafted < len(self._drafts) and self._confidence(drafted - 1) < self._threshold
-            if unsure:
+            if drafted < len(self._drafts) and self._confidence(drafted - 1) < self._threshold:
                 break
-        return self._run(self._checks[drafted])
+        yield self._checks[drafted]
 
     def _confidence(self, row: int) -> float:
         return self._session.draft_confidence(row, self._vocabulary) if self._threshold else 1.0
-
-    def _run(self, round_: _Whole) -> RoundResult:
-        round_.start(self._position)
-        return round_.wait()
 
 
 def drafts_that_fit(num_speculations: int, room: int) -> int:
