@@ -166,7 +166,7 @@ class _Answering(Response):
                 found = "the model's chat template takes none, or shows no way of writing calls that is known here"
                 raise RequestError("tools", found, fix="leave them out")
             self._prompt_tools = asked.tools.given
-            calls = CallReader(form, [*asked.tools.schemas])
+            calls = CallReader(form, [*asked.tools.schemas], several=asked.tools.several)
             if asked.tools.required:
                 demanded = demanded_calls(form, asked.tools.schemas, several=asked.tools.several)
                 self._settings = {**asked.settings, "grammar": demanded}

@@ -86,10 +86,11 @@ class CallReader:
     Args:
         form: how the model writes calls.
         names: the functions.
+        several: whether more calls than one are wanted; otherwise the answer ends with the first.
     """
 
-    def __init__(self, form: CallFormat, names: Sequence[str]) -> None:
-        self._form, self._names = form, names
+    def __init__(self, form: CallFormat, names: Sequence[str], *, several: bool = True) -> None:
+        self._form, self._names, self._several = form, names, several
         self._held = ""  # may be part of a call, or white space before one
         self._has_text = self.has_called = False
 
@@ -104,7 +105,7 @@ class CallReader:
 
     def _certain(self, *, ended: bool) -> Iterator[str | Call]:
         form = self._form
-        while True:
+        while self._several or not self.has_called:
             begin, body = self._opening()
             if begin < 0:
                 certain = self._held
@@ -120,7 +121,7 @@ class CallReader:
             if calls:
                 after = self._held[end + len(form.closes) :]
                 yield from self._text(len(self._held[:begin].rstrip()))
-                yield from calls
+                yield from calls if self._several else calls[:1]
                 self._held, self.has_called = after, True
             else:
                 yield from self._text(max(body, begin + 1))

@@ -48,8 +48,8 @@ class Tools:
     """Functions that the model may call.
 
     `given` is as clients write them and chat templates take them; `schemas` has the JSON schemas of the arguments of
-    those that may be called, by name. They need not be called unless that is `required`; then `several` says whether
-    there may be more calls than one.
+    those that may be called, by name. They need not be called unless that is `required`; `several` says whether there
+    may be more calls than one.
     """
 
     given: Sequence[Mapping[str, Any]]
@@ -140,9 +140,6 @@ def _tools(given: Mapping[str, Any]) -> Tools | None:
         return None
     if given.get("response_format", {"type": "text"}) != {"type": "text"}:
         raise RequestError("response_format", "beside tools, whose calls would not fit it", fix="leave out one of them")
-    if not (several or required):
-        wanted = "true, or a tool_choice that makes a call certain"
-        raise RequestError("parallel_tool_calls", "false, where calls are the model's choice", wanted=wanted)
     return Tools(given["tools"], schemas, required, several)
 
 

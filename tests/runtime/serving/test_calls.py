@@ -93,6 +93,20 @@ def test_text_is_not_held_back_longer_than_a_call_may_begin_in_it():
     ]
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        (HERMES, f"<tool_call>{W}</tool_call>\n<tool_call>{T}</tool_call> Now wait."),
+        (MISTRAL, f"[TOOL_CALLS] [{W}, {T}]"),
+    ],
+)
+def test_where_one_call_is_wanted_the_answer_ends_with_it(form, answer, size):
+    reader = CallReader(form, NAMES, several=False)
+    parts = [part for at in range(0, len(answer), size) for part in reader.push(answer[at : at + size])]
+    assert [part.name for part in parts + reader.finish()] == ["weather"]
+
+
 def test_a_template_tells_the_format():
     assert call_format("{{ m.content }}") is None
     assert call_format("'<tool_call>' + name") is HERMES

@@ -396,7 +396,7 @@ BAD = [
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
     ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [CLOCK], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "message_1"),
     ({"extra_body": {"beam_width": 4}}, "beam_width"),
