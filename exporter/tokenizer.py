@@ -8,6 +8,7 @@ tokenizer.json and has nothing to look up. What cannot be done is refused by nam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ _SAVE_AGAIN = "save it again with transformers: AutoTokenizer.from_pretrained(..
 class CheckpointTokenizer:
     """A tokenizer, also as the text of its tokenizer.json, and what does not stand in that.
 
-    `special_tokens` are texts by name, for chat templates; `chat_template` is the one for chats without tools;
+    `special_tokens` are texts by name, for chat templates; `chat_template` serves chats with and without tools;
     `fill_token` is Code Llama's, where the model infills a text.
     """
 
@@ -140,7 +141,9 @@ def chat_template_files(folder: Path) -> dict[str, Path]:
 
 
 def _chat_template(folder: Path, settings: Settings) -> str | None:
-    """The template that transformers takes where no tools are given: files first, and `default` of several."""
+    """The template that transformers takes: files first, and of several, `default` or, where there are tools,
+    `tool_use`; these two as one.
+    """
     templates: Any = {
         name: read_text(path, CheckpointError)
         for name, path in chat_template_files(folder).items()
@@ -153,14 +156,20 @@ def _chat_template(folder: Path, settings: Settings) -> str | None:
             if not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in templates):
                 raise CheckpointError(place, "chat_template is a list", wanted="templates with names")
             templates = {one["name"]: one.get("template") for one in templates}
-    template = templates.get("default") if isinstance(templates, dict) else templates
-    if not isinstance(template, str | None):
-        raise CheckpointError(place, f"chat_template is {template!r:.60}", wanted="a text")
-    try:
-        (template or "").encode()
-    except UnicodeEncodeError:
-        raise CheckpointError(place, "chat_template is not valid Unicode", wanted="a text") from None
-    return template
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    template, with_tools = named.get("default"), named.get("tool_use")
+    for text in (template, with_tools):
+        if not isinstance(text, str | None):
+            raise CheckpointError(place, f"chat_template is {text!r:.60}", wanted="a text")
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(place, "chat_template is not valid Unicode", wanted="a text") from None
+    if template is None or with_tools is None:
+        return template
+    # each as Jinja reads it alone: it drops a newline at the end and those after tags; + keeps the spaces before one
+    one, other = (re.sub(r"(\r\n|\r|\n)\Z", "", text) for text in (with_tools, template))
+    return f"{{% if tools %}}\n{one}{{%+ else %}}\n{other}{{%+ endif %}}"
 
 
 def _gather(folder: Path, settings: Settings, stored: Settings) -> dict[int, AddedToken]:

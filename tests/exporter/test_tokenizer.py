@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from edgeskip.exporter import tokenizer as exporter_tokenizer
 from edgeskip.exporter.tokenizer import check_vocabulary, read_checkpoint_tokenizer
+from edgeskip.runtime.decoding.template import environment
 from edgeskip.runtime.errors import CheckpointError
 
 TEXTS = (
@@ -369,6 +370,13 @@ TEMPLATES = {
     "a file": ({"chat_template": "inline"}, {"chat_template.jinja": "file é\r\n"}),
     "several files": ({}, {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "t"}),
     "files without default": ({"chat_template": "inline"}, {"additional_chat_templates/tool_use.jinja": "t"}),
+    "two whose ends matter": (
+        {},
+        {
+            "chat_template.jinja": "\n  {% if true %}\n{{ messages[0].content }}\n  {% endif %}\n  \n",
+            "additional_chat_templates/tool_use.jinja": "{%- for t in tools %}\n \n{{ t | tojson }}{% endfor -%}\n\n",
+        },
+    ),
     "default elsewhere": ({}, {"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "d"}),
 }
 
@@ -381,12 +389,15 @@ def test_the_chat_template_is_the_one_that_transformers_takes(name, tmp_path):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(content.encode())
     judge = transformers.AutoTokenizer.from_pretrained(folder)
-    try:
-        wanted = judge.get_chat_template()
-    except ValueError:  # none, or none by default
-        wanted = None
     found = read_checkpoint_tokenizer(folder, {"model_type": "llama"}).chat_template
-    assert (found or "").replace("\r\n", "\n") == (wanted or "")
+    messages = [{"role": "user", "content": "Hi"}]
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        try:
+            wanted = judge.apply_chat_template(messages, tools=tools, tokenize=False)
+        except ValueError:  # none, or none by default
+            assert (found, tools) == (None, None)
+            break
+        assert environment().from_string(found).render(messages=messages, tools=tools) == wanted
 
 
 def test_tokens_past_the_model_s_are_told_and_a_bos_past_them_is_refused(tmp_path):
