@@ -36,13 +36,16 @@ QKV, O, GATE_UP, DOWN = MATRICES = (  # noqa: E741
 )  # fmt: skip
 """A layer's matrices, by their names within the layer, in the order of their products."""
 
+ATTENTION, MLP = ("input_layernorm.", "self_attn."), ("post_attention_layernorm.", "mlp.")
+"""The halves of a layer: how the names of their tensors begin within the layer."""
+
 _STATES_BYTES = 1 << 30  # of all sequences, and of a sequence's widest
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of the decoder; `tensors` are the bundle's, by their full names, which begin with `prefix`. `cos` and
-    `sin` [C, D/2] are RoPE's.
+    """A layer of the decoder, or half of one; `tensors` are the bundle's, by their full names, which begin with
+    `prefix`. `cos` and `sin` [C, D/2] are RoPE's.
     """
 
     architecture: Architecture
@@ -144,14 +147,15 @@ class Decoder:
         """Of the whole model."""
         return self.architecture.num_layers
 
-    def layer(self, index: int) -> DecoderLayer:
-        """A layer, read.
+    def layer(self, index: int, half: tuple[str, ...] = ("",)) -> DecoderLayer:
+        """A layer or half of it, read.
 
         Raises:
             CheckpointError: a number is not finite in the dtype.
         """
-        tensors = {tensor.name: self._whole(tensor) for tensor in self.tensors_of(index)}
-        return DecoderLayer(self.architecture, f"model.layers.{index}.", tensors, *self._rope)
+        prefix = f"model.layers.{index}."
+        wanted = [one for one in self.tensors_of(index) if one.name.removeprefix(prefix).startswith(half)]
+        return DecoderLayer(self.architecture, prefix, {one.name: self._whole(one) for one in wanted}, *self._rope)
 
     def tensors_of(self, layer: int) -> list[TensorRecord]:
         """The tensors of a layer, in order."""

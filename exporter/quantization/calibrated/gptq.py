@@ -21,9 +21,11 @@ from torch import Tensor
 from edgeskip.exporter.checkpoint import TensorReader
 from edgeskip.exporter.quantization.calibrated.calibration import Calibration
 from edgeskip.exporter.quantization.calibrated.decoder import (
+    ATTENTION,
     DOWN,
     GATE_UP,
     MATRICES,
+    MLP,
     QKV,
     Decoder,
     DecoderLayer,
@@ -43,8 +45,13 @@ from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.manifest import Progress
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, TensorRecord
+from edgeskip.runtime.host import release_freed_memory
 
 Array = npt.NDArray[Any]
+Computed = Callable[[DecoderLayer, Tensor], Tensor]
+"""What a layer computes of states [T,H]."""
+
+_ROWS = 128  # of states, for an MLP
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Gptq:
         for i in range(decoder.num_layers):
             quantized = _quantized_layer(decoder, i, states, wanted, self.progress)
             for tensor in decoder.tensors_of(i):
-                parts = quantized.get(tensor.name)
+                parts = quantized.pop(tensor.name, None)
                 yield tensor, encoded_by_search(tensor, reader, dtype) if parts is None else iter([parts])
             if decoder.feeds_head(i) and head is not None:
                 moments = second_moments(decoder.head_inputs(states), moments)
@@ -121,37 +128,55 @@ def _quantized_layer(
     """The parts of a layer's matrices that are quantized, by name.
 
     The states [T,H] go on to the next layer, and so do those that are wanted, which the model as it is has.
+
+    Half of a layer is read anew each time, so that nothing else of it is held while a matrix is rounded.
     """
     parts: dict[str, Parts] = {}
-    original, dtype = decoder.layer(index), decoder.dtype
-    layer = original
 
-    def quantize(matrix: str, inputs_of: Callable[[DecoderLayer, Tensor], Tensor]) -> DecoderLayer:
-        """The layer with what is stored of a matrix in its place."""
+    def read(half: tuple[str, ...]) -> tuple[DecoderLayer, DecoderLayer]:
+        """Half of the layer with what is stored so far, and as the checkpoint has it."""
+        layer = original = decoder.layer(index, half)
+        for matrix in MATRICES:
+            if (name := layer.prefix + matrix) in parts and name in layer.tensors:
+                stored = stored_values(decoder.tensors[name].format, parts[name], decoder.dtype, decoder.device)
+                layer = layer.with_matrix(matrix, stored)
+        release_freed_memory()
+        return layer, original
+
+    def measured(name: str, half: tuple[str, ...], inputs_of: Computed) -> tuple[Tensor, Tensor, Tensor]:
+        """A matrix [n,K], and what `moments_and_shifts` gives for it."""
+        layer, original = read(half)
+        inputs = (inputs_of(layer, x) for x in _pieces(states, half))
+        others = (inputs_of(original, x) for x in _pieces(wanted, half))
+        return layer.tensors[name], *moments_and_shifts(layer.tensors[name], inputs, others)
+
+    def quantize(matrix: str, half: tuple[str, ...], inputs_of: Computed) -> None:
         progress("quantizing", len(MATRICES) * index + MATRICES.index(matrix), len(MATRICES) * decoder.num_layers)
-        name = layer.prefix + matrix
+        name = f"model.layers.{index}.{matrix}"
         format_ = decoder.tensors[name].format
-        if not is_quantized([format_]):
-            return layer
-        rows = layer.tensors[name]
-        inputs, others = (inputs_of(layer, x) for x in states), (inputs_of(original, x) for x in wanted)
-        moments, shifts = moments_and_shifts(rows, inputs, others)
-        known = known_inputs(moments, FORMATS[format_].block_size)
-        del moments  # a quarter of a GB for a 1B
-        parts[name] = quantized_rows(format_, rows, known, dtype, shifts)
-        return layer.with_matrix(matrix, stored_values(format_, parts[name], dtype, decoder.device))
+        if is_quantized([format_]):
+            rows, moments, shifts = measured(name, half, inputs_of)
+            release_freed_memory()
+            known = known_inputs(moments, FORMATS[format_].block_size)
+            parts[name] = quantized_rows(format_, rows, known, decoder.dtype, shifts)
 
-    layer = quantize(QKV, DecoderLayer.qkv_inputs)
-    layer = quantize(O, DecoderLayer.o_inputs)
-    _add(states, layer.attention)
-    _add(wanted, original.attention)
-    layer = quantize(GATE_UP, DecoderLayer.gate_up_inputs)
-    layer = quantize(DOWN, DecoderLayer.down_inputs)
-    _add(states, layer.mlp)
-    _add(wanted, original.mlp)
+    def go_on(half: tuple[str, ...], output: Computed) -> None:
+        """Adds what half of the layer gives to the states."""
+        for layer, all_states in zip(read(half), (states, wanted), strict=True):
+            for x in _pieces(all_states, half):
+                x += output(layer, x)
+
+    quantize(QKV, ATTENTION, DecoderLayer.qkv_inputs)
+    quantize(O, ATTENTION, DecoderLayer.o_inputs)
+    go_on(ATTENTION, DecoderLayer.attention)
+    quantize(GATE_UP, MLP, DecoderLayer.gate_up_inputs)
+    quantize(DOWN, MLP, DecoderLayer.down_inputs)
+    go_on(MLP, DecoderLayer.mlp)
     return parts
 
 
-def _add(states: States, output: Callable[[Tensor], Tensor]) -> None:
-    for x in states:
-        x += output(x)
+def _pieces(states: States, half: tuple[str, ...]) -> Iterator[Tensor]:
+    """The states [T,H] that half of a layer reads at a time: attention those of a whole text, an MLP few rows, so that
+    what it computes of them is small.
+    """
+    return (few for x in states for few in (torch.split(x, _ROWS) if half == MLP else [x]))

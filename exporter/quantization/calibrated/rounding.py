@@ -54,7 +54,7 @@ _CHUNK = 1 << 23  # numbers of a matrix at a time
 @dataclass(frozen=True)
 class Inputs:
     """What is known of a matrix's inputs: the order [K] of its columns, the first to be rounded last, and in that order
-    L [K,K] and D [K].
+    L [K,K], of which the part below the diagonal is meant alone, and D [K].
     """
 
     order: Tensor
@@ -87,6 +87,7 @@ def moments_and_shifts(rows: Tensor, inputs: Iterable[Tensor], wanted: Iterable[
         gap, x = (y - x).div_(lengths), x / lengths
         moments.addmm_(x.T, x)
         shifts.addmm_(rows @ gap.T, x)
+        del x, y, gap  # before the next are computed
     return moments, shifts
 
 
@@ -107,14 +108,47 @@ def known_inputs(moments: Tensor, block_size: int | None) -> Inputs:
     for few in torch.split(moments, _AT_A_TIME):
         few.copy_(few[:, order])
     diagonal = moments.diagonal()
-    damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(moments.dtype).tiny)
-    failed = True
-    while failed:  # with few inputs, rounding may leave H without a factor
-        diagonal += damping
-        lower, info = torch.linalg.cholesky_ex(moments)
-        failed, damping = bool(info), 10 * damping
-    roots = lower.diagonal().clone()
-    return Inputs(order, lower.div_(roots), roots.square())
+    squares = diagonal.clone()
+    damping = DAMPING * squares.mean().clamp(min=torch.finfo(moments.dtype).tiny)
+    diagonal += damping
+    while not _factorize(moments):  # with few inputs, rounding may leave H without a factor
+        _mirror(moments)
+        damping = 10 * damping
+        diagonal.copy_(squares + damping)
+    roots = diagonal.clone()
+    return Inputs(order, moments.div_(roots), roots.square())
+
+
+def _factorize(moments: Tensor) -> bool:
+    """Puts the Cholesky factor of H [K,K] in the place of its lower half, the diagonal included.
+
+    What is above the diagonal stays, so a large matrix is held once, and can be had back where there is no factor.
+
+    Returns:
+        whether there is one.
+    """
+    for start in range(0, len(moments), _AT_A_TIME):
+        end = start + _AT_A_TIME
+        before = moments[start:, :start]
+        columns = moments[start:, start:end] - before @ before[:_AT_A_TIME].T
+        square = moments[start:end, start:end]
+        factor, info = torch.linalg.cholesky_ex(columns[: len(square)])
+        if info:
+            return False
+        square.copy_(factor + square.triu(1))
+        moments[end:, start:end] = torch.linalg.solve_triangular(
+            factor.T, columns[len(square) :], upper=True, left=False
+        )
+    return True
+
+
+def _mirror(moments: Tensor) -> None:
+    """Puts what is above the diagonal of [K,K] below it."""
+    for start in range(0, len(moments), _AT_A_TIME):
+        end = start + _AT_A_TIME
+        square = moments[start:end, start:end]
+        square.copy_(square.triu(1) + square.triu(1).T)
+        moments[end:, start:end] = moments[start:end, end:].T
 
 
 def fitted_rows(rows: Tensor, shifts: Tensor, inputs: Inputs) -> Tensor:

@@ -96,6 +96,23 @@ def test_blocks_are_rounded_from_the_largest_inputs_to_the_smallest_and_stay_who
     assert (np.diff(squares[order[:, 0] // size]) <= 1e-6).all()
 
 
+@pytest.mark.parametrize("less", [0, 0.5])
+def test_the_factor_is_that_of_the_moments_with_the_least_damping_that_lets_them_have_one(less):
+    """By NumPy's in float64, over several blocks of columns; with less on the diagonal there is no factor at first."""
+    moments = second_moments([correlated_inputs(1500, 600)])
+    mean = float(moments.diagonal().mean())
+    moments.diagonal().sub_(less * mean)
+    known = known_inputs(moments.clone(), None)
+    order, damping = known.order.numpy(), DAMPING * (1 - less) * mean
+    wanted = moments.double().numpy()[np.ix_(order, order)]
+    while np.linalg.eigvalsh(wanted)[0] + damping < 0:
+        damping *= 10
+    factor = np.linalg.cholesky(wanted + damping * np.eye(600))
+    np.testing.assert_allclose(known.weights, factor.diagonal() ** 2, rtol=1e-3)
+    lower = np.tril(known.lower.double().numpy(), -1) + np.eye(600)
+    np.testing.assert_allclose(lower * factor.diagonal(), factor, atol=1e-3 * np.abs(factor).max())
+
+
 def test_inputs_count_by_their_direction_alone():
     inputs = correlated_inputs(300, 64)
     longer = inputs.clone()
