@@ -14,10 +14,10 @@ from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.tensors import TABLES
-from edgeskip.runtime.bundle.weights import stored_arrays
+from edgeskip.runtime.bundle.weights import read_bytes, stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.host import usable_cores
+from edgeskip.runtime.host import release_freed_memory, usable_cores
 from edgeskip.runtime.packages import install
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
@@ -40,10 +40,12 @@ class OrtGraphs:
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._weights = stored_arrays(bundle) if self._dialect.weights == "inputs" else {}
         self._sessions: dict[GraphName, Any] = {}
-        for graph in self._table:
+        # A graph takes more memory while it is loaded than afterwards: so the largest first, while there are no others.
+        for graph, _ in sorted(read_bytes(bundle).items(), key=lambda pair: -pair[1]):
             path = bundle.graph_path(graph, dialect)
             with ort_errors(path):
                 session = ort.InferenceSession(path, options(graph), providers=providers)
+            release_freed_memory()  # copies of weights that it packed
             self._sessions[graph] = session
             self._check_tensors(path, graph)
 

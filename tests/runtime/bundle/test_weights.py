@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 from tests.conftest import edit_json
@@ -15,8 +17,8 @@ from tests.conftest import edit_json
 import edgeskip
 from edgeskip.runtime.backends import cpu_session
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS
-from edgeskip.runtime.bundle.weights import embedding_table, stored_arrays
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
+from edgeskip.runtime.bundle.weights import embedding_table, held_bytes, stored_arrays
 from edgeskip.runtime.errors import BundleError
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -143,3 +145,21 @@ def test_a_header_is_looked_at_before_a_session_is_made(folder, monkeypatch):
     rewrite(folder, with_header(folder, lambda h: h.pop(NORM)))
     assert_refused(folder, f"{NORM} is missing")
     assert read_bundle(folder).manifest.exit_layer == 2
+
+
+@pytest.mark.parametrize("head", ["int4", "int8"])
+@pytest.mark.parametrize("variant", ["llama-tied", "llama-gqa"])
+def test_what_a_head_holds_is_what_onnx_runtime_leaves_of_it(variant, head, bundles, tmp_path):
+    """By the initializers of the graph that ONNX Runtime computes with: of a quantized table that is tied, both the one
+    that is multiplied and the one that rows are gathered from; the file has it once.
+    """
+    bundle = bundles(variant, head=head, dtype="fp16")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it warns that such a file is for this machine
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(bundle.graph_path("head", "ort"), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.INT64: 64}
+    left = sum(np.prod(one.dims, dtype=int) * bits.get(one.data_type, 8) // 8 for one in graph.initializer)
+    read = sum(one.bytes for name, one in stored_arrays(bundle).items() if name.startswith((EMBEDDINGS, LM_HEAD)))
+    assert held_bytes(bundle) - bundle.manifest.weights_bytes + read == pytest.approx(left, rel=0.07)
