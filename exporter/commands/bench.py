@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeskip.runtime.commands.options import (
+    Length,
     backend_option,
     bundle_argument,
     command_line,
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     "-k",
     "grid",
     multiple=True,
-    type=int,
-    help="Speculation lengths to measure; can be given more than once.  [default: 1 to 8]",
+    type=Length(),
+    help="Speculation lengths to measure, auto among them; can be given more than once.  [default: 1 to 8]",
 )
 @draft_option
 @threshold_option
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 @threads_option
 def bench(
     bundle: Path,
-    grid: tuple[int, ...],
+    grid: tuple[Any, ...],
     draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int,
@@ -92,13 +93,14 @@ def bench(
     if compare:
         require("bench --compare")
     settings = BenchSettings(
-        tuple(grid) or tuple(range(1, 9)),
+        tuple(k for k in grid if k != "auto") or (() if grid else tuple(range(1, 9))),
         max_new_tokens,
         repeats,
         confidence_threshold,
         prompt_tokens,
         GREEDY.changed(**drawing),
         draft,
+        "auto" in grid,
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

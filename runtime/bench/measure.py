@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -20,15 +20,16 @@ from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
-from edgeskip.runtime.bundle.graphs import GraphName, check_num_speculations
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, GraphName, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, count_accepted, prefill
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import MODES, Draft, Drafter, Mode, View, distinct_calls, speculative_round
+from edgeskip.runtime.decoding.rounds import MODES, Mode, View, distinct_calls, speculative_round
 from edgeskip.runtime.decoding.sampling import distribution, draw_gap
 from edgeskip.runtime.decoding.session import Memory
 from edgeskip.runtime.decoding.statistics import Drafting, Statistics, distinct_4grams, together
+from edgeskip.runtime.drafting.drafters import Draft, Drafter
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.reading import read_json
@@ -40,6 +41,9 @@ TIE_GAP = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.4}
 within this distance of the top one."""
 
 
+ADAPTIVE = "adaptive"
+"""The mode, in reports, of self-speculative decoding whose rounds have as many drafts as promise most."""
+
 _STAGE_REPEATS = 30
 
 
@@ -48,7 +52,7 @@ class BenchSettings:
     """Speculation lengths to measure, tokens per prompt, how often, when drafting ends early, and what drafts.
 
     `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
-    given.
+    given. `adaptive` measures rounds too whose length is chosen as the text comes.
     """
 
     grid: tuple[int, ...]
@@ -58,6 +62,7 @@ class BenchSettings:
     prompt_tokens: int | None = None
     sampling: Sampling = GREEDY
     draft: Draft = "exit"
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def run_bench(
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
     watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
-    contestants = [_ours(model, k, settings) for k in (0, *settings.grid)]
+    contestants = [_ours(model, k, settings) for k in (0, *settings.grid, *(("auto",) if settings.adaptive else ()))]
     measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
     weights, memory = read_bytes(model.bundle), session.memory()
     plain_bytes = sum(weights[call.graph] for call in speculative_round(model.split, 0).calls)
@@ -356,7 +361,7 @@ def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: Bench
     return float(np.mean(shared)) if shared else 1.0
 
 
-def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
+def _ours(model: Model, k: int | Literal["auto"], settings: BenchSettings) -> Contestant:
     mode: Mode = "self-speculative" if k else "autoregressive"
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
@@ -374,7 +379,7 @@ def _ours(model: Model, k: int, settings: BenchSettings) -> Contestant:
         seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3
         return Run(generation.token_ids, s.time_to_first_token_ms / 1e3, seconds, s)
 
-    return Contestant(mode, k, run)
+    return Contestant(ADAPTIVE, MAX_SPECULATIONS, run) if k == "auto" else Contestant(mode, k, run)
 
 
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
@@ -434,6 +439,6 @@ def _differences(
         if parted is not None:
             position, a, b = parted
             gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b, sampling)
-            exact = model.session.exact and contestant.mode in MODES
+            exact = model.session.exact and contestant.mode in (*MODES, ADAPTIVE)
             tie = not exact and gap < TIE_GAP[model.bundle.manifest.dtype]
             yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)

@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    length_option,
     require,
     sampling_options,
     threads_option,
@@ -24,7 +25,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.command()
 @bundle_argument
 @click.option("--system", help="The system prompt.")
-@click.option("--num-speculations", "-k", type=click.IntRange(1), help="Drafts per round.  [default: the bundle's]")
+@length_option
 @draft_option
 @threshold_option
 @click.option(
@@ -37,7 +38,7 @@ from edgeskip.runtime.sampling import GREEDY
 def chat(
     bundle: Path,
     system: str | None,
-    num_speculations: int | None,
+    num_speculations: Any,
     draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int | None,

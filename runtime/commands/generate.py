@@ -14,6 +14,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    length_option,
     report_option,
     require,
     sampling_options,
@@ -34,7 +35,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--prompt-file", "-f", type=click.File("rb"), help="A file with the text to continue; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
-@click.option("--num-speculations", "-k", type=int, help="Drafts per round.  [default: the bundle's]")
+@length_option
 @draft_option
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
@@ -53,7 +54,7 @@ def generate(
     prompt_file: Any,
     chat: bool,
     mode: Any,
-    num_speculations: int | None,
+    num_speculations: Any,
     draft: Any,
     confidence_threshold: float | None,
     max_new_tokens: int,

@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from edgeskip.runtime.backends.choice import BACKENDS, DEVICES
-from edgeskip.runtime.decoding.rounds import DRAFTS
+from edgeskip.runtime.drafting.drafters import DRAFTS
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.files import lend_cache
 from edgeskip.runtime.packages import NEEDS, missing_modules
@@ -40,7 +40,23 @@ class BundleFolder(Folder):
         return super().convert(local_bundle(value), param, ctx)
 
 
+class Length(click.ParamType[Any]):
+    """A speculation length, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or `auto`."""
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
+
+
 bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))
+length_option = click.option(
+    "--num-speculations",
+    "-k",
+    type=Length(),
+    help="Drafts per round; auto goes by the text and by time.  [default: the bundle's; auto unless --draft exit]",
+)
 threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),

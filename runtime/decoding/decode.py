@@ -9,8 +9,9 @@ may need a second row beside a single one, and there it has no room.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,6 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS, Split
 from edgeskip.runtime.bundle.weights import Rows, StoredTensor, TokenRows
 from edgeskip.runtime.decoding.rounds import (
     GIVEN,
-    Draft,
-    Drafter,
     Picks,
     Round,
     draft_round,
@@ -34,6 +33,8 @@ from edgeskip.runtime.decoding.rounds import (
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
+from edgeskip.runtime.drafting.drafters import Draft, Drafter
+from edgeskip.runtime.drafting.length import Pace
 from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
 
@@ -65,6 +66,7 @@ class Decoding:
         logprobs: how many of the most probable tokens each token is given with; None reads no logits.
         draft: what drafts.
         lookup: the drafts that the text has; unless only the exit drafts.
+        pace: chooses what drafts a round, and how much; else it is K drafts of the text where it has them.
 
     Raises:
         RequestError: they do not.
@@ -79,6 +81,7 @@ class Decoding:
     logprobs: int | None = None
     draft: Draft = "exit"
     lookup: Lookup | None = None
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         if self.picker.name != self.split.picker:
@@ -177,13 +180,13 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     Raises:
         BackendError: the model's logits are not finite.
     """
-    drafting = _drafting(session, how)
+    rounds = _Rounds(session, how)
     end = capacity if end is None else min(end, capacity)
 
     def started() -> _Started | None:
         if position >= end:
             return None
-        round_ = drafting(drafts_that_fit(how.num_speculations, capacity - position))
+        round_ = rounds.next(drafts_that_fit(how.num_speculations, capacity - position))
         round_.start(position)
         return round_
 
@@ -194,8 +197,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         kept = result.target_ids[: accepted + 1]
         logprobs = _logprobs(session, how, kept)  # before the next round writes others
         session.carry(accepted)
-        if how.lookup is not None:
-            how.lookup.text.add(kept)
+        rounds.note(len(result.draft_ids), kept)
         position += accepted + 1
         under_way = started()
         yield replace(_step(result, accepted, position, logprobs), drafter=drafter)
@@ -220,33 +222,56 @@ class _Started(Protocol):
     def wait(self) -> RoundResult: ...
 
 
-def _drafting(session: Session, how: Decoding) -> Callable[[int], _Started]:
-    """The next round, from the most drafts that it may have."""
-    lookup = how.lookup
-    if lookup is None:
-        return _drafting_at_exit(session, how)
-    others = _drafting_at_exit(session, how if how.draft == "auto" else replace(how, num_speculations=0))
-    given = [_Given(session, how, lookup, k) for k in range(1, how.num_speculations + 1)]
+class _Rounds:
+    """Chooses the rounds to run, and binds each when it is first wanted."""
 
-    def drafting(most: int) -> _Started:
-        drafts = lookup.text.drafts(most)
-        return given[len(drafts) - 1].of(drafts) if drafts else others(most if how.draft == "auto" else 0)
+    def __init__(self, session: Session, how: Decoding) -> None:
+        self._session, self._how = session, how
+        self._at_exit, self._given = cache(partial(_at_exit, session, how)), cache(partial(_given, session, how))
+        self._drafts: list[int] = []
+        self._chosen: tuple[Drafter, int] = ("exit", 0)
+        self._begun_ms = 0.0
 
-    return drafting
+    def next(self, most: int) -> _Started:
+        """The next round, of so many drafts at most."""
+        how, lookup = self._how, self._how.lookup
+        self._drafts = lookup.text.drafts(most) if lookup else []
+        at_exit = 0 if how.draft == "ngram" else most
+        if how.pace is not None:
+            self._chosen = how.pace.chosen({"exit": at_exit, "ngram": len(self._drafts)})
+            self._begun_ms = how.pace.clock_ms()
+        else:
+            self._chosen = ("ngram", len(self._drafts)) if self._drafts else ("exit", at_exit)
+        drafter, k = self._chosen
+        if drafter == "ngram" and lookup is not None:
+            return self._given(k).of((lookup.text.last, *self._drafts[:k]))
+        return self._at_exit(k)
+
+    def note(self, drafted: int, kept: Sequence[int]) -> None:
+        """What has become of it: the drafts that it made, and the tokens that came."""
+        if self._how.pace is not None:
+            ms = self._how.pace.clock_ms() - self._begun_ms
+            self._how.pace.note(*self._chosen, drafted, len(kept) - 1, ms)
+            self._how.pace.compare(self._drafts, kept)
+        if self._how.lookup is not None:
+            self._how.lookup.text.add(kept)
 
 
-def _drafting_at_exit(session: Session, how: Decoding) -> Callable[[int], _Started]:
-    """The rounds to run, by their number of drafts."""
+def _at_exit(session: Session, how: Decoding, k: int) -> _Started:
+    """A round of at most so many drafts of the exit."""
     if how.early_exit:
-        step = _Whole(session, how, early_exit_round(how.split))
-        return lambda _: step
-    if not (how.num_speculations and (how.confidence_threshold or how.picks == "history")):
-        whole = [_Whole(session, how, speculative_round(how.split, k)) for k in range(how.num_speculations + 1)]
-        return lambda k: whole[k]
-    drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(how.num_speculations)]
-    checks = [_Whole(session, how, verification_round(how.split, k)) for k in range(how.num_speculations + 1)]
-    confident = [_WhileConfident(session, how, drafts[:k], checks) for k in range(how.num_speculations + 1)]
-    return lambda k: confident[k]
+        return _Whole(session, how, early_exit_round(how.split))
+    if not (k and (how.confidence_threshold or how.picks == "history")):
+        return _Whole(session, how, speculative_round(how.split, k))
+    drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(k)]
+    checks = [_Whole(session, how, verification_round(how.split, drafted)) for drafted in range(k + 1)]
+    return _WhileConfident(session, how, drafts, checks)
+
+
+def _given(session: Session, how: Decoding, k: int) -> _Given:
+    """A round of so many drafts that the text has."""
+    assert how.lookup is not None
+    return _Given(session, how, how.lookup.embeddings, given_round(how.split, k))
 
 
 class _Whole:
@@ -269,25 +294,22 @@ class _Given:
 
     drafter: Drafter = "ngram"
 
-    def __init__(self, session: Session, how: Decoding, lookup: Lookup, k: int) -> None:
-        round_ = given_round(how.split, k)
-        self._session, self._lookup, self._picker, self._rows = session, lookup, how.picker, round_.rows
+    def __init__(self, session: Session, how: Decoding, embeddings: StoredTensor, round_: Round) -> None:
+        self._session, self._picker, self._embeddings = session, how.picker, embeddings
         self._bound = _bound(session, how, round_)
-        self._drafts: Sequence[int] = ()
+        self._tokens: Sequence[int] = ()
         self.wait = self._bound.wait
 
-    def of(self, drafts: Sequence[int]) -> _Given:
-        """With these drafts."""
-        self._drafts = drafts
+    def of(self, tokens: Sequence[int]) -> _Given:
+        """With these tokens: the last one of the text, and the drafts."""
+        self._tokens = tokens
         return self
 
     def start(self, position: int) -> None:
-        """Writes the rows of the last token and of the drafts, and hands the round to the device."""
-        self._session.write(
-            "inputs_embeds", TokenRows(self._lookup.embeddings, (self._lookup.text.last, *self._drafts))
-        )
-        given = {GIVEN: np.array((*self._drafts, 0))}
-        self._bound.start(position, {**self._picker.row_inputs(position, self._rows), **given})
+        """Writes the rows of its tokens, and hands the round to the device."""
+        self._session.write("inputs_embeds", TokenRows(self._embeddings, self._tokens))
+        told = self._picker.row_inputs(position, len(self._tokens))
+        self._bound.start(position, {**told, GIVEN: np.array((*self._tokens[1:], 0))})
 
 
 class _WhileConfident:

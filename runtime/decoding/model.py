@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.bundle.graphs import check_num_speculations
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Lookup, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
-from edgeskip.runtime.decoding.rounds import DRAFTS, MODES, Draft, Mode
+from edgeskip.runtime.decoding.rounds import MODES, Mode
 from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, picks_of, token_logprob
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
+from edgeskip.runtime.drafting.drafters import DRAFTS, Draft
+from edgeskip.runtime.drafting.length import Pace, RoundCosts
 from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
@@ -85,7 +87,7 @@ class GenerationSettings(FurtherSettings, total=False):
     """The keyword arguments of `Model.generate`."""
 
     mode: Mode
-    num_speculations: int | None
+    num_speculations: int | Literal["auto"] | None
     confidence_threshold: float | None
     max_new_tokens: int | None
     stop: Sequence[str]
@@ -116,6 +118,7 @@ class Model:
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self.held = HeldRows(session)
+        self._pace = Pace(RoundCosts(), lambda: 1e3 * self._session_seconds())
         self._busy = self._closed = False
         self._steps_under_way: Generator[Step, None, None] | None = None
 
@@ -143,7 +146,7 @@ class Model:
         prompt: Prompt,
         *,
         mode: Mode = "self-speculative",
-        num_speculations: int | None = None,
+        num_speculations: int | Literal["auto"] | None = None,
         confidence_threshold: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
@@ -155,7 +158,8 @@ class Model:
         Args:
             prompt: text, token ids, or chat messages.
             mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
-            num_speculations: K, the most drafts per round; by default the bundle's.
+            num_speculations: K, the most drafts per round; `auto` chooses it for each round, by how often drafts were
+                right of late and what rounds take. By default the bundle's, and `auto` unless only the exit drafts.
             confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
                 It changes the speed, never the tokens. By default, what suits the backend.
             max_new_tokens: by default, until the caches are full.
@@ -173,16 +177,18 @@ class Model:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
             BackendError: at once, if there is a grammar and its library is not installed.
         """
+        draft = further.pop("draft", None) or self.draft
+        if draft not in DRAFTS:
+            raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
         if num_speculations is None:
-            num_speculations = self.bundle.manifest.num_speculations
+            num_speculations = self.bundle.manifest.num_speculations if draft == "exit" else "auto"
+        paced = num_speculations == "auto" and mode == "self-speculative"
+        most = MAX_SPECULATIONS if num_speculations == "auto" else num_speculations
         if confidence_threshold is None:
             confidence_threshold = self.session.confidence_threshold
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
-        check_num_speculations(num_speculations)
-        draft = further.pop("draft", None) or self.draft
-        if draft not in DRAFTS:
-            raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
+        check_num_speculations(most)
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
@@ -196,10 +202,12 @@ class Model:
             _check_logprobs(logprobs)
         grammar = further.pop("grammar", None)
         picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
-        k = num_speculations if mode == "self-speculative" else 0
+        k = most if mode == "self-speculative" else 0
         ids = self._held(prompt)
         mask = None if grammar is None else self._mask(grammar)
-        request = _Request(ids, mode, k, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
+        request = _Request(
+            ids, mode, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask
+        )
         return self._generate(request)
 
     def complete(
@@ -207,7 +215,7 @@ class Model:
         prompt: Prompt,
         *,
         mode: Mode = "self-speculative",
-        num_speculations: int | None = None,
+        num_speculations: int | Literal["auto"] | None = None,
         confidence_threshold: float | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
@@ -401,6 +409,7 @@ class Model:
             logprobs=request.logprobs,
             draft=request.draft,
             lookup=Lookup(NgramIndex(ids), self.embeddings) if looks_up else None,
+            pace=self._pace if request.paced else None,
         )
         if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
@@ -467,6 +476,7 @@ class _Request:
     prompt_ids: list[int]
     mode: Mode
     num_speculations: int
+    paced: bool
     draft: Draft
     confidence_threshold: float
     max_new_tokens: int | None

@@ -36,14 +36,6 @@ the tokens before each row too, as penalties and grammars do.
 GIVEN = "draft_token_ids"
 """The row inputs of rounds whose drafts the host knows: the drafts, and after them a row that does not matter."""
 
-Draft = Literal["exit", "ngram", "auto"]
-DRAFTS: tuple[Draft, ...] = get_args(Draft)
-"""What drafts: the exit; the text so far; or that where it has drafts, else the exit."""
-
-Drafter = Literal["exit", "ngram"]
-DRAFTERS: tuple[Drafter, ...] = get_args(Drafter)
-"""What made the drafts of a round."""
-
 SPARE_ROWS = 7
 """Rows of every buffer after those of the longest round: a session may compute a row as one of eight."""
 

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from edgeskip.runtime.decoding.rounds import DRAFTERS, Drafter
+from edgeskip.runtime.drafting.drafters import DRAFTERS, Drafter
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def check_same_tokens(model, lengths, monkeypatch, **settings):
     for prompt in prompts(2):
         plain = model.complete(prompt, mode="autoregressive", max_new_tokens=32, **settings)
         monkeypatch.setattr(Foreseen, "text", (*prompt, *plain.token_ids))
-        for draft, k in (*(("ngram", k) for k in lengths), ("auto", lengths[-1])):
+        drafted = [("ngram", k) for k in lengths] + [("auto", lengths[-1]), ("auto", "auto"), ("exit", "auto")]
+        for draft, k in drafted:
             ours = model.complete(prompt, draft=draft, num_speculations=k, max_new_tokens=32, **settings)
             pairs = enumerate(zip(ours.token_ids, plain.token_ids, strict=False))
             parted = next((i for i, pair in pairs if len({*pair}) > 1), None)
