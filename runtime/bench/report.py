@@ -37,8 +37,9 @@ def print_bench(report: BenchReport, console: Console) -> None:
     )
     if report.best_match_rate is not None:
         console.print(f"Drawn with {settings.sampling}; the best possible match is {report.best_match_rate:.1%}.")
+    read_gb = report.ideal_ms_per_token * report.copy_gb_per_s / 1e3
     console.print(
-        f"An ideal plain decoder, which just reads {sum(report.weight_bytes.values()) / 1e9:.2f} GB of weights at the "
+        f"An ideal plain decoder, which just reads {read_gb:.2f} GB of weights at the "
         f"{report.copy_gb_per_s:.0f} GB/s of a copy: {report.ideal_ms_per_token:.3f} ms per token"
         + (f"; the best K takes {best.ms_per_token:.3f}.\n" if best else ".\n")
     )

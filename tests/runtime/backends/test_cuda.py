@@ -72,7 +72,8 @@ def test_a_captured_copy_reads_its_source_at_each_launch(device):
 @pytest.mark.gpu
 def test_all_memory_is_given_back(bundles, device):
     bundle = bundles("llama-gqa", dtype="fp16")
-    edgeskip.load(bundle.folder, device="cuda").close()  # libraries stay loaded
+    with edgeskip.load(bundle.folder, device="cuda") as model:  # libraries and kernels stay loaded
+        model.complete(PROMPT, max_new_tokens=20)
     before = device.free_bytes()
     with edgeskip.load(bundle.folder, device="cuda") as model:
         model.complete(PROMPT, max_new_tokens=20)
