@@ -86,6 +86,9 @@ def print_statistics(generation: Generation, console: Console) -> None:
             f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
             f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
         )
+    if set(s.by_drafter) - {"exit"}:
+        parts = [f"{name} {one.accepted} of {one.drafted} in {one.rounds} rounds" for name, one in s.by_drafter.items()]
+        console.print(f"[dim]accepted drafts by what made them: {', '.join(parts)}[/dim]")
 
 
 def histogram(s: Statistics) -> str:

@@ -252,9 +252,10 @@ class _Rounds:
         if self._how.pace is not None:
             ms = self._how.pace.clock_ms() - self._begun_ms
             self._how.pace.note(*self._chosen, drafted, len(kept) - 1, ms)
-            self._how.pace.compare(self._drafts, kept)
         if self._how.lookup is not None:
             self._how.lookup.text.add(kept)
+            if self._how.pace is not None:
+                self._how.pace.compare(self._drafts, kept)
 
 
 def _at_exit(session: Session, how: Decoding, k: int) -> _Started:
