@@ -104,7 +104,7 @@ def _awq(table: _Table) -> Method:
 def _compressed_tensors(table: _Table) -> Method:
     """The settings of compressed-tensors, for one or more groups of modules, in which numbers have the same bits."""
     table.check("format", "pack-quantized")
-    table.check("quantization_status", "compressed", default="compressed")
+    table.check("quantization_status", "compressed", "frozen", default="compressed")  # the latter by older versions
     table.check("kv_cache_scheme", {}, default={})
     table.check("transform_config", {}, default={})
     table.table("sparsity_config").check("format", "dense", default="dense")

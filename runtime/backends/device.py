@@ -6,6 +6,7 @@ Everything that a session does on the device is enqueued on one stream, in order
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -244,13 +245,18 @@ class CudaDevice:
 
     def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts on the stream, as one CUDA graph; calling the result launches it."""
-        builder = self.stream.create_graph_builder()
-        builder.begin_building("relaxed")
+        builder, collects = self.stream.create_graph_builder(), gc.isenabled()
+        gc.disable()  # a destructor that waits for a device would end the capture
         try:
+            builder.begin_building("relaxed")
             enqueue()
+            graph = builder.end_building().complete()
+        except BaseException:
+            builder.close()  # the stream is not left in the middle of a capture
+            raise
         finally:
-            builder.end_building()
-        graph = builder.complete()
+            if collects:
+                gc.enable()
         self._owned.append(graph.close)
         graph.upload(self.stream)
         return lambda: graph.launch(self.stream)
