@@ -16,6 +16,7 @@ from tests.conftest import edit_json
 
 import edgeskip
 from edgeskip.runtime.backends import cpu_session
+from edgeskip.runtime.backends.ort import cpu_options
 from edgeskip.runtime.bundle.manifest import MANIFEST, WEIGHTS, read_bundle
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD
 from edgeskip.runtime.bundle.weights import embedding_table, held_bytes, stored_arrays
@@ -154,8 +155,7 @@ def test_what_a_head_holds_is_what_onnx_runtime_leaves_of_it(variant, head, bund
     that is multiplied and the one that rows are gathered from; the file has it once.
     """
     bundle = bundles(variant, head=head, dtype="fp16")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # it warns that such a file is for this machine
+    options = cpu_options(onnxruntime, 0)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(bundle.graph_path("head", "ort"), options, providers=["CPUExecutionProvider"])
     graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
