@@ -47,7 +47,7 @@ from edgeskip.runtime.structure import Pattern, Range, structure
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MOST_HEADS = 16
 _GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
 SEAL = "sha256"  # the key of a record's own hash
