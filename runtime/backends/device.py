@@ -9,6 +9,7 @@ import ctypes
 import gc
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,21 @@ ALIGNMENT = 256
 INSTALL = install("cuda")
 
 _KERNELS: dict[Any, Any] = {}
+
+_COLLECTOR = threading.Lock()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keeps Python's collector from running, for one thread at a time: the first to end would set it going again."""
+    with _COLLECTOR:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @dataclass(frozen=True)
@@ -245,18 +261,15 @@ class CudaDevice:
 
     def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts on the stream, as one CUDA graph; calling the result launches it."""
-        builder, collects = self.stream.create_graph_builder(), gc.isenabled()
-        gc.disable()  # a destructor that waits for a device would end the capture
-        try:
-            builder.begin_building("relaxed")
-            enqueue()
-            graph = builder.end_building().complete()
-        except BaseException:
-            builder.close()  # the stream is not left in the middle of a capture
-            raise
-        finally:
-            if collects:
-                gc.enable()
+        builder = self.stream.create_graph_builder()
+        with uncollected():  # a destructor that waits for a device would end the capture
+            try:
+                builder.begin_building("relaxed")
+                enqueue()
+                graph = builder.end_building().complete()
+            except BaseException:
+                builder.close()  # the stream is not left in the middle of a capture
+                raise
         self._owned.append(graph.close)
         graph.upload(self.stream)
         return lambda: graph.launch(self.stream)

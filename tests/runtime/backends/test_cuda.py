@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
+import time
 import types
 from itertools import pairwise
 
@@ -16,7 +19,7 @@ import edgeskip
 from edgeskip.runtime.backends import cuda_session, ort_cuda_session
 from edgeskip.runtime.backends import ort as ort_backend
 from edgeskip.runtime.backends.choice import open_session
-from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice
+from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, uncollected
 from edgeskip.runtime.decoding.rounds import speculative_round
 from edgeskip.runtime.errors import BackendError
 
@@ -244,3 +247,27 @@ def test_missing_cuda_libraries_are_named(tmp_path):
 def test_the_libraries_ways_of_running_out_of_memory_are_known(text, free_mb, short):
     device = types.SimpleNamespace(free_bytes=lambda: free_mb << 20)
     assert ort_cuda_session._is_out_of_memory(RuntimeError(text), device) == short
+
+
+def test_the_end_of_one_capture_does_not_let_the_collector_into_another():
+    collects, first_ends, second_began = [], threading.Event(), threading.Event()
+
+    def second():
+        first_ends.wait(10)
+        second_began.set()
+        with uncollected():
+            first.join(10)
+            collects.append(gc.isenabled())
+
+    def first_of_two():
+        with uncollected():
+            first_ends.set()
+            second_began.wait(10)
+            time.sleep(0.05)  # for the second to get as far as it can
+            collects.append(gc.isenabled())
+
+    first, other = threading.Thread(target=first_of_two), threading.Thread(target=second)
+    first.start(), other.start()
+    first.join(10), other.join(10)
+    assert collects == [False, False]
+    assert gc.isenabled()
