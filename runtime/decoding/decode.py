@@ -128,7 +128,8 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     """
     length = len(embeddings)
     rows, places = _chunks(length, chunk, start)
-    rows = max(rows, min(session.prompt_rows(rows, places[-1]), chunk))
+    best = session.prompt_rows(rows, places[-1])
+    rows = best if best <= chunk else rows
     for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
         round_ = session.bind(prefill_round(how.split, rows, last=False, early_exit=how.early_exit))

@@ -133,6 +133,15 @@ def test_prompts_of_other_lengths_replay_the_same_rounds(bundles, tmp_path, monk
         assert model.complete(prompt[:60] + near[:21], max_new_tokens=9).token_ids == wanted.token_ids
 
 
+def test_prompts_are_rounded_up_to_no_more_than_a_chunk(bundles, tmp_path):
+    """Else rows would be computed for a length that is not replayed either."""
+    bundle, prompt = bundles("llama-gqa", exit_layer=3, prefill_chunk=40), list(range(40, 70))
+    with edgeskip.load(bundle.folder, device="cpu") as plain, model_of(bundle, tmp_path) as model:
+        wanted = plain.complete(prompt, mode="autoregressive", max_new_tokens=9)
+        assert model.complete(prompt, mode="autoregressive", max_new_tokens=9).token_ids == wanted.token_ids
+        assert [one.rows for one in model.session._bound if not one.num_targets] == [30]
+
+
 def test_a_context_serves_one_graph_and_number_of_rows(bundle, tmp_path):
     device, library = HostDevice(), StandInTensorRT()
     copied = with_engines(bundle, tmp_path / "b")
