@@ -408,16 +408,16 @@ class Model:
             picks=picks_of(request.sampling, request.mask),
             logprobs=request.logprobs,
             draft=request.draft,
-            lookup=Lookup(NgramIndex(ids), self.embeddings) if looks_up else None,
+            lookup=Lookup(NgramIndex(), self.embeddings) if looks_up else None,
             pace=self._pace if request.paced else None,
         )
         if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], early_exit=how.early_exit)
-        if how.lookup is not None:
-            how.lookup.text.add(step.token_ids)
         yield step
+        if how.lookup is not None:  # not before the first token, which would wait for it
+            how.lookup.text.add((*ids, *step.token_ids))
         end = None if new_tokens is None else len(ids) + new_tokens - 1
         for following in decode(self.session, how, len(ids), manifest.max_length, end=end):
             # the rows of a round are those of the token that it began with, and of the drafts that it accepted
