@@ -17,7 +17,7 @@ from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.architecture import MOST_SIZE, Size
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BlockSize
-from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, MAX_SPECULATIONS
+from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, LEAST_DRAFT_VOCABULARY, MAX_SPECULATIONS
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.errors import RecipeError
 from edgeskip.runtime.structure import Range
@@ -68,7 +68,7 @@ class ExportRecipe:
     block_size: BlockSize | None = None
     bits: Annotated[float, Range(1, 16)] | None = None
     quantizer: Method = "search"
-    draft_vocabulary: Size | None = None
+    draft_vocabulary: Annotated[int, Range(LEAST_DRAFT_VOCABULARY, MOST_SIZE)] | None = None
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

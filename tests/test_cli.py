@@ -439,6 +439,13 @@ def test_export_says_what_it_made_and_how_to_try_it(checkpoints, tmp_path):
     assert made["statistics"]["num_speculations"] == 2
 
 
+@pytest.mark.parametrize("verb", ["generate", "bench"])
+def test_a_speculation_length_is_a_number_or_auto(verb, bundle):
+    result = run(verb, bundle, "-k", "Auto")
+    assert result.exit_code == 2
+    assert "'Auto' is neither a whole number nor auto" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

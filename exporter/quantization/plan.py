@@ -86,7 +86,8 @@ def _calibration(checkpoint: Checkpoint, choice: QuantizationChoice) -> Calibrat
     check_is_auto(choice)
     if asked is None:
         if choice.calibration is not None:
-            raise RequestError(choice.calibration, "texts for a search, which asks for none", fix="leave them out")
+            fix = "leave them out, or say what reads them: --quantizer gptq, --weights auto or --draft-vocabulary"
+            raise RequestError(choice.calibration, "texts for a search, which asks for none", fix=fix)
         return None
     if checkpoint.quantized_by is not None:
         raise RequestError(asked, f"for weights that come quantized by {checkpoint.quantized_by}", fix=ORIGINAL)

@@ -239,14 +239,15 @@ def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> Non
         raise RequestError("draft vocabulary", f"{draft_vocabulary}", wanted=wanted)
 
 
-def check_num_speculations(num_speculations: int) -> None:
-    """Checks that workspaces and engines are made for rounds of this many drafts.
+def check_num_speculations(num_speculations: int, otherwise: str = "") -> None:
+    """Checks that workspaces and engines are made for rounds of this many drafts; `otherwise` says what else would do.
 
     Raises:
         RequestError: they are not.
     """
     if not (type(num_speculations) is int and 1 <= num_speculations <= MAX_SPECULATIONS):
-        raise RequestError("num speculations", f"{num_speculations}", wanted=f"1 to {MAX_SPECULATIONS}")
+        wanted = f"1 to {MAX_SPECULATIONS}{otherwise}"
+        raise RequestError("num speculations", f"{num_speculations!r:.60}", wanted=wanted)
 
 
 def dimensions(architecture: Architecture, capacity: int) -> dict[str, int]:

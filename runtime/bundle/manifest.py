@@ -362,10 +362,16 @@ def _export_command(data: Mapping[str, Any]) -> str:
     """The command that makes a bundle anew, as far as its manifest of another version tells."""
     given = {"source": "CHECKPOINT"} | {k: v for k, v in data.items() if isinstance(v, (str, int)) and v is not True}
     words = ["edgeskip", "export", str(given["source"])[:200], "NEW_BUNDLE"]
-    for key in ("exit_layer", "dtype", "max_length"):
+    for key in ("exit_layer", "dtype", "max_length", "num_speculations"):
         if key in given:
             words += [f"--{key.replace('_', '-')}", str(given[key])[:20]]
-    return shlex.join(words)
+    match data:
+        case {"heads": {"draft_head": {"vocabulary": int() as rows}}}:
+            words += ["--draft-vocabulary", str(rows)[:20]]
+    if data.get("renumbered"):
+        words += ["--calibration", "TEXTS"]
+    quantized = ", and the options that its weights were quantized with, if any" if data.get("quantization") else ""
+    return shlex.join(words) + quantized
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:

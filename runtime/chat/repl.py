@@ -179,7 +179,8 @@ def _stats(chat: Chat, generation: Generation | None, notes: Console) -> None:
         notes.print("no whole answer yet", style="dim")
         return
     print_statistics(generation, notes)
-    used, capacity = len(generation.prompt_token_ids) + len(generation.token_ids), chat.model.bundle.manifest.max_length
+    used = len(generation.prompt_token_ids) + len(generation.token_ids) - 1  # the last token has not been read
+    capacity = chat.model.bundle.manifest.max_length
     cached = generation.statistics.cached_tokens
     notes.print(
         f"[dim]context: {used} of {capacity} tokens; of the prompt's {len(generation.prompt_token_ids)}, {cached} were "

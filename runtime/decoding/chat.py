@@ -38,6 +38,8 @@ def render_chat(messages: Sequence[Any], bundle: Bundle, tools: Sequence[Any] = 
     """
     check_takes_chats(bundle)
     template_text = chat_template(bundle)
+    if not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise RequestError("tools", f"{tools!r:.60}", wanted="a list of functions, as tables")
     if tools and not re.search(r"\btools\b", template_text):
         raise RequestError("tools", "the model's chat template takes none", fix="leave them out")
     checked = [check_message(f"message {number}", message) for number, message in enumerate(messages, 1)]
@@ -106,7 +108,8 @@ def _called(place: object, calls: Any) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments)
         if not (isinstance(name, str) and isinstance(arguments, Mapping)):
             wanted = "a function with a name and arguments, which are a table"
-            raise RequestError(place, f"one of its tool_calls is {call!r:.60}", wanted=wanted)
+            found = f"{function if isinstance(function, Mapping) else call!r:.60}"
+            raise RequestError(place, f"one of its tool_calls is {found}", wanted=wanted)
         made.append({**call, "function": {"name": name, "arguments": arguments}})  # in the order that models write
     return made
 

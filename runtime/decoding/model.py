@@ -177,7 +177,8 @@ class Model:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
             BackendError: at once, if there is a grammar and its library is not installed.
         """
-        draft = further.pop("draft", None) or self.draft
+        draft = further.pop("draft", None)
+        draft = self.draft if draft is None else draft
         if draft not in DRAFTS:
             raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
         if num_speculations is None:
@@ -188,7 +189,7 @@ class Model:
             confidence_threshold = self.session.confidence_threshold
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
-        check_num_speculations(most)
+        check_num_speculations(most, " or 'auto'")
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):

@@ -203,17 +203,19 @@ def _functions(value: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(value, list) or len(value) > MOST_TOOLS:
         raise ValueError(f"a list of up to {MOST_TOOLS} functions")
     found: dict[str, dict[str, Any]] = {}
-    for tool in value:
-        match tool:
-            case {"type": "function", "function": {"name": str() as name} as function} if _NAME.fullmatch(name):
-                schema = function.get("parameters") or {}
-                if name not in found and isinstance(schema, dict) and schema.get("type", "object") == "object":
+    for number, tool in enumerate(value, 1):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        match function:
+            case {"name": str() as name, **rest} if _NAME.fullmatch(name) and name not in found:
+                schema = {} if rest.get("parameters") is None else rest["parameters"]
+                if isinstance(schema, dict) and schema.get("type", "object") == "object":
                     found[name] = {"type": "object", **schema}
                     continue
-        raise ValueError(
+        wanted = (
             'functions as {"type": "function", "function": {"name": ..., "parameters": {"type": "object", ...}}}, with '
             "names of their own of up to 64 letters, digits, _ and -"
         )
+        raise RequestError("tools", f"number {number} is {function or tool!r:.60}", wanted=wanted)
     return found
 
 

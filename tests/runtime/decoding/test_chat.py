@@ -120,9 +120,12 @@ def test_tools_and_calls_read_as_transformers_writes_them(chat):
     [
         ([TOOL], [], "tools: the model's chat template takes none; leave them out"),
         ([{1: object()}], [], "tools: not plain data"),
+        (TOOL, [], "tools: {'type': 'function', 'function'"),
+        (None, [], "tools: None; wanted a list of functions, as tables"),
+        ([1], [], "tools: [1]; wanted a list of functions, as tables"),
         ([], ["f"], "message 1: one of its tool_calls is 'f'; wanted a function with a name"),
         ([], {"function": "f"}, "message 1: one of its tool_calls is"),
-        ([], [{"function": {"name": "f", "arguments": "[1]"}}], "message 1: one of its tool_calls is"),
+        ([], [{"function": {"name": "f", "arguments": "[1]"}}], "'arguments': '[1]'}; wanted a function with"),
         ([], [{"function": {"name": "f", "arguments": "[" * 9999}}], "message 1: one of its tool_calls is"),
     ],
 )

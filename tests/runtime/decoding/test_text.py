@@ -151,6 +151,8 @@ def test_generation_ends_at_a_stop_string(bundles):
         ("a", {"mode": "fast"}, "mode: 'fast'; wanted one of self-speculative, autoregressive, early-exit"),
         ("a", {"num_speculations": 0}, "num speculations: 0; wanted 1 to 16"),
         ("a", {"num_speculations": 17}, "wanted 1 to 16"),
+        ("a", {"num_speculations": "4"}, "num speculations: '4'; wanted 1 to 16 or 'auto'"),
+        ("a", {"draft": ""}, "draft: ''; wanted one of exit, ngram, auto"),
         ("a", {"max_new_tokens": 0}, "max new tokens: 0"),
         ("a", {"max_new_tokens": "3"}, "max new tokens: '3'; wanted"),
         ("a", {"confidence_threshold": "x"}, "confidence threshold: 'x'; wanted 0 to 1"),

@@ -394,6 +394,7 @@ BAD = [
     ({"tools": [CLOCK, CLOCK]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": False}}]}, "tools"),
     ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
