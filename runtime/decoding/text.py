@@ -43,6 +43,8 @@ def encode_prompt(
             is malformed or without a template.
     """
     manifest = bundle.manifest
+    if tools and not (isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping)):
+        raise RequestError("tools", "beside a prompt that is no chat", fix="give messages, or leave them out")
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt, manifest.max_length, add_special_tokens=True, most=most) if prompt else []
     elif isinstance(prompt, (bytes, Mapping)) or not hasattr(prompt, "__getitem__"):

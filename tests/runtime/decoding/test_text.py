@@ -171,6 +171,13 @@ def test_what_cannot_be_served_is_refused_at_once(prompt, settings, message, bun
         assert model.complete("a", max_new_tokens=2).statistics.new_tokens == 2
 
 
+@pytest.mark.parametrize("prompt", ["a", [1, 2]])
+def test_tools_go_with_messages_alone(prompt, bundles):
+    said = "tools: beside a prompt that is no chat"
+    with edgeskip.load(bundles("llama-gqa").folder) as model, pytest.raises(RequestError, match=said):
+        model.encode(prompt, tools=[{"type": "function", "function": {"name": "f"}}])
+
+
 @pytest.fixture
 def chat(bundles, tmp_path):
     """Encodes a chat by a template, in a bundle that has it."""
