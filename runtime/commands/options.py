@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -40,7 +40,13 @@ class BundleFolder(Folder):
         return super().convert(local_bundle(value), param, ctx)
 
 
-class Length(click.ParamType[Any]):
+if TYPE_CHECKING:
+    _AnyType = click.ParamType[Any]
+else:
+    _AnyType = click.ParamType  # of older releases, no generic class
+
+
+class Length(_AnyType):
     """A speculation length, or `auto`."""
 
     name = "integer|auto"
