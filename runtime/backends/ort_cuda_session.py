@@ -17,18 +17,11 @@ from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
-from edgeskip.runtime.bundle.formats import FORMATS, SCALES
+from edgeskip.runtime.bundle.formats import FORMATS
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, graph_tensors
-from edgeskip.runtime.bundle.weights import (
-    Rows,
-    StoredTensor,
-    TokenRows,
-    embedding_table,
-    held_bytes,
-    mapped_weights,
-)
+from edgeskip.runtime.bundle.weights import Rows, StoredTensor, TokenRows, held_bytes
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -109,11 +102,10 @@ class OrtCudaSession(CudaSession):
         """What copies up to so many rows of the embedding table to the device as they are stored, and puts them in the
         dtype at an address; None where the table needs no such thing, or the kernel does not read it.
         """
-        manifest = self._bundle.manifest
-        format_ = FORMATS[manifest.tensors[EMBEDDINGS].format]
-        if not (format_.bits and manifest.has_products(self._device.compute_capability)):
+        matrix = self._as_stored()
+        if matrix is None:
             return None
-        stored = embedding_table(self._bundle).stored(slice(0, 1))
+        stored = self._host_table.stored(slice(0, 1))
         places = self._device.zeros([(part.nbytes, most) for part in stored] + [(ITEMSIZE["int64"], most)])
         self._workspace_bytes += (taken := sum(place.bytes for place in places))
         self.planned_bytes += taken
@@ -122,8 +114,7 @@ class OrtCudaSession(CudaSession):
         host.view(np.int64)[:] = np.arange(most)
         self._device.copier(order, host.ctypes.data, host.nbytes)()
         self._device.stream.sync()
-        table = Matrix(numbers, scales, format_.bits, format_.block_size or 0)
-        embed = embedder(self._device, table, self._dims["H"], self._dtype)
+        embed = embedder(self._device, matrix(numbers, scales), self._dims["H"], self._dtype)
 
         def read(rows: TokenRows, address: int) -> None:
             start = 0
@@ -140,13 +131,21 @@ class OrtCudaSession(CudaSession):
         """A table of its own, as ONNX Runtime does not say where it keeps the head's: as it is stored, if it is
         quantized and the kernels read that here, or else in the dtype.
         """
-        manifest, itemsize = self._bundle.manifest, ITEMSIZE[self._dtype]
+        matrix = self._as_stored()
+        if matrix is None:
+            return Matrix(self._uploaded(self._host_table, self._dims["H"] * ITEMSIZE[self._dtype]))
+        arrays = self._host_table.stored(slice(None))
+        return matrix(*(self._uploaded(array, array.nbytes // len(array)) for array in arrays))
+
+    def _as_stored(self) -> Callable[..., Matrix] | None:
+        """Makes the embedding table of addresses of its numbers and scales; None unless it is quantized, and the
+        kernels read it here.
+        """
+        manifest = self._bundle.manifest
         format_ = FORMATS[manifest.tensors[EMBEDDINGS].format]
         if not (format_.bits and manifest.has_products(self._device.compute_capability)):
-            return Matrix(self._uploaded(embedding_table(self._bundle), self._dims["H"] * itemsize))
-        arrays = [mapped_weights(self._bundle)[name] for name in (EMBEDDINGS, EMBEDDINGS + SCALES)]
-        numbers, scales = (self._uploaded(array, array.nbytes // len(array)) for array in arrays)
-        return Matrix(numbers, scales, format_.bits, format_.block_size or 0)
+            return None
+        return partial(Matrix, bits=format_.bits, block=format_.block_size or 0)
 
     def _uploaded(self, table: StoredTensor | npt.NDArray[Any], row_bytes: int) -> int:
         """Where an array [V, ...] is on the device, once it is copied there."""

@@ -244,7 +244,7 @@ class TrtSession(CudaSession):
         return self._weights.address_of(weight)
 
     def _context(self, graph: GraphName, profile: int, rows: int) -> Any:
-        """The context of a graph for this many rows; prompts, which can have any length, share one."""
+        """The context of a graph for this many rows; lengths of prompts that do not come again share one."""
         key = (graph, profile, rows if is_frequent(rows) else 0)
         if key not in self._contexts:
             engine = self._engines[graph]
