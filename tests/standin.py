@@ -104,6 +104,9 @@ class HostDevice:
         starts = np.cumsum([start, *sizes])[:-1]
         return [DeviceArray(int(address), *shape) for address, shape in zip(starts, shapes, strict=True)]
 
+    def zero(self, array):
+        self.stream.submit(lambda: ctypes.memset(array.address, 0, array.bytes))
+
     def allocate(self, size):
         (array,) = self.zeros([(size, 1)])
         self._allocated[array.address] = self._kept.pop(), -(-size // ALIGNMENT) * ALIGNMENT

@@ -214,6 +214,11 @@ class OrtCpuSession(MeasuredSession):
             rows = raw.view(cache.dtype).reshape(len(cache), -1, cache.shape[-1])
             cache[:, : rows.shape[1]] = rows
 
+    def clear(self) -> None:
+        """Leaves nothing in caches and workspace that is not finite; memory that was never used stays untouched."""
+        for array in (*self._buffers.values(), *self._caches.values()):
+            np.nan_to_num(array, copy=False, posinf=0, neginf=0)
+
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
         self._buffers["inputs_embeds"][0] = self._buffers["target_embeds"][row]

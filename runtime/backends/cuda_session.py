@@ -310,6 +310,11 @@ class CudaSession(MeasuredSession):
                     self._device.copier(place, head.ctypes.data, size)()
                 self._device.stream.sync()
 
+    def clear(self) -> None:
+        """Zeroes caches and workspace."""
+        for array in (*self._buffers.values(), *self._caches.values()):
+            self._device.zero(array)
+
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
         self._carry[row]()

@@ -173,8 +173,12 @@ class CudaDevice:
             size += -(-row_bytes * rows // ALIGNMENT) * ALIGNMENT
         start = self.allocate(size)
         self._owned.append(partial(self.free, start))
-        self._checked(self._driver.cuMemsetD8Async(start, 0, size, int(self.stream.handle)))
+        self.zero(DeviceArray(start, size, 1))
         return [DeviceArray(start + offset, *shape) for offset, shape in zip(offsets, shapes, strict=True)]
+
+    def zero(self, array: DeviceArray) -> None:
+        """Enqueues zeros for all rows."""
+        self._checked(self._driver.cuMemsetD8Async(array.address, 0, array.bytes, int(self.stream.handle)))
 
     def allocate(self, size: int) -> int:
         """The address of so many bytes of device memory, which outlive this device unless they are freed: it takes them

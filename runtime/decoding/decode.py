@@ -9,7 +9,7 @@ may need a second row beside a single one, and there it has no room.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol
@@ -141,11 +141,15 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     result = head.wait()
     logprobs = _logprobs(session, how, result.target_ids)
     session.carry(0)
-    return _step(result, 0, length, logprobs)
+    return _step(session, result, 0, length, logprobs)
 
 
 def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iterator[npt.NDArray[Any]]:
-    """The logits [V] in fp32 that the whole model gives after each token of a text, [T,H] embedding rows."""
+    """The logits [V] in fp32 that the whole model gives after each token of a text, [T,H] embedding rows.
+
+    Raises:
+        BackendError: the model's logits are not finite.
+    """
     length, done = len(embeddings), 0
     rows, places = _chunks(length, chunk, 0)
     for place in places:
@@ -157,7 +161,10 @@ def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iter
             bound = session.bind(round_)
             bound.start(place, how.picker.row_inputs(place, round_.rows))
             bound.wait()
-            yield from session.read_logits(round_.num_targets) if round_.num_targets else ()
+            if round_.num_targets:
+                logits = session.read_logits(round_.num_targets)
+                _check_finite(session, np.abs(logits).max(1), place + round_.rows)
+                yield from logits
         done = place + rows
 
 
@@ -201,7 +208,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         rounds.note(len(result.draft_ids), kept)
         position += accepted + 1
         under_way = started()
-        yield replace(_step(result, accepted, position, logprobs), drafter=drafter)
+        yield replace(_step(session, result, accepted, position, logprobs), drafter=drafter)
 
 
 def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
@@ -368,16 +375,22 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
     return len(draft_ids)
 
 
-def _step(result: RoundResult, accepted: int, position: int, logprobs: tuple[TokenLogprob, ...]) -> Step:
-    """What a round gives out; its last token is the one at `position`.
+def _step(
+    session: Session, result: RoundResult, accepted: int, position: int, logprobs: tuple[TokenLogprob, ...]
+) -> Step:
+    """What a round gives out; its last token is the one at `position`."""
+    _check_finite(session, result.target_logits[: accepted + 1], position)
+    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids), logprobs)
 
-    Logits that are not finite pick a token all the same, usually the first one, and so would all that follow.
+
+def _check_finite(session: Session, logits: Iterable[float], position: int) -> None:
+    """Ends a text whose logits are not finite, the last of them for the token at `position`. They pick a token all the
+    same, usually the first one, and so would all that follow, in this text and in others.
     """
-    kept = result.target_logits[: accepted + 1]
-    if not all(map(math.isfinite, kept)):
+    if not all(map(math.isfinite, logits)):
+        session.clear()
         raise BackendError(
             f"the token at position {position}",
             "the model's logits are not finite, so nothing can be picked from them",
             fix="export with --dtype fp32 or bf16, whose numbers reach farther than fp16's, or check the weights",
         )
-    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids), logprobs)

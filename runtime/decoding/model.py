@@ -27,7 +27,7 @@ from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prom
 from edgeskip.runtime.drafting.drafters import DRAFTS, Draft
 from edgeskip.runtime.drafting.length import Pace, RoundCosts
 from edgeskip.runtime.drafting.ngram import NgramIndex
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.grammar.masks import TokenMask, TokenTable, token_table
 from edgeskip.runtime.sampling import Sampling, SamplingSettings
@@ -257,6 +257,7 @@ class Model:
 
         Raises:
             RequestError: this cannot be served, or a generator is running.
+            BackendError: the model's logits are not finite.
         """
         _check_logprobs(logprobs)
         ids = self._held(prompt)
@@ -316,6 +317,9 @@ class Model:
         try:
             self.session.make_current()
             yield
+        except BackendError:
+            self.forget()  # the caches may hold anything
+            raise
         finally:
             self._busy = False
 

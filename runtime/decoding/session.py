@@ -116,6 +116,12 @@ class Session(ABC):
         """Puts back what `read_caches` returned."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Leaves nothing in caches and workspace that is not finite. Rows are hidden by position, but where attention
+        multiplies hidden rows by 0, a NaN among them would reach every text to come. What the caches held is lost.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Frees everything; the session is of no use afterwards."""
 

@@ -10,14 +10,17 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tests.conftest import VARIANTS, edit_json
+from tests.conftest import VARIANTS, Backend, edit_json, make_model, save_checkpoint
 
 import edgeskip
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.decoding.decode import Decoding, count_accepted, decode, prefill
+from edgeskip.runtime.decoding.rounds import MODES
 from edgeskip.runtime.decoding.statistics import distinct_4grams
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import BackendError, RequestError
 
 CAPACITY = 96
 COMPARED = {"fp32": 30, "fp16": 30, "bf16": 5}
@@ -255,6 +258,50 @@ def test_leaving_a_generator_early_resets_the_model(backend, bundles):
             break
         again = model.complete("abc", max_new_tokens=12)
     assert again.token_ids == whole.token_ids
+
+
+OVERFLOWS = 200
+"""A token that only the first gate and the first product of an MLP make much of."""
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """A bundle of a model whose logits are finite unless a text has a certain token: its product is beyond fp32."""
+    model = make_model("llama-gqa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[OVERFLOWS, 0] = 1
+        for layer in model.model.layers:  # nothing else writes to this dimension, and the first MLP alone reads it
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight[0] = 0
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[:, 0] = 1e25 if layer is model.model.layers[0] else 0
+    folder = tmp_path_factory.mktemp("overflowing")
+    checkpoint = open_checkpoint(str(save_checkpoint(model, folder / "checkpoint")))
+    return export_bundle(checkpoint, folder / "bundle", ExportSettings(exit_layer=2, prefill_chunk=8))
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        Backend("cpu", "standard", "fp32", 1e-4),
+        Backend("host", "engines", "fp32", 1e-4),
+        pytest.param(Backend("cuda", "standard", "fp32", 1e-4), marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_a_text_with_logits_that_are_not_finite_is_refused_and_leaves_nothing(runs, overflowing):
+    healthy = [5, 6, 7, 8, 9]
+    with runs.load(overflowing) as model:
+        wanted = model.complete(healthy, max_new_tokens=8).token_ids
+        for mode in MODES:
+            with pytest.raises(BackendError, match="the token at position 12: the model's logits are not finite"):
+                model.complete([*healthy, OVERFLOWS, *range(20, 26)], mode=mode)
+            again = model.complete(healthy, max_new_tokens=8)
+            assert (again.token_ids, again.statistics.cached_tokens) == (wanted, 0)
+        with pytest.raises(BackendError, match="not finite"):
+            model.score([*healthy, OVERFLOWS, 20])
+        assert model.complete(healthy, max_new_tokens=8).token_ids == wanted
 
 
 def test_statistics_count_what_the_rounds_did(backend, bundles):
