@@ -75,7 +75,7 @@ class HostDevice:
     compute_capability = 87
 
     def __init__(self, size=1 << 30):
-        self.size, self.taken, self.captures = size, 0, 0
+        self.size, self.taken, self.captures, self.graphs = size, 0, 0, 0
         self.stream, self._kept, self._allocated = HostStream(), [], {}
         self.free_at_start, self.index = size, id(self)
 
@@ -135,11 +135,16 @@ class HostDevice:
         return lambda: self.stream.submit(lambda: ctypes.memmove(target, source, size))
 
     def captured(self, enqueue):
-        self.captures += 1
+        self.captures, self.graphs = self.captures + 1, self.graphs + 1
         self.stream.recorded = []
         enqueue()
         operations, self.stream.recorded = self.stream.recorded, None
         return lambda: [self.stream.submit(operation) for operation in operations]
+
+    @contextmanager
+    def captured_for_now(self, enqueue):
+        yield self.captured(enqueue)
+        self.graphs -= 1
 
     def stopwatch(self):
         watch = types.SimpleNamespace(begin=0, end=0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -334,12 +334,13 @@ class CudaSession(MeasuredSession):
         enqueue, watch, times = self._enqueued(call), self._device.stopwatch(), []
         enqueue()
         alone = Round((call,), rows=0, num_drafts=0, num_targets=0)
-        launch = self._device.captured(enqueue) if self._is_capturable(alone) else enqueue
-        for _ in range(repeats + 2):
-            watch.start()
-            launch()
-            watch.stop()
-            times.append(watch.elapsed_ns() / 1e6)
+        capturable = self._is_capturable(alone)
+        with self._device.captured_for_now(enqueue) if capturable else nullcontext(enqueue) as launch:
+            for _ in range(repeats + 2):
+                watch.start()
+                launch()
+                watch.stop()
+                times.append(watch.elapsed_ns() / 1e6)
         return float(np.median(times[2:]))
 
     def copy_bytes_per_second(self) -> float:

@@ -264,7 +264,21 @@ class CudaDevice:
         return lambda: to.copy_from(from_, stream=stream)
 
     def captured(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What `enqueue` puts on the stream, as one CUDA graph; calling the result launches it."""
+        """What `enqueue` puts on the stream, as one CUDA graph, which is kept; calling the result launches it."""
+        graph = self._graph(enqueue)
+        self._owned.append(graph.close)
+        return lambda: graph.launch(self.stream)
+
+    @contextmanager
+    def captured_for_now(self, enqueue: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """The same, for a while."""
+        graph = self._graph(enqueue)
+        try:
+            yield lambda: graph.launch(self.stream)
+        finally:
+            graph.close()
+
+    def _graph(self, enqueue: Callable[[], None]) -> Any:
         builder = self.stream.create_graph_builder()
         with uncollected():  # a destructor that waits for a device would end the capture
             try:
@@ -274,9 +288,8 @@ class CudaDevice:
             except BaseException:
                 builder.close()  # the stream is not left in the middle of a capture
                 raise
-        self._owned.append(graph.close)
         graph.upload(self.stream)
-        return lambda: graph.launch(self.stream)
+        return graph
 
     def stopwatch(self) -> DeviceTimer:
         """Two events around what is enqueued between them."""

@@ -64,12 +64,13 @@ def test_a_captured_copy_reads_its_source_at_each_launch(device):
         device.copier(array.address, source.ctypes.data, 8),
         device.copier(back.ctypes.data, array.address, 8),
     )
-    launch = device.captured(lambda: (to(), from_()))
-    for number in (3, 5):
-        source[0] = number
-        launch()
-        device.stream.sync()
-        assert back[0] == number
+    kept, lent = device.captured(lambda: (to(), from_())), device.captured_for_now(lambda: (to(), from_()))
+    with lent as launch:
+        for number, launched in ((3, kept), (4, launch), (5, kept), (6, launch)):
+            source[0] = number
+            launched()
+            device.stream.sync()
+            assert back[0] == number
 
 
 @pytest.mark.gpu

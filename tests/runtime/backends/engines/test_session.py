@@ -77,6 +77,15 @@ def test_what_cannot_be_captured_is_enqueued_with_the_same_tokens(rtx, bundle, t
         assert ours.statistics.captured_rounds == (0 if rtx else ours.statistics.rounds)
 
 
+def test_a_call_that_was_timed_leaves_no_captured_graph(bundle, tmp_path):
+    with model_of(bundle, tmp_path) as model:
+        device = model.session._device
+        captures, graphs = device.captures, device.graphs
+        for call in speculative_round(model.split, 2).calls:
+            assert model.session.time_call_ms(call, 5, 1) > 0
+        assert (device.captures > captures, device.graphs) == (True, graphs)
+
+
 def test_prompts_in_chunks_of_their_own_profile_decode_as_on_a_cpu(bundles, tmp_path):
     bundle = bundles("llama-gqa", exit_layer=3, prefill_chunk=32)
     with edgeskip.load(bundle.folder, device="cpu") as plain, model_of(bundle, tmp_path) as model:
