@@ -64,6 +64,10 @@ def token_table(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[i
     return TokenTable(tokens, tuple(eos_token_ids))
 
 
+class UnsoundError(RequestError):
+    """A grammar that llguidance refuses."""
+
+
 class TokenMask:
     """Which tokens may come next in one text, after whatever tokens are asked about.
 
@@ -72,7 +76,7 @@ class TokenMask:
         table: the model's tokens.
 
     Raises:
-        RequestError: a grammar that is malformed, fits no text, uses what llguidance does not know, or is too large.
+        UnsoundError: a grammar that is malformed, fits no text, uses what llguidance does not know, or is too large.
     """
 
     def __init__(self, grammar: Grammar, table: TokenTable) -> None:
@@ -138,10 +142,10 @@ def _matcher(grammar: Grammar, table: TokenTable) -> LLMatcher:
     try:
         source = sources[grammar.kind](grammar.source)
     except ValueError as error:
-        raise RequestError("grammar", f"not sound ({error})") from None
+        raise UnsoundError("grammar", f"not sound ({error})") from None
     made = LLMatcher(table.tokens, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
     if made.is_error():
-        raise RequestError("grammar", f"not sound ({' '.join(made.get_error().split())})")
+        raise UnsoundError("grammar", f"not sound ({' '.join(made.get_error().split())})")
     return made
 
 

@@ -22,6 +22,8 @@ from starlette.types import Message, Receive, Scope, Send
 from edgeskip.runtime.decoding.chat import chat_template, check_takes_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
 from edgeskip.runtime.errors import EdgeskipError, RequestError
+from edgeskip.runtime.grammar.grammar import Grammar
+from edgeskip.runtime.grammar.masks import UnsoundError
 from edgeskip.runtime.reading import check_plain
 from edgeskip.runtime.serving.answers import Answer, error_of, event, model_of
 from edgeskip.runtime.serving.calls import CallFormat, CallReader, call_format, demanded_calls
@@ -221,7 +223,22 @@ class _Answering(Response):
         capacity = model.bundle.manifest.max_length
         if len(ids) > capacity:
             raise _ContextFullError("prompt", f"{len(ids)} tokens", wanted=f"at most {capacity}", fix="shorten it")
-        return await self._served.worker.prepare(lambda: model.generate(ids, **self._settings))
+        return await self._served.worker.prepare(lambda: self._begun(ids))
+
+    def _begun(self, ids: list[int]) -> Iterator[Piece]:
+        """Begins to generate. Of a grammar that was made of tools, what is wrong with one of these is told."""
+        generate, tools = self._served.model.generate, self._asked.tools
+        try:
+            return generate(ids, **self._settings)
+        except UnsoundError:
+            if tools is None:
+                raise
+        for name, schema in tools.schemas.items():
+            try:
+                generate(ids, **{**self._settings, "grammar": Grammar.from_json_schema(schema)})
+            except UnsoundError as error:
+                raise RequestError("tools", f"the parameters of {name} are {error.found}") from None
+        raise RequestError("tools", "more than llguidance takes together", fix="give fewer or simpler ones")
 
     async def _whole(self, generation: Iterator[Piece]) -> Generation:
         async with aclosing(self._served.worker.pieces(generation)) as pieces:

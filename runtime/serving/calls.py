@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgeskip.runtime.decoding.text import overlap
-from edgeskip.runtime.grammar.grammar import Grammar
+from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.grammar.grammar import MOST_CHARACTERS, Grammar
 from edgeskip.runtime.reading import check_plain
 
 
@@ -188,7 +189,7 @@ def demanded_calls(form: CallFormat, functions: Mapping[str, Mapping[str, Any]],
         several: whether there may be more calls than one, where the model makes such.
 
     Raises:
-        RequestError: schemas that are too long.
+        RequestError: schemas that are too long together.
     """
     before, between, after = map(json.dumps, form.written)
     more = f"({between} call)*" if several and form.written[1] else ""
@@ -197,4 +198,7 @@ def demanded_calls(form: CallFormat, functions: Mapping[str, Mapping[str, Any]],
         head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
         rules.append(f'call_{number}: {head} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {json.dumps({**schema, **_COMPACT})}")
+    if (size := len("\n".join(rules))) > MOST_CHARACTERS:
+        found = f"{size} characters, with the schemas of all that may be called"
+        raise RequestError("tools", found, wanted=f"at most {MOST_CHARACTERS}", fix="give fewer or simpler ones")
     return Grammar.from_lark("\n".join(rules))

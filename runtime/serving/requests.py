@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.sampling import SamplingSettings
 
 MOST_STOPS, MOST_TOOLS = 16, 128
+_FUNCTION = {"name", "description", "parameters", "strict"}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SAMPLING = tuple(SamplingSettings.__annotations__)
 _SHARED = {"model", "stream", "stream_options", "stop", "n", "max_tokens", "logprobs", "response_format", *_SAMPLING}
@@ -148,7 +149,9 @@ def _messages(messages: Any) -> list[Any]:
     if not isinstance(messages, list) or not messages:
         found = "missing" if messages is None else f"{messages!r:.60}"
         raise RequestError("messages", found, wanted="a list of at least one message")
-    return [_message(number, message) for number, message in enumerate(messages, 1)]
+    made = [_message(number, message) for number, message in enumerate(messages, 1)]
+    _check_results(made)
+    return made
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
@@ -162,6 +165,36 @@ def _message(number: int, message: Any) -> dict[str, Any]:
         content = "".join(part["text"] for part in parts)
     role = "system" if message.get("role") == "developer" else message.get("role")
     return message | {"role": role, "content": content}
+
+
+def _check_results(messages: list[dict[str, Any]]) -> None:
+    """Checks that the calls of a message have their results right after it, and that there are no others: models were
+    trained on nothing else, and templates may leave out what does not fit.
+    """
+    caller, calls, left = 0, set[str](), set[str]()
+    for number, message in enumerate([*messages, {}], 1):
+        if message.get("role") == "tool":
+            answered = message.get("tool_call_id")
+            if not isinstance(answered, str) or answered not in calls:
+                found = "has no tool_call_id" if answered is None else f"its tool_call_id is {answered!r:.60}"
+                wanted = "the id of a call of the assistant's message that comes before the results"
+                raise RequestError(f"message {number}", found, wanted=wanted)
+            left.discard(answered)
+            continue
+        if left:
+            wanted = "a message with the role `tool` and its id as `tool_call_id`"
+            raise RequestError(f"message {caller}", f"its call {min(left)!r:.60} has no result after it", wanted=wanted)
+        caller, calls = number, set(_call_ids(number, message.get("tool_calls")))
+        left = set(calls)
+
+
+def _call_ids(number: int, calls: Any) -> Iterator[str]:
+    """The ids of an assistant's calls; all else about these is looked at where they are rendered."""
+    for call in calls if isinstance(calls, list) else ():
+        if not isinstance(call, dict) or not isinstance(call.get("id"), str):
+            found, wanted = f"one of its tool_calls is {call!r:.60}", "each with an `id`"
+            raise RequestError(f"message {number}", found, wanted=wanted)
+        yield call["id"]
 
 
 def _prompt(prompt: Any) -> Any:
@@ -207,6 +240,7 @@ def _functions(value: Any) -> dict[str, dict[str, Any]]:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         match function:
             case {"name": str() as name, **rest} if _NAME.fullmatch(name) and name not in found:
+                _check_function(number, tool)
                 schema = {} if rest.get("parameters") is None else rest["parameters"]
                 if isinstance(schema, dict) and schema.get("type", "object") == "object":
                     found[name] = {"type": "object", **schema}
@@ -217,6 +251,20 @@ def _functions(value: Any) -> dict[str, dict[str, Any]]:
         )
         raise RequestError("tools", f"number {number} is {function or tool!r:.60}", wanted=wanted)
     return found
+
+
+def _check_function(number: int, tool: dict[str, Any]) -> None:
+    """Looks for what would be passed over, and at what is there beside a name and parameters."""
+    function = tool["function"]
+    if unknown := [*(tool.keys() - {"type", "function"}), *(function.keys() - _FUNCTION)]:
+        found, wanted = f"number {number} has {min(unknown)!r:.60}", f"a function of {', '.join(sorted(_FUNCTION))}"
+        raise RequestError("tools", found, wanted=wanted, fix="leave it out")
+    for key, reads in (("strict", _flag), ("description", _text)):
+        try:
+            _value(function, key, reads, None)
+        except RequestError as error:
+            found, wanted = f"{key} of number {number} is {error.found}", error.wanted
+            raise RequestError("tools", found, wanted=wanted) from None
 
 
 def _text(value: Any) -> str:

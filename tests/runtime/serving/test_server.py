@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -328,6 +329,15 @@ def test_tools_are_called(family, chat_bundles, tmp_path):
         without = judge.apply_chat_template([*said[:2], plain, said[3]], add_generation_prompt=True, tokenize=False)
         made = client.chat.completions.create(**settings, tools=request["tools"], tool_choice="none")
         assert made.usage.prompt_tokens == len(without.encode())
+        for schema, reason in (
+            ({"properties": {"zone": {"type": "city"}}}, "the parameters of clock are not sound (Invalid type: city)"),
+            ({"enum": ["x" * 40_000]}, "characters, with the schemas of all that may be called; wanted at most 32768"),
+        ):
+            bad = {"type": "function", "function": {**CLOCK["function"], "parameters": schema}}
+            with pytest.raises(openai.BadRequestError, match=re.escape(reason)) as caught:
+                client.chat.completions.create(**request | {"tools": [WEATHER, bad]}, tool_choice="required")
+            assert caught.value.param == "tools"
+            assert len(str(caught.value)) < 300
 
 
 def test_calls_that_the_model_chose_to_make_stand_beside_its_text(chat_bundles, tmp_path, monkeypatch):
@@ -375,6 +385,11 @@ def test_models_are_listed(client):
         assert caught.value.code == "model_not_found"
 
 
+CALLED = {"name": "clock", "arguments": "{}"}
+CALLING = [
+    {"role": "assistant", "tool_calls": [{"id": "one", "type": "function", "function": CALLED}]},
+    {"role": "tool", "tool_call_id": "one", "content": "9"},
+]
 BAD = [
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
@@ -395,11 +410,20 @@ BAD = [
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": False}}]}, "tools"),
+    ({"tools": [{**CLOCK, "cache": 1}]}, "tools"),
+    ({"tools": [{**CLOCK, "function": {"name": "a", "paramters": {}}}]}, "tools"),
+    ({"tools": [{**CLOCK, "function": {"name": "a", "strict": "yes"}}]}, "tools"),
     ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "message_1"),
+    ({"messages": [CALLING[0]]}, "message_1"),  # the call has no result
+    ({"messages": [*CALLING[:1], *say("a"), *CALLING[1:]]}, "message_1"),
+    ({"messages": [*say("a"), CALLING[1]]}, "message_3"),
+    ({"messages": [CALLING[0], CALLING[1] | {"tool_call_id": "other"}]}, "message_2"),
+    ({"messages": [CALLING[0], {"role": "tool", "content": "9"}]}, "message_2"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": CALLED}]}, CALLING[1]]}, "message_1"),
     ({"extra_body": {"beam_width": 4}}, "beam_width"),
     ({"messages": [{"role": "user", "content": "x" * CAPACITY}]}, "prompt"),
 ]
