@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.hub.access import local_bundle
 
 _LOG = logging.getLogger(__name__)
@@ -38,13 +39,17 @@ def load(
         progress: called while the files are checked.
 
     Raises:
-        RequestError: the bundle has no such exit, or there is no such backend or device.
+        RequestError: the bundle has no such exit, or another setting has a value that cannot be.
         BundleError: the bundle is damaged, foreign or not there; on the hub, gated or not reached.
         BackendError: no backend can run it here; or the hub's library is not installed.
     """
+    if not isinstance(bundle, str | Path):
+        raise RequestError("bundle", f"{bundle!r:.60}", wanted="a folder, or the id of a bundle on the hub")
+    if not callable(progress):
+        raise RequestError("progress", f"{progress!r:.60}", wanted="a function")
     opened = read_bundle(local_bundle(bundle))
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
-    if exit_layer is not None and exit_layer not in opened.manifest.exit_layers:
+    if exit_layer is not None and (type(exit_layer) is not int or exit_layer not in opened.manifest.exit_layers):
         usable = backend != "auto" or (device != "cpu" and dialect is None)
         opened, session = open_elsewhere(opened, exit_layer, backend, engines=usable, progress=progress)
     else:

@@ -44,17 +44,26 @@ def open_session(
         progress: called while engines are checked.
 
     Raises:
-        RequestError: there is no such backend or device.
+        RequestError: there is no such backend, device or dialect, or no such number of threads.
         BundleError: there are no engines for the backend, or they do not fit this machine.
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
+    from edgeskip.runtime.bundle.dialects import dialects_of
     from edgeskip.runtime.bundle.manifest import verify_hashes
     from edgeskip.runtime.bundle.store import find_engines, not_loaded
     from edgeskip.runtime.bundle.weights import stored_arrays
 
-    for place, asked, choices in (("backend", backend, BACKENDS), ("device", device, DEVICES)):
+    has = dialects_of(bundle.manifest.formats.values())
+    dialects = (None, *(name for name, one in has.items() if not one.in_parts))
+    for place, asked, choices in (
+        ("backend", backend, BACKENDS),
+        ("device", device, DEVICES),
+        ("dialect", dialect, dialects),
+    ):
         if asked not in choices:
-            raise RequestError(place, f"{asked!r:.60}", wanted=f"one of {', '.join(choices)}")
+            raise RequestError(place, f"{asked!r:.60}", wanted=f"one of {', '.join(filter(None, choices))}")
+    if type(threads) is not int or threads < 0:
+        raise RequestError("threads", f"{threads!r:.60}", wanted="a whole number; 0 means one per core")
     if backend in ("tensorrt", "tensorrt-rtx"):
         return _open_engines(bundle, backend, *find_engines(bundle), exit_layer, progress)
     why: list[str] = []

@@ -223,7 +223,7 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     """
     if not (type(exit_layer) is int and 1 <= exit_layer < num_layers):
         wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
-        raise RequestError("exit layer", f"{exit_layer}", wanted=wanted)
+        raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted)
 
 
 def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> None:

@@ -1,0 +1,32 @@
+"""What `load` cannot take is one clear line."""
+
+from __future__ import annotations
+
+import pytest
+
+import edgeskip
+from edgeskip.runtime.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bundle": 3}, "bundle: 3; wanted a folder, or the id of a bundle on the hub"),
+        ({"bundle": b"/tmp"}, "bundle: b'/tmp'; wanted a folder"),
+        ({"backend": None}, "backend: None; wanted one of auto, onnxruntime"),
+        ({"device": ["cpu"]}, r"device: \['cpu'\]; wanted one of auto, cpu, cuda"),
+        ({"dialect": "nope"}, "dialect: 'nope'; wanted one of standard, ort, cpu"),
+        (
+            {"dialect": "layers"},
+            "dialect: 'layers'; wanted one of standard, ort, cpu",
+        ),  # they are parts
+        ({"threads": "2"}, "threads: '2'; wanted a whole number"),
+        ({"threads": -1}, "threads: -1; wanted a whole number"),
+        ({"exit_layer": "2"}, "exit layer: '2'; wanted 1 to 3"),
+        ({"exit_layer": 2.0}, "exit layer: 2.0; wanted 1 to 3"),
+        ({"progress": None}, "progress: None; wanted a function"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(changed, message, bundles):
+    with pytest.raises(RequestError, match=message):
+        edgeskip.load(**{"bundle": bundles("llama-gqa").folder, **changed})
