@@ -359,9 +359,13 @@ def _check_version(path: Path, data: Any) -> None:
 
 
 def _export_command(data: Mapping[str, Any]) -> str:
-    """The command that makes a bundle anew, as far as its manifest of another version tells."""
-    given = {"source": "CHECKPOINT"} | {k: v for k, v in data.items() if isinstance(v, (str, int)) and v is not True}
-    words = ["edgeskip", "export", str(given["source"])[:200], "NEW_BUNDLE"]
+    """The command that makes a bundle anew, as far as its manifest of another version tells. Of a checkpoint that was
+    no repository's but a folder, that has the name alone.
+    """
+    given = {k: v for k, v in data.items() if isinstance(v, (str, int)) and v is not True}
+    source = str(given.get("source", ""))[:200]
+    is_id = "/" in source
+    words = ["edgeskip", "export", source if is_id else "CHECKPOINT", "NEW_BUNDLE"]
     for key in ("exit_layer", "dtype", "max_length", "num_speculations"):
         if key in given:
             words += [f"--{key.replace('_', '-')}", str(given[key])[:20]]
@@ -371,7 +375,8 @@ def _export_command(data: Mapping[str, Any]) -> str:
     if data.get("renumbered"):
         words += ["--calibration", "TEXTS"]
     quantized = ", and the options that its weights were quantized with, if any" if data.get("quantization") else ""
-    return shlex.join(words) + quantized
+    named = f", where CHECKPOINT is the folder of {source!r}" if source and not is_id else ""
+    return shlex.join(words) + quantized + named
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:

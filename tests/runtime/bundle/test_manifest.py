@@ -113,6 +113,18 @@ def test_the_command_that_exports_an_older_bundle_again_has_what_its_manifest_te
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("owner/name", "edgeskip export owner/name NEW_BUNDLE --exit-layer 2 .* --num-speculations .$"),
+        ("llama-1b", "edgeskip export CHECKPOINT NEW_BUNDLE .*, where CHECKPOINT is the folder of 'llama-1b'$"),
+    ],
+)
+def test_that_command_names_a_checkpoint_where_it_can_be_found(source, message, folder):
+    edit_json(folder / MANIFEST, lambda m: m.update(format_version=FORMAT_VERSION - 1, source=source))
+    assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (b"", "not valid JSON"),
