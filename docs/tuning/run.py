@@ -137,10 +137,8 @@ def undisturbed(work: Callable[[], T]) -> T:
 def complete(model: Model, ids: list[int], pair: Pair, threshold: float) -> tuple[float, tuple[int, ...]]:
     """Decodes a prompt, plainly where K is 0: seconds behind the first token, and the tokens."""
     mode = "self-speculative" if pair[1] else "autoregressive"
-    k = pair[1] or None
-    generation = model.complete(
-        ids, mode=mode, num_speculations=k, confidence_threshold=threshold, max_new_tokens=NEW_TOKENS
-    )
+    drafting = {"num_speculations": pair[1], "confidence_threshold": threshold} if pair[1] else {}
+    generation = model.complete(ids, mode=mode, max_new_tokens=NEW_TOKENS, **drafting)
     s = generation.statistics
     return (s.ms_per_token or 0.0) * (s.new_tokens - 1) / 1e3, generation.token_ids
 

@@ -16,6 +16,7 @@ from edgeskip.runtime.commands.options import (
     device_option,
     draft_option,
     drawing_options,
+    first,
     html_option,
     json_option,
     max_new_tokens_option,
@@ -99,7 +100,7 @@ def bench(
         confidence_threshold,
         prompt_tokens,
         GREEDY.changed(**drawing),
-        draft,
+        first(draft, BenchSettings.draft),
         "auto" in grid,
     )
     texts = load_prompts(prompts)[:num_prompts]

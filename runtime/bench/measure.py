@@ -370,8 +370,8 @@ def _ours(model: Model, k: int | Literal["auto"], settings: BenchSettings) -> Co
             ids,
             mode=mode,
             num_speculations=k or None,
-            confidence_threshold=settings.confidence_threshold,
-            draft=settings.draft,
+            confidence_threshold=settings.confidence_threshold if k else None,
+            draft=settings.draft if k else None,
             max_new_tokens=max_new_tokens,
             **settings.sampling.settings,
         )

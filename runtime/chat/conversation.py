@@ -36,11 +36,17 @@ class Chat:
         settings: how to answer, as for `Model.generate`.
 
     Raises:
-        RequestError: the model has no chat template, or a message is malformed.
+        RequestError: the model has no chat template, a message is malformed, or a setting cannot be served.
+        BackendError: there is a grammar and its library is not installed.
     """
 
     def __init__(self, model: Model, *, system: str | None = None, messages: Sequence[Message] = (), **settings: Any):
         check_takes_chats(model.bundle)
+        if not (system is None or isinstance(system, str)):
+            raise RequestError("system", f"{system!r:.60}", wanted="a text")
+        if not isinstance(messages, Sequence):
+            raise RequestError("messages", f"{messages!r:.60}", wanted="a list of messages")
+        model.check(**settings)
         expect_chats()
         self.model, self.system, self.settings = model, system, settings
         self.messages: list[Message] = [check_message(f"message {n}", said) for n, said in enumerate(messages, 1)]

@@ -74,9 +74,8 @@ threshold_option = click.option(
 draft_option = click.option(
     "--draft",
     type=click.Choice(DRAFTS),
-    default=DRAFTS[0],
-    show_default=True,
-    help="What drafts: the exit; ngram, what the text had after the same tokens before; auto, that where there is any.",
+    help="What drafts: the exit; ngram, what the text had after the same tokens before; auto, that where there is any."
+    f"  [default: {DRAFTS[0]}]",
 )
 backend_option = click.option(
     "--backend",

@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    first,
     require,
     say,
     threads_option,
@@ -70,7 +71,7 @@ def serve(
         with progress_bar() as progress:
             model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
         with model:
-            model.held.most_saved_bytes, model.draft = prefix_cache_mb * 10**6, draft
+            model.held.most_saved_bytes, model.draft = prefix_cache_mb * 10**6, first(draft, model.draft)
             called = name or bundle.resolve().name
             served = Served(model, Worker(queue), called, api_key or None, is_loopback(listening))
             print_model(model, console(stderr=True))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -177,7 +177,46 @@ class Model:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
             BackendError: at once, if there is a grammar and its library is not installed.
         """
+        request = self._request(
+            mode=mode,
+            num_speculations=num_speculations,
+            confidence_threshold=confidence_threshold,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            logprobs=logprobs,
+            **further,
+        )
+        return self._generate(replace(request, prompt_ids=self._held(prompt)))
+
+    def check(self, **settings: Unpack[GenerationSettings]) -> None:
+        """Checks settings of `generate`, for whoever has no prompt yet.
+
+        Raises:
+            RequestError: they cannot be served.
+            BackendError: there is a grammar and its library is not installed.
+        """
+        self._request(**settings)
+
+    def _request(
+        self,
+        *,
+        mode: Mode = "self-speculative",
+        num_speculations: int | Literal["auto"] | None = None,
+        confidence_threshold: float | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        **further: Unpack[FurtherSettings],
+    ) -> _Request:
+        """A request that lacks its prompt."""
         draft = further.pop("draft", None)
+        if mode not in MODES:
+            raise RequestError("mode", f"{mode!r:.60}", wanted=f"one of {', '.join(MODES)}")
+        drafting = {"draft": draft, "num speculations": num_speculations, "confidence threshold": confidence_threshold}
+        for name, given in drafting.items():
+            if mode != "self-speculative" and given is not None:
+                found = f"{given!r:.60}, beside the mode {mode}, which drafts nothing"
+                raise RequestError(name, found, fix="leave out one of them")
         draft = self.draft if draft is None else draft
         if draft not in DRAFTS:
             raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
@@ -187,8 +226,6 @@ class Model:
         most = MAX_SPECULATIONS if num_speculations == "auto" else num_speculations
         if confidence_threshold is None:
             confidence_threshold = self.session.confidence_threshold
-        if mode not in MODES:
-            raise RequestError("mode", f"{mode!r}", wanted=f"one of {', '.join(MODES)}")
         check_num_speculations(most, " or 'auto'")
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
@@ -204,12 +241,8 @@ class Model:
         grammar = further.pop("grammar", None)
         picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
         k = most if mode == "self-speculative" else 0
-        ids = self._held(prompt)
         mask = None if grammar is None else self._mask(grammar)
-        request = _Request(
-            ids, mode, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask
-        )
-        return self._generate(request)
+        return _Request((), mode, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
 
     def complete(
         self,
@@ -478,7 +511,7 @@ async def iterated(
 class _Request:
     """What was asked for, checked; K is 0 where nothing is drafted."""
 
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     mode: Mode
     num_speculations: int
     paced: bool

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from itertools import pairwise
 
 import pytest
+from tests.conftest import edit_json
 
 import edgeskip
 from edgeskip.runtime.errors import RequestError
@@ -17,6 +19,13 @@ CAPACITY = 192
 def model(chat_bundles):
     with edgeskip.load(chat_bundles(CAPACITY).folder) as loaded:
         yield loaded
+
+
+def ending(bundle, folder):
+    """A copy of a bundle whose texts may end, as those of a grammar do."""
+    copy = shutil.copytree(bundle.folder, folder / "b", copy_function=shutil.copy2)
+    edit_json(copy / "manifest.json", lambda manifest: manifest.update(eos_token_ids=[1]))
+    return copy
 
 
 def message(role, content):
@@ -60,6 +69,23 @@ def test_what_cannot_be_sent_is_not_part_of_the_conversation(model):
     assert chat.ask("b")
     with pytest.raises(RequestError, match="message 1: 'a'; wanted a mapping"):
         edgeskip.Chat(model, messages=["a"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"draft": "nope"}, "draft: 'nope'; wanted one of exit, ngram, auto"),
+        ({"mode": "autoregressive", "draft": "ngram"}, "draft: 'ngram', beside the mode autoregressive"),
+        ({"drafts": "ngram"}, "'drafts'; wanted one of"),
+        ({"max_new_tokens": 0}, "max new tokens: 0"),
+        ({"grammar": edgeskip.Grammar.from_regex("(")}, "grammar: not sound"),
+        ({"system": 3}, "system: 3; wanted a text"),
+        ({"messages": None}, "messages: None; wanted a list"),
+    ],
+)
+def test_what_no_turn_could_have_is_refused_at_once(settings, error, chat_bundles, tmp_path):
+    with edgeskip.load(ending(chat_bundles(CAPACITY), tmp_path)) as model, pytest.raises(RequestError, match=error):
+        edgeskip.Chat(model, **settings)
 
 
 def test_the_oldest_turns_make_room(model, caplog):

@@ -153,6 +153,13 @@ def test_generation_ends_at_a_stop_string(bundles):
         ("a", {"num_speculations": 17}, "wanted 1 to 16"),
         ("a", {"num_speculations": "4"}, "num speculations: '4'; wanted 1 to 16 or 'auto'"),
         ("a", {"draft": ""}, "draft: ''; wanted one of exit, ngram, auto"),
+        ("a", {"mode": "autoregressive", "num_speculations": 3}, "num speculations: 3, beside the mode autoregressive"),
+        (
+            "a",
+            {"mode": "early-exit", "draft": "exit"},
+            "draft: 'exit', beside the mode early-exit, which drafts nothing",
+        ),
+        ("a", {"mode": "autoregressive", "confidence_threshold": 0}, "confidence threshold: 0, beside the mode"),
         ("a", {"max_new_tokens": 0}, "max new tokens: 0"),
         ("a", {"max_new_tokens": "3"}, "max new tokens: '3'; wanted"),
         ("a", {"confidence_threshold": "x"}, "confidence threshold: 'x'; wanted 0 to 1"),
