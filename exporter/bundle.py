@@ -25,7 +25,7 @@ from edgeskip.runtime.bundle.graphs import (
     DEFAULT_SPECULATIONS,
     PICKERS,
     check_draft_vocabulary,
-    check_exit_layer,
+    check_exit_layers,
     check_num_speculations,
     graph_table,
     heads_of,
@@ -95,7 +95,7 @@ def export_bundle(
         checkpoint = by_frequency(checkpoint, settings.calibration)
         if not asks_for_texts(settings):
             settings = replace(settings, calibration=None)
-    exits = tuple(sorted({settings.exit_layer, *settings.other_exits}))
+    exits = tuple(sorted((settings.exit_layer, *settings.other_exits)))
     heads = heads_of(architecture.vocab_size, settings.draft_vocabulary, settings.picker)
     quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress)
     formats = quantization.formats
@@ -147,8 +147,7 @@ def export_bundle(
 def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     """Returns the cache capacity."""
     layers, context = checkpoint.architecture.num_layers, checkpoint.architecture.max_position_embeddings
-    for exit_layer in (settings.exit_layer, *settings.other_exits):
-        check_exit_layer(exit_layer, layers)
+    check_exit_layers((settings.exit_layer, *settings.other_exits), layers)
     capacity = min(context, DEFAULT_MAX_LENGTH) if settings.max_length is None else settings.max_length
     if not 2 <= capacity <= context:
         window = checkpoint.sliding_window

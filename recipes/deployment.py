@@ -38,6 +38,7 @@ class ExportRecipe:
     Attributes:
         checkpoint: a hub id, a folder (relative to the recipe), or a checkpoint that ships with edgeskip.
         exit_layer: E; layers[:E] draft.
+        other_exits: further exit layers, from which the bundle can draft too.
         source: where exit layer and speculation length come from.
         num_speculations: K, drafts per round.
         shape: the published shape that stands for its config.json where the checkpoint is not at hand.
@@ -69,6 +70,7 @@ class ExportRecipe:
     bits: Annotated[float, Range(1, 16)] | None = None
     quantizer: Method = "search"
     draft_vocabulary: Annotated[int, Range(LEAST_DRAFT_VOCABULARY, MOST_SIZE)] | None = None
+    other_exits: tuple[Size, ...] = ()
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

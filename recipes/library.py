@@ -14,7 +14,7 @@ from edgeskip.recipes.plan.plan import PlanSettings
 from edgeskip.recipes.plan.recommend import recommend
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.train.schema import TrainingRecipe
-from edgeskip.runtime.bundle.graphs import check_exit_layer
+from edgeskip.runtime.bundle.graphs import check_exit_layers
 from edgeskip.runtime.errors import EdgeskipError, RecipeError, RequestError
 
 _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
@@ -93,10 +93,16 @@ def validate(path: Path) -> Kind:
             planned_formats(architecture, recipe.dtype or "fp16", choice)
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
-        for key, exit_layer in (("exit_layer", recipe.exit_layer), *(("match_rates", e) for e in recipe.match_rates)):
+        exits = (recipe.exit_layer, *recipe.other_exits)
+        named = (
+            ("exit_layer", exits[:1]),
+            ("other_exits", exits),
+            *(("match_rates", (e,)) for e in recipe.match_rates),
+        )
+        for key, exit_layers in named:
             try:
-                check_exit_layer(exit_layer, layers)
+                check_exit_layers(exit_layers, layers)
             except RequestError as error:
-                found = f"found exit layer {exit_layer}"
+                found = f"found exit layer {error.found}"
                 raise RecipeError(f"{path}: {key}", found, wanted=error.wanted) from None
     return kind

@@ -22,7 +22,7 @@ from edgeskip.runtime.bundle.layers import files_of
 
 if TYPE_CHECKING:
     from edgeskip.runtime.bundle.dtypes import DType
-    from edgeskip.runtime.bundle.manifest import Bundle, Progress
+    from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
     from edgeskip.runtime.bundle.tensors import TensorRecord
     from edgeskip.runtime.decoding.model import Generation, Model, Piece
     from edgeskip.runtime.decoding.session import Memory
@@ -107,6 +107,12 @@ def table(first: str, *others: str) -> Table:
     return made
 
 
+def drafting_text(manifest: Manifest) -> str:
+    """The layers that draft, as in `layers[:3] (where asked for, layers[:5]) draft`."""
+    others = " or ".join(f"layers[:{one}]" for one in manifest.other_exits)
+    return f"layers[:{manifest.exit_layer}]{f' (where asked for, {others})' if others else ''} draft"
+
+
 def print_bundle(bundle: Bundle, console: Console) -> None:
     """What a bundle holds."""
     m, a = bundle.manifest, bundle.manifest.architecture
@@ -117,7 +123,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     if m.synthetic:
         console.print("[bold]synthetic[/bold]: random weights, made to measure speed; its texts mean nothing")
     console.print(
-        f"{a.num_layers} layers: layers\\[:{m.exit_layer}] draft, layers\\[{m.exit_layer}:] verify; "
+        f"{a.num_layers} layers: {shown(drafting_text(m))}, layers\\[{m.exit_layer}:] verify; "
         f"hidden {a.hidden_size}, {a.num_heads} heads over {a.num_kv_heads} KV heads of {a.head_dim}, "
         f"vocabulary {a.vocab_size}{', tied' if a.tie_word_embeddings else ''}"
     )

@@ -439,6 +439,38 @@ def test_export_says_what_it_made_and_how_to_try_it(checkpoints, tmp_path):
     assert made["statistics"]["num_speculations"] == 2
 
 
+def test_a_bundle_of_several_exits_through_the_verbs(checkpoints, texts, tmp_path):
+    bundle = tmp_path / "b"
+    for exits, message in {
+        "3,3": "exit layer: 3 twice; wanted each exit layer once",
+        "1,4": "exit layer: 4; wanted 1 to 3",
+        "1;3": "'1;3' is no list of whole numbers, such as 4 or 3,5",
+    }.items():
+        refused = run("export", checkpoints("llama-gqa"), bundle, "-e", exits)
+        assert refused.exit_code
+        assert message in refused.stderr
+    drafting = "layers[:3] (where asked for, layers[:1]) draft"
+    assert drafting in succeed("export", checkpoints("llama-gqa"), bundle, "-e", "3,1").stderr
+    shown = succeed("inspect", bundle).stdout
+    assert drafting in shown
+    assert "draft subgraph after layer 3: draft -> middle_1_3 -> head" in shown
+    text = {"-e": [], "3": ["-e", 3], "1": ["-e", 1], "plain": ["--mode", "autoregressive"]}
+    made = [succeed("generate", bundle, "-p", "a", "-n", 20, *words).stdout for words in text.values()]
+    assert len(set(made)) == 1
+    refused = run("generate", bundle, "-p", "a", "-e", 2)
+    assert refused.exit_code == 5
+    assert_one_line(refused.stdout, refused.stderr)
+    assert "exit layer: 2; wanted 1, 3: the bundle is cut there; export with this exit layer" in refused.stderr
+    plan = json.loads(succeed("plan", bundle, "-d", "h100", "--dtype", "fp16", "--json").stdout)
+    assert (plan["exit_layer"], plan["other_exits"]) == (3, [1])
+    grid = ["-e", 3, "-e", 1, "-k", 2, "-k", 3, "-n", 8, "--repeats", 1]
+    bench = succeed("bench", bundle, "--prompts", texts, *grid, "--json")
+    report = json.loads(bench.stdout)
+    found = [(row["exit_layer"], row["num_speculations"]) for row in report["rows"]]
+    assert found == [(None, 0), (3, 2), (3, 3), (1, 2), (1, 3)]
+    assert {stage["graph"] for stage in report["stages"]} == {"draft", "middle_1_3", "verify", "head"}
+
+
 @pytest.mark.parametrize("verb", ["generate", "bench"])
 def test_a_speculation_length_is_a_number_or_auto(verb, bundle):
     result = run(verb, bundle, "-k", "Auto")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from edgeskip.exporter.check.comparison import Bounds, Comparison, Errors, Threshold, bounds_of
 from edgeskip.exporter.check.golden import Golden, GoldenText
@@ -22,7 +22,6 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.graphs import GraphName
 from edgeskip.runtime.bundle.manifest import Manifest, Progress
 from edgeskip.runtime.decoding.model import Model
-from edgeskip.runtime.decoding.rounds import Mode
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.sampling import GREEDY
 
@@ -30,7 +29,6 @@ NEW_TOKENS = 48
 """Tokens of each greedy text."""
 LONGEST = 4096
 """Tokens of the joined text, at most: the golden model takes it all at once."""
-_MODES: tuple[Mode, ...] = ("autoregressive", "self-speculative")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ class Departure:
 
 @dataclass(frozen=True)
 class CheckReport(Provenance):
-    """`agreed` counts the prompts whose text is the golden one; `prompts_cut` those longer than half the capacity.
+    """`agreed` counts, for each way of decoding, the prompts whose text is the golden one; `prompts_cut` those longer
+    than half the capacity.
 
     `rounded_to_8_bits` says that the session's products round what they multiply, so that the thresholds are wider.
     `departures` has an entry for each failing graph if `layers` was asked for, null where no part departs by itself.
@@ -145,7 +144,8 @@ def run_check(
     tie_gap = bounds.tie_gap
     runner, comparison = SessionRunner(model), Comparison()
     disagreements: list[Disagreement] = []
-    agreed: dict[str, int] = dict.fromkeys(_MODES, 0)
+    ways = _ways(manifest)
+    agreed: dict[str, int] = dict.fromkeys(ways, 0)
     texts: list[_Text] = []
 
     def look(text: _Text) -> None:
@@ -156,15 +156,15 @@ def run_check(
     for index, ids in enumerate(prompt_ids):
         wanted = golden.generate(ids, min(NEW_TOKENS, manifest.max_length - len(ids)))
         look(_text(index, [*ids, *wanted.token_ids], len(ids), manifest))
-        for mode in _MODES:
+        for way, settings in ways.items():
             model.forget()
-            given = model.complete(ids, mode=mode, max_new_tokens=len(wanted.token_ids), **GREEDY.settings).token_ids
+            given = model.complete(ids, **settings, max_new_tokens=len(wanted.token_ids), **GREEDY.settings).token_ids
             parted = _first_difference(wanted, given)
-            agreed[mode] += parted is None
+            agreed[way] += parted is None
             if parted:
                 position, gap = parted
                 is_tie = gap is not None and gap < tie_gap
-                disagreements.append(Disagreement(mode, index, len(ids) + position, gap, is_tie))
+                disagreements.append(Disagreement(way, index, len(ids) + position, gap, is_tie))
     for text in _joined_texts(prompt_ids, manifest):
         look(text)
     tensors = tuple(
@@ -193,6 +193,13 @@ def run_check(
         lost=None if original is None else quantization_loss(golden, original, prompt_ids),
         passed=not failed and all(d.is_tie for d in disagreements) and all(one.passed for one in stored or ()),
     )
+
+
+def _ways(manifest: Manifest) -> dict[str, Any]:
+    """Ways of decoding whose texts are compared, by name: plain, and with drafts from each exit."""
+    speculative: dict[str, Any] = {"mode": "self-speculative", "exit_layer": None}
+    others = {f"self-speculative from layer {e}": speculative | {"exit_layer": e} for e in manifest.other_exits}
+    return {"autoregressive": {"mode": "autoregressive"}, "self-speculative": speculative, **others}
 
 
 def _text(prompt: int, token_ids: Sequence[int], length: int, manifest: Manifest) -> _Text:

@@ -46,6 +46,14 @@ if TYPE_CHECKING:
     help="Speculation lengths to measure, auto among them; can be given more than once.  [default: 1 to 8]",
 )
 @draft_option
+@click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    multiple=True,
+    type=int,
+    help="Exits to measure, of those that the bundle has; can be given more than once.  [default: its first]",
+)
 @threshold_option
 @max_new_tokens_option
 @prompts_option
@@ -65,6 +73,7 @@ def bench(
     bundle: Path,
     grid: tuple[Any, ...],
     draft: Any,
+    exit_layers: tuple[int, ...],
     confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
@@ -102,6 +111,7 @@ def bench(
         GREEDY.changed(**drawing),
         first(draft, BenchSettings.draft),
         "auto" in grid,
+        exit_layers,
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

@@ -13,7 +13,7 @@ from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import first, require, say
+from edgeskip.runtime.commands.options import ExitLayers, first, require, say
 
 
 @click.command()
@@ -26,7 +26,13 @@ from edgeskip.runtime.commands.options import first, require, say
     shell_complete=names_of("device"),
     help="Plan for this device, by name or file, and fit its memory.",
 )
-@click.option("--exit-layer", "-e", type=int, help="E: layers[:E] draft, the rest verify.  [default: the recipe's]")
+@click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    type=ExitLayers(),
+    help="E: layers[:E] draft, the rest verify; of several, as 3,5, the first is the default.  [default: the recipe's]",
+)
 @click.option(
     "--dtype",
     type=click.Choice(get_args(DType)),
@@ -95,7 +101,7 @@ def export(
     paths: tuple[str, ...],
     recipe: str | None,
     device_name: str | None,
-    exit_layer: int | None,
+    exit_layers: tuple[int, ...] | None,
     dtype: Any,
     max_length: int | None,
     num_speculations: int | None,
@@ -129,7 +135,7 @@ def export(
     from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
     from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.printable import one_line
-    from edgeskip.runtime.terminal import progress_bar
+    from edgeskip.runtime.terminal import drafting_text, progress_bar
 
     def warn(line: str) -> None:
         click.echo(f"edgeskip: warning: {one_line(line)}", err=True)
@@ -140,7 +146,7 @@ def export(
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         source = paths[0] if len(paths) == 2 else checkpoint_source(chosen, path)
-        exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
+        exit_layers, dtype = first(exit_layers, (chosen.exit_layer, *chosen.other_exits)), first(dtype, chosen.dtype)
         max_length = first(max_length, chosen.max_length)
         num_speculations = first(num_speculations, chosen.num_speculations)
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
@@ -150,14 +156,15 @@ def export(
         draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
     if weights == "auto" or quantizer == "gptq":
         require("export --quantizer gptq")
-    if exit_layer is None:
+    if exit_layers is None:
         raise click.UsageError("give --exit-layer or --recipe")
+    exit_layer, *other_exits = exit_layers
     bundle = Path(paths[-1] if paths else "-".join(Path(name).stem for name in (recipe, device_name) if name))
     check_destination(bundle)
     opened = open_checkpoint(source, revision=revision, token=token, offline=offline, warn=warn)
     if device is not None:
         wanted = PlanSettings(exit_layer, num_speculations, dtype=dtype, max_length=max_length)
-        wanted = replace(wanted, draft_vocabulary=draft_vocabulary)
+        wanted = replace(wanted, draft_vocabulary=draft_vocabulary, other_exits=tuple(other_exits))
         size = first(size, fitting_block_size(opened.architecture, device))
         if not (weights or head or layers or opened.quantized_by):
             recommended = recommend(opened.architecture, device, wanted, size)
@@ -175,6 +182,7 @@ def export(
         first(dtype, "fp32"),
         max_length,
         first(num_speculations, DEFAULT_SPECULATIONS),
+        other_exits=tuple(other_exits),
         draft_vocabulary=draft_vocabulary,
         weights=weights,
         head=head,
@@ -187,7 +195,7 @@ def export(
     with progress_bar() as progress:
         exported = export_bundle(opened, bundle, settings, progress, warn)
     size_mb = exported.manifest.weights_bytes / 1e6
-    say(f"{bundle}: {size_mb:.1f} MB of weights, layers[:{exit_layer}] draft and the rest verify.")
+    say(f"{bundle}: {size_mb:.1f} MB of weights, {drafting_text(exported.manifest)} and the rest verify.")
     if draft_vocabulary is not None:
         counted = "are frequent in your texts" if exported.manifest.renumbered else "have the first ids"
         say(f"Drafts are among the {draft_vocabulary} tokens that {counted}.")

@@ -14,10 +14,7 @@ from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.commands.options import (
-    first,
-    json_option,
-)
+from edgeskip.runtime.commands.options import ExitLayers, first, json_option
 from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
 
 
@@ -32,7 +29,13 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     required=True,
     help="A device, by name or file; `edgeskip recipes list` shows them.",
 )
-@click.option("--exit-layer", "-e", type=int, help="E.  [default: the recipe's, or a quarter of the layers]")
+@click.option(
+    "--exit-layer",
+    "-e",
+    "exit_layers",
+    type=ExitLayers(),
+    help="E; of several, as 3,5, times are those of the first.  [default: the recipe's, or a quarter of the layers]",
+)
 @click.option(
     "--num-speculations",
     "-k",
@@ -82,7 +85,7 @@ def plan(
     model: str | None,
     recipe: str | None,
     device_name: str,
-    exit_layer: int | None,
+    exit_layers: tuple[int, ...] | None,
     num_speculations: int | None,
     match_rates: tuple[str, ...],
     backend: Any,
@@ -126,7 +129,7 @@ def plan(
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
         shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
-        exit_layer, dtype = first(exit_layer, chosen.exit_layer), first(dtype, chosen.dtype)
+        exit_layers, dtype = first(exit_layers, (chosen.exit_layer, *chosen.other_exits)), first(dtype, chosen.dtype)
         max_length, own_num_speculations = first(max_length, chosen.max_length), chosen.num_speculations
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
@@ -135,17 +138,21 @@ def plan(
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
-        exit_layer, dtype = first(exit_layer, manifest.exit_layer), first(dtype, manifest.dtype)
+        exit_layers, dtype = (
+            first(exit_layers, (manifest.exit_layer, *manifest.other_exits)),
+            first(dtype, manifest.dtype),
+        )
         max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
         formats, draft_vocabulary = manifest.formats, first(draft_vocabulary, manifest.draft_vocabulary)
     else:
         shape = load_shape(str(model))
-        exit_layer = first(exit_layer, max(shape.architecture.num_layers // 4, 1))
+        exit_layers = first(exit_layers, (max(shape.architecture.num_layers // 4, 1),))
+    exit_layer, *other_exits = exit_layers
     known |= parse_match_rates(match_rates, exit_layer)
     if exit_layer not in known:
         num_speculations = first(num_speculations, own_num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
-    settings = replace(settings, draft_vocabulary=draft_vocabulary)
+    settings = replace(settings, draft_vocabulary=draft_vocabulary, other_exits=tuple(other_exits))
     measured = [read_report(path) for path in reports]
     for report, path in zip(measured, reports, strict=True):
         check_report(report, path)

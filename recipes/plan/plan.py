@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from edgeskip.recipes.deployment import Device
@@ -54,7 +55,9 @@ from edgeskip.runtime.bundle.graphs import (
     GraphName,
     check_draft_vocabulary,
     check_exit_layer,
-    single_exit,
+    check_exit_layers,
+    graph_table,
+    heads_of,
 )
 from edgeskip.runtime.bundle.layers import LEAST_SM, has_products
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors, kind_of
@@ -110,6 +113,7 @@ class PlanSettings:
         jetpack: JetPack's version or the first numbers of it, on a Jetson; None takes the TensorRT that the device's
             table names.
         draft_vocabulary: rows of the vocabulary that drafts come from; None takes all.
+        other_exits: further exit layers that the model is cut after.
         position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
     """
 
@@ -123,6 +127,12 @@ class PlanSettings:
     position: int | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
     draft_vocabulary: int | None = None
+    other_exits: tuple[int, ...] = ()
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """All exit layers, in order."""
+        return tuple(sorted((self.exit_layer, *self.other_exits)))
 
 
 @dataclass(frozen=True)
@@ -186,8 +196,9 @@ class Plan:
     null where none are.
     `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
     those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
-    the fastest of the exits whose match rate is known. `formats` counts the bytes of weights on disk by their format;
-    `recommended` says why, where no format was asked for.
+    the fastest of the exits whose match rate is known. Rounds draft from `exit_layer`, or each of `exits`, as those
+    of a model with that exit alone; `other_exits` are those that it is cut after too. `formats` counts the bytes of
+    weights on disk by their format; `recommended` says why, where no format was asked for.
     """
 
     model: str
@@ -220,6 +231,7 @@ class Plan:
     exits: tuple[ExitPlan, ...]
     best: ExitPlan | None
     recommended: Recommendation | None = None
+    other_exits: tuple[int, ...] = ()
 
 
 def make_plan(
@@ -286,6 +298,7 @@ def make_plan(
         rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
         exits=exits,
         best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
+        other_exits=settings.other_exits,
     )
 
 
@@ -330,10 +343,10 @@ def make_basis(
     widened = {} if dialect is None else _widened_memory(a, dtype, formats)
 
     def memory_of(tokens: int) -> dict[str, int]:
-        memory = _memory(a, held, dtype, tokens, libraries, shared=device.shared_memory)
+        memory = _memory(a, settings.exit_layers, held, dtype, tokens, libraries, shared=device.shared_memory)
         return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect) | widened
 
-    longest = max(settings.exit_layer, a.num_layers - settings.exit_layer)
+    longest = max(last - first for first, last in pairwise((0, *settings.exit_layers, a.num_layers)))
     build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
     memory, largest = memory_of(capacity), _largest(context, lambda n: sum(memory_of(n).values()) <= available)
     problems = (
@@ -426,7 +439,8 @@ def held_bytes(
 
 def _check(architecture: Architecture, device: Device, settings: PlanSettings) -> None:
     context = architecture.max_position_embeddings
-    for exit_layer in (settings.exit_layer, *settings.match_rates):
+    check_exit_layers((settings.exit_layer, *settings.other_exits), architecture.num_layers)
+    for exit_layer in settings.match_rates:
         check_exit_layer(exit_layer, architecture.num_layers)
     check_draft_vocabulary(settings.draft_vocabulary, architecture.vocab_size)
     if settings.max_length is None or not 2 <= settings.max_length <= context:
@@ -483,6 +497,7 @@ def _check_reports(device: Device, reports: Sequence[BenchReport]) -> None:
 
 def _memory(
     architecture: Architecture,
+    exit_layers: Sequence[int],
     held: Mapping[GraphName, int],
     dtype: DType,
     capacity: int,
@@ -491,7 +506,8 @@ def _memory(
     shared: bool,
 ) -> dict[str, int]:
     """Device memory at run time by kind; the caches are the same wherever the model is split."""
-    a, graphs, chunk = architecture, single_exit(architecture, 1), min(DEFAULT_PREFILL_CHUNK, capacity)
+    a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
+    graphs = graph_table(a.num_layers, exit_layers, heads_of(a.vocab_size))
     memory = {f"{graph} weights": size for graph, size in held.items()}
     memory["caches"] = sum(cache_sizes(a, graphs, dtype, capacity).values())
     memory["workspace"] = sum(size * rows for size, rows in buffer_sizes(a, graphs, dtype, chunk).values())
@@ -680,7 +696,7 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
 
 def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
     """Each kind of call in a plain step and a round of K drafts, once."""
-    for call in distinct_calls(chains(sizes), (0, k), sizes):
+    for call in distinct_calls((chains(sizes),), (0, k), sizes):
         graph, rows = call.key
         size = sizes[graph]
         yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))

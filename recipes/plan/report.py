@@ -22,10 +22,12 @@ _EXITS = 6
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Memory as a bar, times as tables, and the verdict."""
+    cut = f" (cut after {', '.join(map(str, plan.other_exits))} too)" if plan.other_exits else ""
     console.print(
         f"[bold]{shown(plan.model)}[/bold] on [bold]{shown(plan.device)}[/bold]: {plan.backend}"
         f"{f' ({plan.dialect} dialect)' if plan.dialect else ''}, {plan.dtype}, "
-        f"exit layer {plan.exit_layer} of {plan.num_layers}, K = {plan.num_speculations}, {plan.max_length} tokens\n"
+        f"exit layer {plan.exit_layer} of {plan.num_layers}{cut}, K = {plan.num_speculations}, "
+        f"{plan.max_length} tokens\n"
     )
     _print_formats(plan, console)
     _print_memory(plan, console)
@@ -106,15 +108,16 @@ def _print_times(plan: Plan, console: Console) -> None:
     console.print(f"What a match rate gives at exit layer {plan.exit_layer}:")
     console.print(rates)
     exits = table("exit layer", "loses below", "match rate", "best K", "ms per token")
+    own = {plan.exit_layer, *plan.other_exits}
     unknown = [e.exit_layer for e in plan.exits if e.match_rate is None]
-    shown = set(unknown[:: max(1, -(-len(unknown) // _EXITS))]) | {plan.exit_layer}
+    shown = set(unknown[:: max(1, -(-len(unknown) // _EXITS))]) | own
     for exit_plan in plan.exits:
         if exit_plan.match_rate is None and exit_plan.exit_layer not in shown:
             continue
         cells = [str(exit_plan.exit_layer), _number(exit_plan.break_even, ".2f", "always")]
         cells += [_number(exit_plan.match_rate, ".2f", ""), _number(exit_plan.num_speculations, "d", "")]
         cells.append(_number(exit_plan.ms_per_token, ".2f", ""))
-        exits.add_row(*cells, style="bold" if exit_plan.exit_layer == plan.exit_layer else "")
+        exits.add_row(*cells, style="bold" if exit_plan.exit_layer in own else "")
     console.print("Exit layers, and the match rate below which self-speculation loses:")
     console.print(exits)
 

@@ -128,7 +128,7 @@ class OrtCpuSession(MeasuredSession):
 
         narrow = tuple(one for call in round_.calls for one in self._as_drafted(call))
         wide = tuple(map(self._widened, narrow))
-        calls, last = [*bound(wide)], self._dims["C"] - max(call.rows for call in wide)
+        calls, last = [*bound(wide)], self._dims["C"] - max(call.first_row + call.rows for call in wide)
         both = calls, calls if wide == narrow else [*bound(narrow)]
         return _CpuRound(round_, both, last, self._buffers, self._stage_ns)
 

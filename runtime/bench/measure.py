@@ -20,7 +20,7 @@ from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
 from edgeskip.runtime.bundle.architecture import Size
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
-from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, GraphName, check_num_speculations
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, GraphName, Split, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, count_accepted, prefill
@@ -52,7 +52,8 @@ class BenchSettings:
     """Speculation lengths to measure, tokens per prompt, how often, when drafting ends early, and what drafts.
 
     `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
-    given. `adaptive` measures rounds too whose length is chosen as the text comes.
+    given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length is measured from each of
+    `exit_layers`, or from the model's own.
     """
 
     grid: tuple[int, ...]
@@ -63,6 +64,7 @@ class BenchSettings:
     sampling: Sampling = GREEDY
     draft: Draft = "exit"
     adaptive: bool = False
+    exit_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way of decoding: from prompt ids and a number of new tokens to a run."""
+    """A way of decoding: from prompt ids and a number of new tokens to a run. `exit_layer` is the exit that drafts, if
+    there is one.
+    """
 
     mode: str
     num_speculations: int
     run: Callable[[list[int], int], Run]
+    exit_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class BenchRow:
     host_ms_per_round: float | None
     host_share: float | None
     by_drafter: dict[Drafter, Drafting] | None = None
+    exit_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class Difference:
     position: int
     gap: float
     is_tie: bool
+    exit_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -205,13 +212,17 @@ def run_bench(
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
     watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
-    contestants = [_ours(model, k, settings) for k in (0, *settings.grid, *(("auto",) if settings.adaptive else ()))]
+    exits = settings.exit_layers or (model.split.exit_layer,)
+    splits = [model.bundle.manifest.split(exit_layer) for exit_layer in exits]
+    lengths: tuple[int | Literal["auto"], ...] = (*settings.grid, *(("auto",) if settings.adaptive else ()))
+    contestants = [_ours(model, 0, None, settings)]
+    contestants += [_ours(model, k, exit_layer, settings) for exit_layer in exits for k in lengths]
     measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
     weights, memory = read_bytes(model.bundle), session.memory()
     plain_bytes = sum(weights[call.graph] for call in speculative_round(model.split, 0).calls)
     copy_rates.append(session.copy_bytes_per_second())
     copy_rate = max(copy_rates)  # what else runs only ever slows a copy down
-    stages = tuple(_time_stages(model, settings.grid, longest, weights, copy_rate))
+    stages = tuple(_time_stages(model, splits, settings.grid, longest, weights, copy_rate))
     repeated = {_name(c): list(map(_ms_of_repeat, kept)) for c, kept in zip(contestants, measured, strict=True)}
     found = doubts(_rates(stages), {**repeated, "copies of memory": copy_rates}, watch.others_share())
     foreign = others()
@@ -267,8 +278,9 @@ def _rates(stages: Iterable[StageTime]) -> Iterator[tuple[str, int, float]]:
 
 
 def _name(contestant: Contestant) -> str:
-    k = contestant.num_speculations
-    return f"{contestant.mode} decoding with K = {k}" if k else "plain decoding"
+    k, exit_layer = contestant.num_speculations, contestant.exit_layer
+    where = "" if exit_layer is None else f" from layer {exit_layer}"
+    return f"{contestant.mode} decoding{where} with K = {k}" if k else "plain decoding"
 
 
 def _take_turns(
@@ -300,11 +312,16 @@ def _take_turns(
 
 
 def _time_stages(
-    model: Model, grid: Sequence[int], position: int, weights: dict[GraphName, int], copy_rate: float
+    model: Model,
+    splits: Iterable[Split],
+    grid: Sequence[int],
+    position: int,
+    weights: dict[GraphName, int],
+    copy_rate: float,
 ) -> Iterator[StageTime]:
     """Every graph in the shapes of these rounds, its first row at `position`."""
     position = max(min(position, model.bundle.manifest.max_length - 1 - max(grid, default=0)), 0)
-    for call in distinct_calls(model.split, (0, *grid), model.bundle.manifest.graphs):
+    for call in distinct_calls(splits, (0, *grid), model.bundle.manifest.graphs):
         rows = call.rows
         if rows > model.bundle.manifest.max_length:
             continue  # such a round is never run
@@ -361,7 +378,7 @@ def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: Bench
     return float(np.mean(shared)) if shared else 1.0
 
 
-def _ours(model: Model, k: int | Literal["auto"], settings: BenchSettings) -> Contestant:
+def _ours(model: Model, k: int | Literal["auto"], exit_layer: int | None, settings: BenchSettings) -> Contestant:
     mode: Mode = "self-speculative" if k else "autoregressive"
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
@@ -372,6 +389,7 @@ def _ours(model: Model, k: int | Literal["auto"], settings: BenchSettings) -> Co
             num_speculations=k or None,
             confidence_threshold=settings.confidence_threshold if k else None,
             draft=settings.draft if k else None,
+            exit_layer=exit_layer,
             max_new_tokens=max_new_tokens,
             **settings.sampling.settings,
         )
@@ -379,7 +397,9 @@ def _ours(model: Model, k: int | Literal["auto"], settings: BenchSettings) -> Co
         seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3
         return Run(generation.token_ids, s.time_to_first_token_ms / 1e3, seconds, s)
 
-    return Contestant(ADAPTIVE, MAX_SPECULATIONS, run) if k == "auto" else Contestant(mode, k, run)
+    if k == "auto":
+        return Contestant(ADAPTIVE, MAX_SPECULATIONS, run, exit_layer)
+    return Contestant(mode, k, run, exit_layer)
 
 
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
@@ -422,6 +442,7 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
         host_ms_per_round=host_ms,
         host_share=None if host_ms is None or stage_ms is None else host_ms / sum(stage_ms.values()),
         by_drafter=together([run.statistics.by_drafter for run in repeats[0] if run.statistics]) if stats else None,
+        exit_layer=contestant.exit_layer,
     )
 
 
@@ -441,4 +462,6 @@ def _differences(
             gap = tie_gap(model, [*ids, *ours.token_ids[:position]], a, b, sampling)
             exact = model.session.exact and contestant.mode in (*MODES, ADAPTIVE)
             tie = not exact and gap < TIE_GAP[model.bundle.manifest.dtype]
-            yield Difference(contestant.mode, contestant.num_speculations, index, position, gap, tie)
+            yield Difference(
+                contestant.mode, contestant.num_speculations, index, position, gap, tie, contestant.exit_layer
+            )

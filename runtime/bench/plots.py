@@ -57,8 +57,8 @@ def bench_plots(report: Report) -> dict[str, str]:
 
 
 def rows_of(report: Report, *, ours: bool = True) -> list[Mapping[str, Any]]:
-    """Rows of edgeskip's own modes, or of other runtimes; those that timed no token are left out."""
-    rows = report.get("rows") or ()
+    """Rows of our own modes at the default exit, or of other runtimes; those that timed no token are left out."""
+    rows = [row for row in report.get("rows") or () if row.get("exit_layer") in (None, report.get("exit_layer"))]
     return [row for row in rows if row.get("ms_per_token") and (row["mode"] in (PLAIN, SPECULATIVE)) == ours]
 
 

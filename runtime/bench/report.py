@@ -21,7 +21,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
     )
     if len(report.formats) > 1:
         console.print(f"Weights: {bytes_text(report.formats)}")
-    speed = table("mode", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
+    speed = table("mode", "E", "K", "tokens/s", "ms", "speedup", "accept", "match", "per round")
     for row in report.rows:
         speed.add_row(*_speed_cells(row), style="bold" if row is best else "")
     console.print(speed)
@@ -53,9 +53,10 @@ def print_bench(report: BenchReport, console: Console) -> None:
     console.print(stages)
     console.print(memory_sizes(report.memory_bytes) + "\n")
     for d in report.differences:
+        where = f" E={d.exit_layer}" if d.exit_layer else ""
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
-            f"{d.mode} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
+            f"{d.mode}{where} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
             f"the lower of their logits is {d.gap:.2g} below the top one: {what}"
         )
     if not report.differences:
@@ -73,11 +74,12 @@ def print_doubts(doubts: Sequence[str], console: Console) -> None:
 def _print_rounds(report: BenchReport, console: Console) -> None:
     """Where a round's time goes, for each K."""
     names = list(report.rows[0].stage_ms_per_round or ())
-    rounds = table("K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
+    rounds = table("E", "K", *(f"{name} ms" for name in names), "host ms", "share", "first token ms")
     for row in report.rows:
         if row.stage_ms_per_round is not None:
             times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
             rounds.add_row(
+                _number(row.exit_layer),
                 str(row.num_speculations),
                 *(f"{ms:.3f}" for ms in times),
                 f"{row.host_share:.1%}",
@@ -89,14 +91,25 @@ def _print_rounds(report: BenchReport, console: Console) -> None:
 
 def _print_drafters(report: BenchReport, console: Console) -> None:
     """What each drafter cost and brought, for each K."""
-    drafters = table("K", "drafter", "rounds", "ms", "drafted", "accepted", "share", "rounds by drafts")
+    drafters = table("E", "K", "drafter", "rounds", "ms", "drafted", "accepted", "share", "rounds by drafts")
     for row in report.rows:
         for name, one in (row.by_drafter or {}).items():
             lengths = " ".join(f"{k}:{n}" for k, n in enumerate(one.rounds_by_length) if n)
             cells = (f"{one.rounds}", f"{1e3 * one.seconds / one.rounds:.3f}", f"{one.drafted}", f"{one.accepted}")
-            drafters.add_row(str(row.num_speculations), name, *cells, f"{one.accepted / one.drafted:.0%}", lengths)
+            drafters.add_row(
+                _number(row.exit_layer),
+                str(row.num_speculations),
+                name,
+                *cells,
+                f"{one.accepted / one.drafted:.0%}",
+                lengths,
+            )
     console.print("Rounds with drafts, by what drafted; ms per round:")
     console.print(drafters)
+
+
+def _number(exit_layer: int | None) -> str:
+    return "" if exit_layer is None else str(exit_layer)
 
 
 def _speed_cells(row: BenchRow) -> list[str]:
@@ -105,6 +118,7 @@ def _speed_cells(row: BenchRow) -> list[str]:
 
     return [
         row.mode,
+        _number(row.exit_layer),
         str(row.num_speculations or ""),
         f"{row.tokens_per_second:.0f}",
         f"{row.ms_per_token:.3f}",

@@ -194,9 +194,9 @@ def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | N
     """
     links = [(graph, Link(name, graph.reads, graph.writes)) for name, graph in graphs.items() if not graph.head]
     exits = [graph.last_layer for graph, _ in links[:-1]]
-    if exit_layer not in exits:
+    if type(exit_layer) is not int or exit_layer not in exits:
         wanted = f"{', '.join(map(str, exits))}: the bundle is cut there"
-        raise RequestError("exit layer", f"{exit_layer}", wanted=wanted, fix="export with this exit layer")
+        raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted, fix="export with this exit layer")
     pickers = [graph.head.picker for graph in graphs.values() if graph.head]
     heads = [
         Head(name, graph.head.vocabulary, tuple(tensor.name for tensor in graph.inputs[1:]))
@@ -224,6 +224,18 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     if not (type(exit_layer) is int and 1 <= exit_layer < num_layers):
         wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
         raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted)
+
+
+def check_exit_layers(exit_layers: Sequence[int], num_layers: int) -> None:
+    """Checks that a model of this many layers can be cut after these, each of them once.
+
+    Raises:
+        RequestError: it cannot.
+    """
+    for number, exit_layer in enumerate(exit_layers):
+        check_exit_layer(exit_layer, num_layers)
+        if exit_layer in exit_layers[:number]:
+            raise RequestError("exit layer", f"{exit_layer} twice", wanted="each exit layer once")
 
 
 def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> None:

@@ -147,6 +147,11 @@ class Manifest:
         return dataclasses.replace(self, exit_layer=exit_layer, exit_layers=exits, graphs=graphs, chains=chains)
 
     @property
+    def other_exits(self) -> tuple[int, ...]:
+        """The exit layers besides the default one."""
+        return tuple(layer for layer in self.exit_layers if layer != self.exit_layer)
+
+    @property
     def draft_vocabulary(self) -> int | None:
         """Rows of the vocabulary that the head which drafts knows; null where it is the one that verifies."""
         split = self.split()
@@ -366,6 +371,9 @@ def _export_command(data: Mapping[str, Any]) -> str:
     source = str(given.get("source", ""))[:200]
     is_id = "/" in source
     words = ["edgeskip", "export", source if is_id else "CHECKPOINT", "NEW_BUNDLE"]
+    match data:
+        case {"exit_layer": int() as first, "exit_layers": [_, _, *_] as exits}:
+            given["exit_layer"] = ",".join(map(str, [first, *(one for one in exits if one != first)]))
     for key in ("exit_layer", "dtype", "max_length", "num_speculations"):
         if key in given:
             words += [f"--{key.replace('_', '-')}", str(given[key])[:20]]

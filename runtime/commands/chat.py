@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    exit_option,
     length_option,
     require,
     sampling_options,
@@ -27,6 +28,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--system", help="The system prompt.")
 @length_option
 @draft_option
+@exit_option
 @threshold_option
 @click.option(
     "--max-new-tokens", "-n", type=click.IntRange(1), help="The most tokens of an answer.  [default: what has room]"
@@ -40,6 +42,7 @@ def chat(
     system: str | None,
     num_speculations: Any,
     draft: Any,
+    exit_layer: int | None,
     confidence_threshold: float | None,
     max_new_tokens: int | None,
     backend: Any,
@@ -59,7 +62,7 @@ def chat(
 
     notes = console(stderr=True)
     with progress_bar() as progress:
-        model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
+        model = load(bundle, backend=backend, device=device, threads=threads, exit_layer=exit_layer, progress=progress)
     with model:
         settings: Any = {
             "num_speculations": num_speculations,

@@ -14,6 +14,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    exit_option,
     length_option,
     report_option,
     require,
@@ -37,6 +38,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
 @length_option
 @draft_option
+@exit_option
 @threshold_option
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
@@ -56,6 +58,7 @@ def generate(
     mode: Any,
     num_speculations: Any,
     draft: Any,
+    exit_layer: int | None,
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],
@@ -81,7 +84,7 @@ def generate(
     from edgeskip.runtime.terminal import console, print_model, print_statistics, progress_bar, stream
 
     with progress_bar() as progress:
-        model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
+        model = load(bundle, backend=backend, device=device, threads=threads, exit_layer=exit_layer, progress=progress)
     with model:
         settings: Any = {
             "mode": mode,

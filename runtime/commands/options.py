@@ -59,12 +59,28 @@ class Length(_AnyType):
             self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
 
 
+class ExitLayers(_AnyType):
+    """Exit layers in a list with commas, the one to draft from first."""
+
+    name = "E[,E...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Their numbers."""
+        try:
+            return value if isinstance(value, tuple) else tuple(map(int, value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers, such as 4 or 3,5.", param, ctx)
+
+
 bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))
 length_option = click.option(
     "--num-speculations",
     "-k",
     type=Length(),
     help="Drafts per round; auto goes by the text and by time.  [default: the bundle's; auto unless --draft exit]",
+)
+exit_option = click.option(
+    "--exit-layer", "-e", type=int, help="The exit that drafts, of those that the bundle has.  [default: its first]"
 )
 threshold_option = click.option(
     "--confidence-threshold",

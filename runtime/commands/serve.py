@@ -13,6 +13,7 @@ from edgeskip.runtime.commands.options import (
     bundle_argument,
     device_option,
     draft_option,
+    exit_option,
     first,
     require,
     say,
@@ -40,6 +41,7 @@ from edgeskip.runtime.commands.options import (
     help="Host memory for what the caches held of earlier texts.",
 )
 @draft_option
+@exit_option
 @backend_option
 @device_option
 @threads_option
@@ -53,6 +55,7 @@ def serve(
     grace: int,
     prefix_cache_mb: int,
     draft: Any,
+    exit_layer: int | None,
     backend: Any,
     device: Any,
     threads: int,
@@ -69,7 +72,9 @@ def serve(
 
     with listen(host, port) as listening:
         with progress_bar() as progress:
-            model = load(bundle, backend=backend, device=device, threads=threads, progress=progress)
+            model = load(
+                bundle, backend=backend, device=device, threads=threads, exit_layer=exit_layer, progress=progress
+            )
         with model:
             model.held.most_saved_bytes, model.draft = prefix_cache_mb * 10**6, first(draft, model.draft)
             called = name or bundle.resolve().name

@@ -35,15 +35,19 @@ class SavedRows:
 class HeldRows:
     """The tokens whose rows a session's caches hold, and the rows that were saved from them.
 
-    Early exit computes no rows of the layers after the exit, and leaves those that are there: they are counted apart.
+    Early exit computes no rows of the layers after the exit, and leaves those that are there: each run of layers, up to
+    an exit or the last layer, is counted apart.
 
     `most_saved_bytes` is the host memory for saved rows; what was used least recently goes first.
+
+    Args:
+        session: whose caches.
+        depths: the layers that a text may run through: up to each exit, and all.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, depths: Iterable[int]) -> None:
         self._session = session
-        self._before_exit: list[int] = []
-        self._after_exit: list[int] = []
+        self._held: dict[int, list[int]] = {depth: [] for depth in depths}
         self._saved: list[SavedRows] = []  # used least recently first
         self.most_saved_bytes = 0
 
@@ -52,14 +56,14 @@ class HeldRows:
         """Host memory that is taken for saved rows."""
         return sum(saved.bytes for saved in self._saved)
 
-    def take(self, token_ids: Sequence[int], *, early_exit: bool) -> int:
+    def take(self, token_ids: Sequence[int], depth: int) -> int:
         """How many rows of a prompt, from its beginning, the caches hold; all after them are about to be overwritten.
 
         The last row is never among them, as the first new token is picked from its state, nor is the one before it:
         where kernels treat a single row differently, this one would not be that of the whole prompt. Rows that were
-        saved are brought back if they have more in common with the prompt.
+        saved are brought back if they have more in common with the prompt, which runs through `depth` layers.
         """
-        shared = self._shared(token_ids, early_exit)
+        shared = min(_common(held, token_ids) for held in self._to(depth))
         if self.most_saved_bytes:
             found = [(_common(saved.token_ids, token_ids), saved) for saved in self._saved]
             best, saved = max(found, key=lambda one: one[0], default=(0, None))
@@ -68,36 +72,38 @@ class HeldRows:
                 self._bring_back(saved)
                 shared = best
         shared = max(min(shared, len(token_ids) - 2), 0)
-        self.cut(shared, early_exit=early_exit)
+        self.cut(shared, depth)
         return shared
 
-    def cut(self, length: int, *, early_exit: bool) -> None:
-        """Notes that rows from this length on are of no use."""
-        del self._before_exit[length:]
-        if not early_exit:
-            del self._after_exit[length:]
+    def cut(self, length: int, depth: int) -> None:
+        """Notes that rows of so many layers are of no use from this length on."""
+        for held in self._to(depth):
+            del held[length:]
 
-    def add(self, token_ids: Iterable[int], *, early_exit: bool) -> None:
-        """Notes tokens whose rows were computed after those that are held."""
+    def add(self, token_ids: Iterable[int], depth: int) -> None:
+        """Notes tokens whose rows of so many layers were computed after those that are held."""
         new = list(token_ids)
-        self._before_exit += new
-        if not early_exit:
-            self._after_exit += new
+        for held in self._to(depth):
+            held += new
 
     def forget(self) -> None:
         """Notes that something else was written to the caches. Saved rows stay."""
-        self._before_exit, self._after_exit = [], []
+        self._hold(())
 
-    def _shared(self, token_ids: Sequence[int], early_exit: bool) -> int:
-        shared = _common(self._before_exit, token_ids)
-        return shared if early_exit else min(shared, _common(self._after_exit, token_ids))
+    def _to(self, depth: int) -> list[list[int]]:
+        """What is held of each run of layers up to this one."""
+        return [held for end, held in self._held.items() if end <= depth]
+
+    def _hold(self, token_ids: Iterable[int]) -> None:
+        self._held = {depth: list(token_ids) for depth in self._held}
 
     def _save(self, shared: int) -> None:
         """Saves what is held, unless little of it after the first `shared` rows would be lost."""
-        length = _common(self._before_exit, self._after_exit)
+        first, *others = self._held.values()
+        length = min((_common(first, held) for held in others), default=len(first))
         if length - shared < LEAST_SAVED:
             return
-        token_ids = tuple(self._before_exit[:length])
+        token_ids = tuple(first[:length])
         self._saved = [s for s in self._saved if _common(s.token_ids, token_ids) < len(s.token_ids)]
         self._saved.append(SavedRows(token_ids, self._session.read_caches(length)))
         while self.saved_bytes > self.most_saved_bytes:
@@ -107,7 +113,7 @@ class HeldRows:
         self._saved = [other for other in self._saved if other is not saved]
         self.forget()
         self._session.write_caches(saved.rows)
-        self._before_exit, self._after_exit = list(saved.token_ids), list(saved.token_ids)
+        self._hold(saved.token_ids)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tokenizers import Tokenizer
 
-from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, check_num_speculations
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, Split, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
 from edgeskip.runtime.decoding.decode import Decoding, Lookup, Step, decode, prefill, score
@@ -77,10 +77,11 @@ class Piece:
 
 
 class FurtherSettings(SamplingSettings, total=False):
-    """How tokens are picked, by sampling and a grammar that the text keeps to, and what drafts them."""
+    """How tokens are picked, by sampling and a grammar that the text keeps to, what drafts them, and at which exit."""
 
     grammar: Grammar | None
     draft: Draft | None
+    exit_layer: int | None
 
 
 class GenerationSettings(FurtherSettings, total=False):
@@ -106,6 +107,7 @@ class Model:
         tokenizer: the bundle's `tokenizers.Tokenizer`, to count tokens or spell them; `encode` does more for a prompt.
         sampling: how tokens are picked where `generate` is not told.
         draft: what drafts where `generate` is not told.
+        split: the graphs that draft and those that verify, where `generate` is told no other exit.
         session: what runs it; its `description` says what was chosen, and why.
         held: whose rows the caches hold.
     """
@@ -117,7 +119,7 @@ class Model:
         self.split = bundle.manifest.split(exit_layer, GREEDY.name)
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
-        self.held = HeldRows(session)
+        self.held = HeldRows(session, (*bundle.manifest.exit_layers, bundle.manifest.architecture.num_layers))
         self._pace = Pace(RoundCosts(), lambda: 1e3 * self._session_seconds())
         self._busy = self._closed = False
         self._steps_under_way: Generator[Step, None, None] | None = None
@@ -171,7 +173,8 @@ class Model:
                 `model.sampling`. The same seed gives the same text, drafts or not. `grammar`, an `edgeskip.Grammar`, is
                 what the text must be. For penalties and a grammar, a GPU waits for the host at every token. `draft` is
                 what drafts: `exit`; `ngram`, what followed earlier where the text went the same way; `auto`, that where
-                there is any, else the exit.
+                there is any, else the exit. `exit_layer` is the exit, of those that the bundle has; it changes the
+                speed, and in mode `early-exit` the tokens.
 
         Raises:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
@@ -224,6 +227,8 @@ class Model:
             num_speculations = self.bundle.manifest.num_speculations if draft == "exit" else "auto"
         paced = num_speculations == "auto" and mode == "self-speculative"
         most = MAX_SPECULATIONS if num_speculations == "auto" else num_speculations
+        exit_layer = further.pop("exit_layer", None)
+        split = self.split if exit_layer is None else self.bundle.manifest.split(exit_layer, GREEDY.name)
         if confidence_threshold is None:
             confidence_threshold = self.session.confidence_threshold
         check_num_speculations(most, " or 'auto'")
@@ -242,7 +247,9 @@ class Model:
         picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
         k = most if mode == "self-speculative" else 0
         mask = None if grammar is None else self._mask(grammar)
-        return _Request((), mode, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask)
+        return _Request(
+            (), mode, split, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask
+        )
 
     def complete(
         self,
@@ -364,9 +371,9 @@ class Model:
         spans: list[Span] = []
         records: list[RoundRecord] = []
         reason: StopReason | None = None
-        early_exit = request.mode == "early-exit"
+        depth = self._depth(request)
         start = perf_counter()
-        cached = self.held.take(request.prompt_ids, early_exit=early_exit)
+        cached = self.held.take(request.prompt_ids, depth)
         taking = perf_counter() - start
         steps = self._steps_under_way = self._steps(request, cached)
         while reason is None:
@@ -397,7 +404,7 @@ class Model:
                 if len(records) == 1:
                     clock, captured = self.session.stage_ns, self.session.captured_rounds
             if reason:  # what is held depends on the text alone, not on how many drafts the last round had
-                self.held.cut(len(request.prompt_ids) + len(token_ids) - 1, early_exit=early_exit)
+                self.held.cut(len(request.prompt_ids) + len(token_ids) - 1, depth)
             spans += released
             for span in released:
                 untold, own = untold[span.tokens :], tuple(untold[: span.tokens])
@@ -433,13 +440,19 @@ class Model:
             return "stop_string"
         return "max_new_tokens" if len(token_ids) == request.max_new_tokens else None
 
+    def _depth(self, request: _Request) -> int:
+        """The layers that a text runs through."""
+        early_exit = request.mode == "early-exit"
+        return request.split.exit_layer if early_exit else self.bundle.manifest.architecture.num_layers
+
     def _steps(self, request: _Request, cached: int) -> Generator[Step, None, None]:
         """Steps of a prompt whose first `cached` rows are there."""
         manifest, new_tokens, ids = self.bundle.manifest, request.max_new_tokens, request.prompt_ids
+        depth = self._depth(request)
         embeddings = TokenRows(self.embeddings, ids)
         looks_up = request.draft != "exit" and request.num_speculations > 0
         how = Decoding(
-            self.split,
+            request.split,
             request.num_speculations,
             request.confidence_threshold,
             early_exit=request.mode == "early-exit",
@@ -452,14 +465,14 @@ class Model:
         if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
-        self.held.add(ids[cached:], early_exit=how.early_exit)
+        self.held.add(ids[cached:], depth)
         yield step
         if how.lookup is not None:  # not before the first token, which would wait for it
             how.lookup.text.add((*ids, *step.token_ids))
         end = None if new_tokens is None else len(ids) + new_tokens - 1
         for following in decode(self.session, how, len(ids), manifest.max_length, end=end):
             # the rows of a round are those of the token that it began with, and of the drafts that it accepted
-            self.held.add((step.token_ids[-1], *following.token_ids[:-1]), early_exit=how.early_exit)
+            self.held.add((step.token_ids[-1], *following.token_ids[:-1]), depth)
             step = following
             yield step
 
@@ -513,6 +526,7 @@ class _Request:
 
     prompt_ids: Sequence[int]
     mode: Mode
+    split: Split
     num_speculations: int
     paced: bool
     draft: Draft

@@ -17,7 +17,7 @@ If a bundle has several exits, `draft` and `verify` each stand for a chain of gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
@@ -154,7 +154,7 @@ def speculative_round(split: Split, num_speculations: int) -> Round:
 @cache
 def draft_round(split: Split, row: int) -> Round:
     """The part of a speculative round that drafts one token, for a host that looks at each draft before the next."""
-    calls = (*_chain(split.draft, row, 1), _draft_head(split, row))
+    calls = (*_drafting(split, row, 1), _draft_head(split, row))
     return Round(calls, rows=row + 1, num_drafts=0, num_targets=0, row_inputs=split.draft_head.row_inputs)
 
 
@@ -163,7 +163,7 @@ def verification_round(split: Split, num_speculations: int) -> Round:
     """The part of a speculative round that follows its K drafts."""
     k = num_speculations
     calls = (*_chain(split.verify, 0, k + 1), _target_head(split.head, "hidden_states", 0, k + 1))
-    return _round(split, (*_chain(split.draft, k, 1), *(replace(call, verifies=True) for call in calls)), k)
+    return _round(split, (*_drafting(split, k, 1), *(replace(call, verifies=True) for call in calls)), k)
 
 
 @cache
@@ -173,7 +173,7 @@ def given_round(split: Split, num_drafts: int) -> Round:
     It writes their ids, and before the round their embeddings, to row 1 and on of `inputs_embeds`.
     """
     rows = num_drafts + 1
-    early = (replace(call, drafts=True) for call in _chain(split.draft, 0, rows))
+    early = (call if call.verifies else replace(call, drafts=True) for call in _drafting(split, 0, rows))
     late = (*_chain(split.verify, 0, rows), _target_head(split.head, "hidden_states", 0, rows))
     round_ = _round(split, (*early, *(replace(call, verifies=True) for call in late)), num_drafts)
     return replace(round_, row_inputs=(*round_.row_inputs, GIVEN))
@@ -202,15 +202,23 @@ def head_round(split: Split, row: int, rows: int, *, early_exit: bool) -> Round:
     return Round((call,), rows=row + rows, num_drafts=0, num_targets=rows, row_inputs=split.head.row_inputs)
 
 
-def distinct_calls(split: Split, lengths: Iterable[int], graphs: Iterable[GraphName]) -> list[Call]:
-    """The different calls in rounds of these lengths, each once, by graph and then by rows."""
-    calls = {call.key: call for k in lengths for call in speculative_round(split, k).calls}
+def distinct_calls(splits: Iterable[Split], lengths: Sequence[int], graphs: Iterable[GraphName]) -> list[Call]:
+    """The different calls in rounds of these splits and lengths, each once, by graph and then by rows."""
+    calls = {call.key: call for split in splits for k in lengths for call in speculative_round(split, k).calls}
     order = list(graphs)
     return sorted(calls.values(), key=lambda call: (order.index(call.graph), call.rows))
 
 
 def _round(split: Split, calls: tuple[Call, ...], k: int) -> Round:
     return Round(calls, rows=k + 1, num_drafts=k, num_targets=k + 1, row_inputs=split.head.row_inputs)
+
+
+def _drafting(split: Split, row: int, rows: int) -> Iterable[Call]:
+    """The layers up to the exit. Those after the first exit compute their rows as a verification would: whichever exit
+    drafts, each layer's rows are then the same.
+    """
+    for call in _chain(split.draft, row, rows):
+        yield call if call.graph == split.draft[0].graph else replace(call, verifies=True)
 
 
 def _chain(links: Iterable[Link], row: int, rows: int) -> Iterable[Call]:

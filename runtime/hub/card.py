@@ -37,6 +37,7 @@ def model_card(
     facts = {
         "made from": origin + (" (synthetic: random weights, made to measure speed)" if m.synthetic else ""),
         "exit layer": f"{m.exit_layer} of {a.num_layers}: layers[:{m.exit_layer}] draft, the others verify",
+        **({"other exit layers": ", ".join(map(str, m.other_exits))} if m.other_exits else {}),
         "drafts per round": f"up to {m.num_speculations}",
         "computed in": m.dtype,
         "weights": ", ".join([*formats, *([] if formats else [m.dtype])]),

@@ -185,6 +185,8 @@ def test_validate_names_every_fault(tmp_path):
         shape=recipe.replace("llama3.2-1b", "llama3.2-1c"),
         good=recipe,
         key=f"exit_layers = 3\n{recipe}",
+        twice=f"other_exits = [6, 4]\n{recipe}",
+        others=f"other_exits = [2, 8]\n{recipe}",
         broken="[",
     )
     done = run("recipes", "validate", *sorted(tmp_path.glob("*.toml")))
@@ -194,6 +196,8 @@ def test_validate_names_every_fault(tmp_path):
         "rates.toml: match_rates: found exit layer 17",
         "did you mean 'llama3.2-1b'?",
         "unknown key 'exit_layers'; did you mean 'exit_layer'?",
+        "twice.toml: other_exits: found exit layer 4 twice; wanted each exit layer once",
+        "others.toml: a model recipe",
         "broken.toml: is not TOML",
         "good.toml: a model recipe",
     ):
