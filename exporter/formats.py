@@ -46,17 +46,17 @@ Spelling = tuple[ir.DataType, tuple[int, ...]]
 class StoredValue:
     """A stored tensor within a graph: its format, its shape, and the dtype that is computed in.
 
-    `declare` gives a part by its suffix, as it is stored or spelled in another way.
+    `declare` gives a part by its suffix, as it is stored or spelled in another way, from a row on.
     """
 
     format: str
     shape: tuple[int, ...]
     dtype: ir.DataType
-    declare: Callable[[str, Spelling | None], Value]
+    declare: Callable[[str, Spelling | None, int], Value]
 
-    def part(self, suffix: str = "", spelled: Spelling | None = None) -> Value:
-        """A part, as it is stored or as it is spelled here."""
-        return self.declare(suffix, spelled)
+    def part(self, suffix: str = "", spelled: Spelling | None = None, start: int = 0) -> Value:
+        """A part, as it is stored, or from a row on as it is spelled here."""
+        return self.declare(suffix, spelled, start)
 
     def whole(self, op: OpBuilder) -> Value:
         """The tensor in the dtype."""
@@ -121,6 +121,8 @@ _SMALL_BLOCKS = (32, 16)
 """Sizes of blocks for MatMulNBits, best first. Its faster kernels on CUDA take 32 alone for 8 bits. On a CPU, what it
 multiplies is rounded in the same blocks, and with AVX-512 larger ones give other rows one by one than together.
 """
+_LEAST_AFTERWARDS, _MOST_AT_ONCE = 1 << 21, 1 << 23
+"""Numbers of the smallest matrix that is scaled after its product, and of the largest part of one."""
 
 
 def _int4_whole(op: OpBuilder, stored: StoredValue) -> Value:
@@ -163,8 +165,7 @@ def _in_its_blocks(op: OpBuilder, x: Value, weight: StoredValue) -> Value:
 
 def _in_small_blocks(op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
     """A product with each block in parts of the same scale."""
-    (n, k), stored, scales = weight.shape, _block_size(weight), weight.part(SCALES)
-    size = next((size for size in _SMALL_BLOCKS if stored % size == 0), None)
+    (n, k), stored, scales, size = weight.shape, _block_size(weight), weight.part(SCALES), _small_block(weight)
     if size is None:
         return None
     if size != stored:
@@ -173,13 +174,42 @@ def _in_small_blocks(op: OpBuilder, x: Value, weight: StoredValue) -> Value | No
     return _n_bits_product(op, x, weight, size, scales)
 
 
-def _n_bits_product(op: OpBuilder, x: Value, weight: StoredValue, block_size: int, scales: Value) -> Value:
+def _scaled_afterwards(op: OpBuilder, x: Value, weight: StoredValue) -> Value | None:
+    """A product with rows of one scale each: in small blocks of the scale 1, and then times the scales of the rows.
+
+    On a CPU, ONNX Runtime keeps the scales of blocks as they came, beside what it packs. So the ones are the same for
+    all matrices of a shape, and for the parts of a large one. A small matrix is faster without another node, and
+    numbers of 16 bits could not hold a product without its scales.
+    """
+    (n, k), size = weight.shape, _small_block(weight)
+    if size is None or n * k < _LEAST_AFTERWARDS or weight.dtype != ir.DataType.FLOAT:
+        return _in_small_blocks(op, x, weight)
+    fewest = -(-n * k // _MOST_AT_ONCE)
+    count = next((count for count in range(fewest, 2 * fewest) if n % count == 0), 1)
+    rows = n // count
+    ones = op.ConstantOfShape([rows, k // size], value=ir.tensor(np.ones(1, np.float32)))
+    products = [_n_bits_product(op, x, weight, size, ones, (start, rows)) for start in range(0, n, rows)]
+    product = op.Concat(*products, axis=-1) if count > 1 else products[0]
+    out: Value = op.Mul(product, weight.part(SCALES, (weight.dtype, (n,))))
+    return out
+
+
+def _n_bits_product(
+    op: OpBuilder, x: Value, weight: StoredValue, block_size: int, scales: Value, rows: tuple[int, int] | None = None
+) -> Value:
+    """A product with a matrix, or with the rows of it that begin at one and are so many, and their scales [N,K/B]."""
     (n, k), bits = weight.shape, FORMATS[weight.format].bits or 8
-    numbers = weight.part("", (ir.DataType.UINT8, (n, k // block_size, block_size * bits // 8)))
+    start, count = rows or (0, n)
+    numbers = weight.part("", (ir.DataType.UINT8, (count, k // block_size, block_size * bits // 8)), start)
     counted = op.BitwiseXor(numbers, _word(op, 0x88 if bits == 4 else 0x80))
-    settings = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": 4}
+    settings = {"K": k, "N": count, "bits": bits, "block_size": block_size, "accuracy_level": 4}
     out: Value = op.MatMulNBits(x, counted, scales, **settings, _domain=_COM)
     return out
+
+
+def _small_block(weight: StoredValue) -> int | None:
+    """The best of the small sizes that a format's blocks are multiples of."""
+    return next((size for size in _SMALL_BLOCKS if _block_size(weight) % size == 0), None)
 
 
 def _int4_gather(op: OpBuilder, table: StoredValue, rows: Value) -> Value:
@@ -207,7 +237,7 @@ def _number(op: OpBuilder, number: int, dtype: ir.DataType) -> Value:
 def _writer(format_: str) -> FormatWriter:
     encode = partial(encoded_rows, format_)
     if format_ == "int8":
-        products = dict.fromkeys(("ort", "cpu"), _in_small_blocks)
+        products = {"ort": _in_small_blocks, "cpu": _scaled_afterwards}
         return FormatWriter(encode, _int8_whole, _int8_rows, products)
     both = {"ort": _in_its_blocks, "cpu": _in_small_blocks}
     return FormatWriter(encode, _int4_whole, _int4_rows, both, dict.fromkeys(both, _int4_gather))

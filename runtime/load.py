@@ -9,6 +9,7 @@ from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_e
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.host import release_freed_memory
 from edgeskip.runtime.hub.access import local_bundle
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +65,9 @@ def load(
         )
     _LOG.info("%s: %s", opened.folder, session.description)
     try:
-        return Model(opened, session, exit_layer)
+        model = Model(opened, session, exit_layer)
+        release_freed_memory()  # what reading the tokenizer took
+        return model
     except BaseException:
         session.close()
         raise

@@ -112,7 +112,7 @@ def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[...,
     """
     conventions, dtype = DIALECTS[dialect], ONNX_DTYPES[model.dtype]
     inputs: dict[tuple[str, int], ir.Value] = {}
-    initializers: dict[tuple[str, int, Spelling | None], ir.Value] = {}
+    initializers: dict[tuple[str, int, Spelling | None, int], ir.Value] = {}
 
     def input_(record: TensorRecord, rows: int) -> ir.Value:
         if (record.name, rows) not in inputs:
@@ -120,18 +120,25 @@ def _weights(builder: GraphBuilder, model: Model, dialect: str) -> Callable[...,
             inputs[record.name, rows] = builder.input(name, dtype, [rows, *record.shape[1:]])
         return inputs[record.name, rows]
 
-    def initializer(record: TensorRecord, rows: int, suffix: str, spelled: Spelling | None) -> ir.Value:
+    def initializer(record: TensorRecord, rows: int, suffix: str, spelled: Spelling | None, start: int) -> ir.Value:
         name = record.name + suffix
-        if (name, rows, spelled) not in initializers:
+        if (name, rows, spelled, start) not in initializers:
             array = model.arrays[name]
             own = ONNX_DTYPES[BY_SAFETENSORS[array.dtype]], (rows, *array.shape[1:])
             element, shape = spelled or own
-            size = array.bytes // record.shape[0] * rows
+            row_bytes = array.bytes // record.shape[0]
             as_named = f"{name}.{element.name.lower()}" if spelled else name
-            as_named = as_named if rows == record.shape[0] else f"{as_named}.{rows}"
-            tensor = ir.ExternalTensor(WEIGHTS, array.offset, size, element, shape=ir.Shape(shape), name=as_named)
-            initializers[name, rows, spelled] = builder.initializer(tensor, as_named, qualify=False)
-        return initializers[name, rows, spelled]
+            as_named = as_named if shape[0] == record.shape[0] else f"{as_named}.{start}.{shape[0]}"
+            tensor = ir.ExternalTensor(
+                WEIGHTS,
+                array.offset + row_bytes * start,
+                row_bytes * shape[0],
+                element,
+                shape=ir.Shape(shape),
+                name=as_named,
+            )
+            initializers[name, rows, spelled, start] = builder.initializer(tensor, as_named, qualify=False)
+        return initializers[name, rows, spelled, start]
 
     def weights(name: str, rows: int | None = None) -> StoredValue:
         record = model.tensors[name]

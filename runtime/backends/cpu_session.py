@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -317,9 +319,13 @@ def _raw(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """Zeroed memory on a 64-byte boundary."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    aligned: npt.NDArray[Any] = raw[start : start + size].view(dtype).reshape(shape)
-    return aligned
+    """Zeroed memory of the system's own, on a page's boundary: each page is taken when it is first written.
+
+    NumPy would take memory that was freed before and zero it, or whole pages of 2 MB.
+    """
+    size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+    private = (
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if os.name == "posix" else mmap.mmap(-1, size)
+    )
+    zeros: npt.NDArray[Any] = np.frombuffer(private, dtype, math.prod(shape)).reshape(shape)
+    return zeros

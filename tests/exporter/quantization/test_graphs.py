@@ -10,12 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnxscript import GraphBuilder
 from tests.dequantizer import dequantized_model, stored_weights
 
+from edgeskip.exporter.formats import StoredValue, own_product
 from edgeskip.runtime.backends.cpu_session import OrtCpuSession
 from edgeskip.runtime.backends.ort import cpu_options
 from edgeskip.runtime.bundle.dialects import DIALECTS
@@ -197,3 +200,37 @@ def test_the_same_input_gives_the_same_bytes(bundles, checkpoints, tmp_path):
     assert again.manifest == bundle.manifest
     assert again.manifest.quantization == Quantization("search")
     assert read_bundle(tmp_path / "b").manifest == replace(again.manifest)
+
+
+@pytest.mark.parametrize("shape", [(1500, 1408), (8800, 1056)])
+def test_large_matrices_in_8_bits_share_the_scales_of_their_blocks_on_a_cpu(shape, tmp_path):
+    """Of activations that the rounding to 8 bits leaves as they are, so that the products are exact."""
+    (n, k), draw = shape, np.random.default_rng(0)
+    numbers = [draw.integers(-128, 128, shape, np.int8) for _ in range(2)]
+    scales = draw.standard_normal((n, 1)).astype(np.float32)
+    x = draw.integers(-127, 128, (1, 3, k)).astype(np.float32)
+    x[..., ::32] = 127
+    builder = GraphBuilder(ir.Graph([], [], nodes=[], opset_imports={"": 23, "com.microsoft": 1}, name="products"))
+    states = builder.input("x", ir.DataType.FLOAT, x.shape)
+    for index, matrix in enumerate(numbers):
+
+        def declare(suffix, spelled, start, index=index, matrix=matrix):
+            element, wanted = spelled or (ir.DataType.FLOAT, scales.shape)
+            rows = (scales if suffix else matrix)[start : start + wanted[0]].view(element.numpy()).reshape(wanted)
+            name = f"{index}{suffix}.{start}"
+            return builder.initializer(ir.tensor(rows, name=name), name, qualify=False)
+
+        stored = StoredValue("int8", shape, ir.DataType.FLOAT, declare)
+        product = own_product("cpu", builder.op, states, stored)
+        product.type, product.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([1, 3, n])
+        builder.add_output(product, f"product{index}")
+    onnx_model = ir.to_proto(ir.Model(builder.graph, ir_version=10))
+    options = cpu_options(onnxruntime, 0)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(onnx_model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for found, matrix in zip(session.run(None, {"x": x}), numbers, strict=True):
+        np.testing.assert_array_equal(found, (x @ matrix.T.astype(np.float32)) * scales[:, 0])
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    products = [node for node in optimized.node if node.op_type == "MatMulNBits"]
+    assert len({node.input[1] for node in products}) == len(products) >= len(numbers)
+    assert len({node.input[2] for node in products}) == 1
