@@ -16,7 +16,22 @@ from edgeskip.runtime.errors import CheckpointError
 @click.argument("shape")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
-@click.option("--match-rate", type=float, required=True, help="Share of greedy tokens that the exit predicts, 0 to 1.")
+@click.option(
+    "--match-rate",
+    type=float,
+    required=True,
+    multiple=True,
+    metavar="RATE",
+    help="Share of greedy tokens that the exit predicts, 0 to 1. Repeat for several that take turns in a text.",
+)
+@click.option(
+    "--segment-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="TOKENS",
+    help="For how many tokens one of several rates holds, on average.",
+)
 @click.option(
     "--draft-vocabulary",
     type=int,
@@ -30,7 +45,8 @@ def synth(
     shape: str,
     checkpoint: Path,
     exit_layer: int,
-    match_rate: float,
+    match_rate: tuple[float, ...],
+    segment_tokens: int,
     draft_vocabulary: int | None,
     seed: int,
     dtype: Any,
@@ -44,16 +60,29 @@ def synth(
 
     check_destination(checkpoint, CheckpointError)
     with progress_bar() as progress:
-        settings = SyntheticSettings(exit_layer, match_rate, seed, dtype, device, draft_vocabulary=draft_vocabulary)
+        settings = SyntheticSettings(
+            exit_layer,
+            match_rate,
+            seed,
+            dtype,
+            device,
+            draft_vocabulary=draft_vocabulary,
+            segment_tokens=segment_tokens,
+        )
         made = synthesize(shape, checkpoint, settings, progress)
     spread = made.match_rate_by_prompt
     say(
         f"{checkpoint}: random weights; exit layer {exit_layer} matches {made.match_rate:.1%} of the tokens (by prompt "
-        f"{spread.min:.1%} to {spread.max:.1%}, median {spread.median:.1%}) at a damping of {made.damping:.4g}; "
+        f"{spread.min:.1%} to {spread.max:.1%}, median {spread.median:.1%}); "
         f"{made.distinct_tokens:.1%} of the tokens of a text are distinct."
     )
-    if abs(made.match_rate - match_rate) > TOLERANCE:
-        say(f"That is the nearest to {match_rate:g} that was reached.")
+    for wanted, segments in zip(match_rate, made.segments, strict=True):
+        say(
+            f"Match rate {wanted:g}: {segments.match_rate:.1%} at a damping of {segments.damping:.4g}; drafts have a "
+            f"probability of {segments.confidence:.1%} on average."
+        )
+        if abs(segments.match_rate - wanted) > TOLERANCE:
+            say(f"That is the nearest to {wanted:g} that was reached.")
     if made.distinct_tokens < DISTINCT_TOKENS:
         say("Its texts repeat tokens: the shape is too small for others.")
     drafting = f" --draft-vocabulary {draft_vocabulary}" if draft_vocabulary else ""

@@ -21,7 +21,7 @@ from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.recipes import synthetic
 from edgeskip.recipes.shape import load_shape
-from edgeskip.recipes.synthetic import Measurement, Spread, SyntheticSettings, byte_tokenizer, synthesize
+from edgeskip.recipes.synthetic import Measurement, Segments, Spread, SyntheticSettings, byte_tokenizer, synthesize
 from edgeskip.runtime.bundle.manifest import MANIFEST, read_bundle
 from edgeskip.runtime.errors import BackendError, CheckpointError, RequestError
 
@@ -42,10 +42,10 @@ SHAPE = {
 }
 NUM_BYTES = 256
 SETTINGS = {  # shape -> what is asked for
-    "untied": SyntheticSettings(2, 0.7),
-    "tied": SyntheticSettings(2, 0.8, seed=3, dtype="bf16"),
-    "few rows": SyntheticSettings(2, 0.7, num_prompts=8, new_tokens=64, draft_vocabulary=6000),
-    "small": SyntheticSettings(3, 0.6, dtype="fp32", num_prompts=8, new_tokens=64),
+    "untied": SyntheticSettings(2, (0.7,)),
+    "tied": SyntheticSettings(2, (0.8,), seed=3, dtype="bf16"),
+    "few rows": SyntheticSettings(2, (0.7,), num_prompts=8, new_tokens=64, draft_vocabulary=6000),
+    "small": SyntheticSettings(3, (0.6,), dtype="fp32", num_prompts=8, new_tokens=64),
 }
 
 
@@ -58,6 +58,7 @@ def shapes(tmp_path_factory):
         "tied": {"tie_word_embeddings": True},
         "small": {"vocab_size": 300},
         "wide": {"hidden_size": 512},
+        "segments": {"vocab_size": 5000, "intermediate_size": 512, "tie_word_embeddings": True},
     }
     for name, change in changes.items():
         (folder / f"{name}.json").write_text(json.dumps(SHAPE | change))
@@ -101,7 +102,7 @@ def test_the_match_rate_is_as_asked_for_and_as_transformers_measures_it(name, ma
     settings = SETTINGS[name]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     matched, texts = matches(model, settings)
-    assert said.match_rate == pytest.approx(settings.match_rate, abs=synthetic.LARGEST_ERROR)
+    assert said.match_rate == pytest.approx(*settings.match_rates, abs=synthetic.LARGEST_ERROR)
     assert said.match_rate == pytest.approx(float(matched.mean()), abs=0.01)
     by_prompt = sorted(matched.mean(-1).tolist())
     assert said.match_rate_by_prompt.min == pytest.approx(by_prompt[0], abs=0.05)
@@ -115,10 +116,10 @@ def test_the_match_rate_is_as_asked_for_and_as_transformers_measures_it(name, ma
 def test_the_checkpoint_is_marked_and_has_no_eos(name, made, shapes):
     folder, said = made[name]
     config = json.loads((folder / "config.json").read_text())
-    assert config["edgeskip_synthetic"] == asdict(said)
+    assert config["edgeskip_synthetic"] == json.loads(json.dumps(asdict(said)))
     assert said.shape == f"{name}.json"
     assert (said.seed, said.exit_layer) == (SETTINGS[name].seed, SETTINGS[name].exit_layer)
-    assert 0 < said.damping <= 1
+    assert 0 < said.segments[0].damping <= 1
     for file in ("config.json", "generation_config.json"):
         assert json.loads((folder / file).read_text())["eos_token_id"] is None
     readme = (folder / "README.md").read_text()
@@ -150,11 +151,21 @@ def test_only_the_output_projections_of_later_layers_are_damped(made):
         fan_in = 160 if "mlp" in kind else 128
         plain = 1 / fan_in**0.5 / (synthetic.GATED_RMS if "mlp" in kind else 1)
         for layer in late:  # undamped they outweigh the early ones: 2 layers of variance 8 / 2 * 2
-            deviation = said.damping * plain * synthetic.LATE_VARIANCE**0.5
+            deviation = said.segments[0].damping * plain * synthetic.LATE_VARIANCE**0.5
             assert stored[f"model.layers.{layer}.{kind}.weight"] == pytest.approx(deviation, rel=0.05)
         assert stored[f"model.layers.{early[1]}.{kind}.weight"] == pytest.approx(plain, rel=0.05)
     for layer in (*early, *late):
         assert stored[f"model.layers.{layer}.mlp.up_proj.weight"] == pytest.approx(128**-0.5, rel=0.05)
+
+
+def accepted_of_tested(texts):
+    """The share of tested drafts that were accepted, in rounds that always have K drafts."""
+    tested = accepted = 0.0
+    for text in texts:
+        histogram = text.statistics.acceptance_histogram
+        accepted += sum(a * n for a, n in enumerate(histogram))
+        tested += sum(min(a + 1, len(histogram) - 1) * n for a, n in enumerate(histogram))
+    return accepted / tested
 
 
 @pytest.mark.parametrize("name", ["untied", "tied"])
@@ -162,20 +173,84 @@ def test_self_speculative_decoding_of_its_bundle_has_the_match_rate(name, made, 
     folder, said = made[name]
     export_bundle(open_checkpoint(str(folder)), tmp_path / "b", ExportSettings(said.exit_layer, num_speculations=3))
     assert read_bundle(tmp_path / "b").manifest.synthetic
-    tested = accepted = 0.0
     texts = ["def f(x):\n    return", "naïve: 日本", "The capital of France is", "0123456789"]
     with edgeskip.load(tmp_path / "b") as model:
-        for text in texts:
-            made_text = model.complete(text, max_new_tokens=150, confidence_threshold=0)
-            assert len(made_text.prompt_token_ids) == len(text.encode())
-            assert made_text.stop_reason == "max_new_tokens"
-            s = made_text.statistics
-            histogram = s.acceptance_histogram
-            accepted += sum(a * n for a, n in enumerate(histogram))
-            tested += sum(min(a + 1, len(histogram) - 1) * n for a, n in enumerate(histogram))
-    assert accepted / tested == pytest.approx(said.match_rate, abs=0.08)  # of some 500 tokens
+        made_texts = [model.complete(text, max_new_tokens=150, confidence_threshold=0) for text in texts]
+    for text, made_text in zip(texts, made_texts, strict=True):
+        assert len(made_text.prompt_token_ids) == len(text.encode())
+        assert made_text.stop_reason == "max_new_tokens"
+    assert accepted_of_tested(made_texts) == pytest.approx(said.match_rate, abs=0.08)  # of some 500 tokens
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "b")]).stdout
     assert "synthetic: random weights" in shown
+
+
+@pytest.fixture(scope="module")
+def segments(shapes, tmp_path_factory):
+    """A checkpoint whose texts have segments, in a vocabulary of which they use a part, and what was said of it."""
+    folder = tmp_path_factory.mktemp("segments") / "made"
+    settings = SyntheticSettings(
+        2, (0.3, 0.6, 0.95), num_prompts=5, new_tokens=96, max_steps=8, draft_vocabulary=4000, segment_tokens=40
+    )
+    return folder, synthesize(str(shapes / "segments.json"), folder, settings)
+
+
+PROMPTS = ["def f(x):\n    return", "naïve: 日本", "The capital of France is", "0123456789", "(", "Once upon a time"]
+
+
+@pytest.fixture(scope="module")
+def segment_texts(segments, tmp_path_factory):
+    """Prompts and what the whole model writes after them, which is what self-speculation writes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    export_bundle(open_checkpoint(str(segments[0])), folder / "b", ExportSettings(2, draft_vocabulary=4000))
+    return texts_with_and_without_drafts(folder / "b")[0]
+
+
+def texts_with_and_without_drafts(folder):
+    with edgeskip.load(folder) as model:
+        texts = [model.complete(p, max_new_tokens=160, mode="autoregressive").token_ids for p in PROMPTS]
+        for threshold in (0.5, 0.0):
+            drafted = [model.complete(p, max_new_tokens=160, confidence_threshold=threshold) for p in PROMPTS]
+            assert [text.token_ids for text in drafted] == texts
+    return list(zip(PROMPTS, texts, strict=True)), drafted
+
+
+def kinds_of(prompt, text):
+    """The kind of the segment that each token of a text was picked in."""
+    return torch.tensor([*prompt.encode(), *text])[-len(text) - 1 : -1] % 3
+
+
+def test_segments_have_their_match_rates_and_the_exit_is_as_sure_as_it_is_right(segments, segment_texts):
+    folder, said = segments
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kinds, right, sure = [], [], []
+    for prompt, text in segment_texts:
+        token_ids = torch.tensor([[*prompt.encode(), *text]])
+        with torch.inference_mode():
+            states = model(token_ids[:, :-1], output_hidden_states=True).hidden_states[2][0, -len(text) :]
+            chances = model.lm_head(model.model.norm(states)).softmax(-1)
+        right.append(chances.argmax(-1) == torch.tensor(text))
+        sure.append(chances.amax(-1))
+        kinds.append(kinds_of(prompt, text))
+    changes = sum(int((kind[1:] != kind[:-1]).sum()) for kind in kinds)
+    assert sum(map(len, kinds)) / changes == pytest.approx(said.segment_tokens, rel=0.7)  # there are some 40 of them
+    kinds, right, sure = torch.cat(kinds), torch.cat(right).double(), torch.cat(sure).double()
+    for kind, wanted in enumerate((0.3, 0.6, 0.95)):
+        assert right[kinds == kind].mean() == pytest.approx(wanted, abs=0.1)
+        assert said.segments[kind].match_rate == pytest.approx(wanted, abs=0.05)
+        assert sure[kinds == kind].mean() == pytest.approx(wanted, abs=0.15)
+    assert right[sure >= 0.9].mean() > 0.93
+    assert right[sure < 0.3].mean() < 0.4
+    assert said.distinct_tokens > 0.8
+
+
+def test_segments_stay_in_4_bits(segments, tmp_path):
+    settings = ExportSettings(2, num_speculations=4, weights="int4", draft_vocabulary=4000)
+    export_bundle(open_checkpoint(str(segments[0])), tmp_path / "b", settings)
+    texts, drafted = texts_with_and_without_drafts(tmp_path / "b")
+    kinds = torch.cat([kinds_of(*text) for text in texts])
+    wanted = sum((kinds == kind).double().mean() * rate for kind, rate in enumerate((0.3, 0.6, 0.95)))
+    assert accepted_of_tested(drafted) == pytest.approx(float(wanted), abs=0.12)
+    assert int((kinds[1:] != kinds[:-1]).sum()) < len(kinds) / 10
 
 
 def test_a_bundle_of_trained_weights_is_not_marked(bundles, tmp_path):
@@ -207,8 +282,10 @@ def test_the_tokenizer_has_a_token_for_every_id(vocab_size, tmp_path):
         ("a\0b", {}, RequestError, "cannot be looked up"),
         ("{untied}", {"exit_layer": 0}, RequestError, "exit layer: 0; wanted 1 to 3: the model has 4 layers"),
         ("{untied}", {"exit_layer": 4}, RequestError, "exit layer: 4; wanted 1 to 3"),
-        ("{untied}", {"match_rate": 1.1}, RequestError, "match rate: 1.1; wanted 0 to 1"),
-        ("{untied}", {"match_rate": float("nan")}, RequestError, "match rate: nan; wanted 0 to 1"),
+        ("{untied}", {"match_rates": (0.5, 1.1)}, RequestError, "match rate: 1.1; wanted 0 to 1"),
+        ("{untied}", {"match_rates": (float("nan"),)}, RequestError, "match rate: nan; wanted 0 to 1"),
+        ("{untied}", {"match_rates": (0.5,) * 9}, RequestError, "match rates: 9 of them; wanted 1 to 8"),
+        ("{untied}", {"segment_tokens": 1}, RequestError, "tokens of a segment: 1; wanted 2 to"),
         ("{untied}", {"seed": -1}, RequestError, "seed: -1; wanted 0 to"),
         ("{untied}", {"new_tokens": 161}, RequestError, "a context of 192; wanted 193 or more"),
         ("{bytes}", {}, RequestError, "255 tokens; wanted 256 or more"),
@@ -225,13 +302,13 @@ def test_bad_input_is_one_line(shape, change, error, message, tmp_path, monkeypa
     (tmp_path / "broken.json").write_text("{")
     name = str(tmp_path / f"{shape[1:-1]}.json") if shape.startswith("{") else shape
     with pytest.raises(error, match=message) as caught:
-        synthesize(name, tmp_path / "made", replace(SyntheticSettings(2, 0.8), **change))
+        synthesize(name, tmp_path / "made", replace(SyntheticSettings(2, (0.8,)), **change))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
 
 
 def test_too_little_disk_or_memory_is_one_line(shapes, tmp_path, monkeypatch):
-    shape, settings = str(shapes / "untied.json"), SyntheticSettings(2, 0.8, device="cpu")
+    shape, settings = str(shapes / "untied.json"), SyntheticSettings(2, (0.8,), device="cpu")
     monkeypatch.setattr("os.sysconf", lambda _: 10)
     with pytest.raises(BackendError, match="device cpu: 0 GB of memory; wanted 0 GB for the weights"):
         synthesize(shape, tmp_path / "made", settings)
@@ -242,37 +319,42 @@ def test_too_little_disk_or_memory_is_one_line(shapes, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def measured_at(damping, rate, distinct):
+    return Measurement(rate, Spread(rate, rate, rate), distinct, (Segments(damping, rate, rate),))
+
+
 @pytest.mark.parametrize(
     ("measured", "message"),
     [
-        (Measurement(0.1, 0.7, Spread(0.7, 0.7, 0.7), 1.0), "the nearest match rate is 0.700.*; wanted 0.8"),
-        (Measurement(0.1, 0.8, Spread(0.8, 0.8, 0.8), 0.5), "its texts loop: 50% of their tokens are distinct"),
+        (measured_at(0.1, 0.7, 1.0), "the nearest match rate is 0.700.*; wanted 0.8"),
+        (measured_at(0.1, 0.8, 0.5), "its texts loop: 50% of their tokens are distinct"),
     ],
 )
 def test_what_misses_its_mark_is_refused(measured, message, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "find_damping", lambda *_: measured)
+    monkeypatch.setattr(synthetic, "find_dampings", lambda *_: measured)
     with pytest.raises(RequestError, match=message):
-        synthesize(str(shapes / "wide.json"), tmp_path / "made", SyntheticSettings(2, 0.8, device="cpu"))
+        synthesize(str(shapes / "wide.json"), tmp_path / "made", SyntheticSettings(2, (0.8,), device="cpu"))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wanted", [0.0, 0.02, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("wanted", [(0.0,), (0.02,), (0.5,), (0.97,), (1.0,), (0.3, 0.6, 0.95)])
 def test_the_search_ends_at_any_rate(wanted, monkeypatch):
     class Weights:
         model = None
 
-        def damp(self, damping):
-            self.damping = damping
+        def damp(self, dampings):
+            self.dampings = dampings
 
-    def measured(_, __, damping, ___):
-        rate = 0.01 + 0.99 * 2.718 ** (-4 * damping**0.8)
-        return Measurement(damping, rate, Spread(rate, rate, rate), 1.0)
+    def measured(_, __, dampings, ___):
+        rates = [0.01 + 0.99 * 2.718 ** (-4 * damping**0.8) for damping in dampings]
+        found = tuple(map(Segments, dampings, rates, rates))
+        return Measurement(rates[0], Spread(rates[0], rates[0], rates[0]), 1.0, found)
 
     monkeypatch.setattr(synthetic, "measure", measured)
     weights = Weights()
-    found = synthetic.find_damping(weights, SyntheticSettings(2, wanted))
-    assert found.damping == weights.damping
-    assert found.match_rate == pytest.approx(wanted, abs=0.03)
+    found = synthetic.find_dampings(weights, SyntheticSettings(2, wanted)).segments
+    assert [segments.damping for segments in found] == weights.dampings
+    assert [segments.match_rate for segments in found] == pytest.approx(wanted, abs=0.03)
 
 
 def test_the_command_tells_what_it_made_and_takes_no_folder_that_is_there(shapes, tmp_path):
