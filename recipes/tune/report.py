@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from edgeskip.recipes.tune.tune import Pair, TuneReport
+from edgeskip.recipes.tune.tune import Drafting, Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
 from edgeskip.runtime.bench.report import print_doubts
@@ -73,8 +73,36 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     )
     if report.departures:
         console.print(f"{report.departures} of the tokens are ties, which the probe rounds the other way.")
+    console.print("\nWhat should draft:")
+    console.print(_drafting_table(report))
+    console.print("by the text: the share of rounds whose drafts n-grams found\n")
     console.print(f"[bold]{verdict(report)}[/bold]")
     print_doubts(report.doubts, console)
+
+
+def _drafting_table(report: TuneReport) -> Table:
+    """What the exit, n-grams and both give, each with its best pair."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for name in ("--draft", "-k", "exit layer", "ms", "speedup", "match", "per round", "by the text"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in report.drafting:
+        table.add_row(
+            one.draft,
+            length_text(one),
+            "" if one.draft == "ngram" else str(one.exit_layer),
+            f"{one.ms_per_token:.3f}",
+            f"{one.speedup:.2f}x",
+            f"{one.match_rate:.0%}",
+            f"{one.tokens_per_round:.2f}",
+            f"{one.ngram_share:.0%}",
+            style="bold" if one == report.fastest else "",
+        )
+    return table
+
+
+def length_text(one: Drafting) -> str:
+    """What `-k` is given."""
+    return str(one.num_speculations or "auto")
 
 
 def _without(report: TuneReport) -> str:
@@ -91,7 +119,19 @@ def _is_faster(other: Pair | None, report: TuneReport) -> bool:
 
 
 def verdict(report: TuneReport) -> str:
-    """The choice in a sentence."""
+    """The choice in a sentence or two."""
+    pair, fastest = _pair_verdict(report), report.fastest
+    if fastest.draft == "exit":
+        return f"{pair} Drafts of the text bring no more: --draft exit."
+    at = f" at exit layer {fastest.exit_layer}" if fastest.draft == "auto" else ""
+    return (
+        f"{pair} With drafts of the text it is {fastest.ms_per_token:.3f} ms, {fastest.speedup:.2f} times as fast as "
+        f"plain decoding: --draft {fastest.draft} -k {length_text(fastest)}{at}."
+    )
+
+
+def _pair_verdict(report: TuneReport) -> str:
+    """The same of drafts of the exit alone."""
     best, present = report.best, report.present
     if best.speedup <= 1:
         return (
@@ -110,7 +150,7 @@ def verdict(report: TuneReport) -> str:
 def tuned_recipe(report: TuneReport, file: str) -> str:
     """The choice as an export recipe in TOML, for `edgeskip export --recipe`."""
     other, text = report.best_of_all_rows, _toml_text
-    best = other if other is not None and _is_faster(other, report) else report.best
+    best = other if other is not None and _is_faster(other, report) else _best(report)
     source = (
         f"edgeskip tune, {report.hardware.device}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
         f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms per token, plain "
@@ -120,6 +160,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
     lines = [
         _comment(f"Made by: {report.command}"),
         _comment(f"Used by: edgeskip export --recipe {shlex.quote(file)} [CHECKPOINT] BUNDLE"),
+        *_drafting_comment(report),
         "",
         f"checkpoint = {text(report.source)}",
         f"exit_layer = {best.exit_layer}",
@@ -127,7 +168,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
         *_formats(report.tensor_formats, report.num_layers),
-        *([f"draft_vocabulary = {report.draft_vocabulary}"] if other is not None and best is report.best else []),
+        *([f"draft_vocabulary = {report.draft_vocabulary}"] if other is not None and best is not other else []),
         *(['quantizer = "gptq"'] if report.quantizer == "gptq" else []),
         f"source = {text(source)}",
         "",
@@ -135,6 +176,20 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         *rates,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _best(report: TuneReport) -> Pair:
+    """The pair to export: the best, or, where text and exit together are faster, the best at that exit."""
+    exit_layer = report.fastest.exit_layer if report.fastest.draft == "auto" else report.best.exit_layer
+    return min((p for p in report.pairs if p.exit_layer == exit_layer), key=lambda p: p.ms_per_token)
+
+
+def _drafting_comment(report: TuneReport) -> Iterator[str]:
+    """How to decode with it, where that is not what a bundle does by itself."""
+    fastest = report.fastest
+    if fastest.draft != "exit":
+        how = f"--draft {fastest.draft} -k {length_text(fastest)}"
+        yield _comment(f"Fastest on these texts with {how}: {figure(fastest.ms_per_token)} ms per token")
 
 
 def _formats(formats: Mapping[str, str], num_layers: int) -> Iterator[str]:
@@ -182,10 +237,11 @@ def tuning_page(report: TuneReport) -> str:
         BackendError: matplotlib is missing.
     """
     try:
-        plots = {name: svg(name, *plot) for name, plot in (("surface", _surface(report)), ("match", _match(report)))}
+        drawn = {"surface": _surface(report), "drafting": _drafting(report), "match": _match(report)}
+        plots = {name: svg(name, *plot) for name, plot in drawn.items()}
     except ImportError as error:
         raise no_plots("tune page", error) from None
-    return render("tune.html.jinja", report=report, verdict=verdict(report), plots=plots)
+    return render("tune.html.jinja", report=report, verdict=verdict(report), plots=plots, length_text=length_text)
 
 
 def _surface(report: TuneReport) -> Plot:
@@ -218,6 +274,25 @@ def _surface(report: TuneReport) -> Plot:
             side.set_visible(False)
 
     return 0.9 + 0.26 * min(len(layers), _CROWDED), draw
+
+
+def _drafting(report: TuneReport) -> Plot:
+    names = [f"{one.draft}, K = {length_text(one)}" for one in report.drafting]
+    times = [one.ms_per_token for one in report.drafting]
+    plain, fastest = report.measured.plain_ms_per_token, report.drafting.index(report.fastest)
+
+    def draw(ax: Axes) -> None:
+        places = range(len(times) + 1)
+        colors = [GREY, *(BLUE if place == fastest else GREY for place in range(len(times)))]
+        ax.barh(places, [plain, *times], height=0.8, color=colors)
+        for place, ms in zip(places, [plain, *times], strict=True):
+            ax.annotate(figure(ms), (ms, place), (3, 0), textcoords="offset points", va="center")
+        ax.set_yticks(places, ["plain", *names])
+        ax.set(ylim=(len(times) + 0.6, -0.6), xlim=(0, 1.12 * max(plain, *times)), xlabel="ms per token")
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x")
+
+    return 0.7 + 0.26 * (len(times) + 1), draw
 
 
 def _match(report: TuneReport) -> Plot:

@@ -1,4 +1,4 @@
-"""Which exit layer E and speculation length K to choose for this model, text and device, from one bundle.
+"""What should draft, from which exit layer E and how much, for this model, text and device, from one bundle.
 
     the bundle's session: plain decoding --> texts                    each call of a round, timed
                                                |                                   |
@@ -6,9 +6,8 @@
                                                |                                   |
                     rounds, simulated for every E and K  --------->  ms per token for every E and K
 
-Only the texts are decoded, so no exit layer needs an export of its own. The simulation follows the runtime's loop round
-by round, because no formula in the match rate alone would do: drafts are right in runs, and the threshold ends rounds
-where they tend to be wrong.
+Only the texts are decoded, so no exit layer needs an export of its own. The simulation (simulation.py) follows the
+runtime's loop round by round. What the texts themselves would have drafted, by their n-grams, needs no model at all.
 """
 
 from __future__ import annotations
@@ -17,28 +16,36 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
 from edgeskip.recipes.plan.cost import Sample, call_ms, chains, fit_cost, graph_sizes
+from edgeskip.recipes.tune.simulation import Drafts, Rounds, copied_drafts, simulate, simulate_paced
 from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
-from edgeskip.runtime.bundle.graphs import DRAFT_HEAD, GraphName, Split, check_num_speculations, single_exit
+from edgeskip.runtime.bundle.graphs import (
+    DRAFT_HEAD,
+    MAX_SPECULATIONS,
+    GraphName,
+    Split,
+    check_num_speculations,
+    single_exit,
+)
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
-from edgeskip.runtime.decoding.decode import drafts_that_fit
 from edgeskip.runtime.decoding.model import Generation, Model
-from edgeskip.runtime.decoding.rounds import Round, draft_round, speculative_round, verification_round
+from edgeskip.runtime.decoding.rounds import Round, draft_round, given_round, speculative_round, verification_round
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Statistics
+from edgeskip.runtime.drafting.drafters import Draft, Drafter
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.sampling import GREEDY
 
-_TIMED_ROUNDS = 24  # of each length, over all prompts
+_TIMED_ROUNDS, _TIMED_COPIES = 24, 8  # of each length, over all prompts: with drafts of the exit, and of the text
 _REPEATS = 30
 _WARM_UP_TOKENS = 24
 
@@ -73,8 +80,9 @@ class CallTime:
 class Measured:
     """What decoding costs at the bundle's exit layer.
 
-    `calls` are those of rounds with 0 to K drafts, their rows at about `position`; around them the host takes
-    `host_round_ms` for each round and `host_draft_ms` more for each draft. These are lower quartiles, since whatever
+    `calls` are those of rounds with 0 to K drafts of the exit, and with 1 to MAX_SPECULATIONS of the text; their rows
+    are at about `position`. Around them the host takes `host_round_ms` for each round, `host_draft_ms` more for each
+    draft, and `host_ngram_ms` more for each round where the text may draft. These are lower quartiles, since whatever
     else runs on a machine only ever adds to a time. `plain_ms_per_token` is plain decoding's wall time, for the median
     prompt.
     """
@@ -84,6 +92,7 @@ class Measured:
     host_round_ms: float
     host_draft_ms: float
     plain_ms_per_token: float
+    host_ngram_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,32 +105,6 @@ class Text:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     speculative_ms: float
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """What an exit drafts for the m tokens after a text's first: which are right, and its probability for each [m].
-
-    `room` is the number of cache rows after the prompt.
-    """
-
-    right: npt.NDArray[np.bool_]
-    confidences: npt.NDArray[np.float32]
-    room: int
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """The rounds of decoding a text: `by_drafts[d]` of them made d drafts; the rest is counted as in `Statistics`.
-
-    The last round of a text may draft beyond its end; the statistics leave that out, `by_drafts` does not.
-    """
-
-    by_drafts: tuple[int, ...]
-    tokens: int
-    drafted: int
-    tested: int
-    accepted: int
 
 
 @dataclass(frozen=True)
@@ -138,8 +121,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Drafting(Pair):
+    """What drafts (`--draft`), with the pair that is fastest with it; K is 0 where it is chosen for each round (`-k
+    auto`). `ngram_share` is the share of rounds whose drafts the text had; where it alone drafts, E says nothing.
+    """
+
+    draft: Draft
+    ngram_share: float
+
+
+@dataclass(frozen=True)
 class TuneReport(Provenance):
-    """The best pair, the bundle's `present` one, and all `pairs`.
+    """The best pair, the bundle's `present` one, and all `pairs`, which draft at their exit alone. `drafting` compares
+    that with n-grams and with both, each with a fixed K and, but for the exit, with one chosen for each round.
 
     `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
     `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
@@ -168,6 +162,12 @@ class TuneReport(Provenance):
     draft_vocabulary: int | None = None
     covered: float | None = None
     best_of_all_rows: Pair | None = None
+    drafting: tuple[Drafting, ...] = ()
+
+    @property
+    def fastest(self) -> Drafting:
+        """What should draft."""
+        return min(self.drafting, key=lambda one: one.ms_per_token)
 
 
 def tune(
@@ -213,28 +213,13 @@ def tune(
         for text, one in zip(texts, drafts[own[0]], strict=True)
     )
 
-    def pair(exit_layer: int, k: int, drafts: Sequence[Drafts], cost: Measured) -> Pair:
-        rounds = simulate(drafts, k, threshold)
-        ms = scale * rounds_ms(cost, rounds) / rounds.tokens
-        return Pair(
-            exit_layer=exit_layer,
-            num_speculations=k,
-            ms_per_token=ms,
-            speedup=measured.plain_ms_per_token / ms,
-            tokens_per_round=rounds.tokens / sum(rounds.by_drafts),
-            acceptance_rate=rounds.accepted / max(rounds.drafted, 1),
-            match_rate=rounds.accepted / max(rounds.tested, 1),
-        )
-
-    def pairs_of(drafts: Mapping[int, Sequence[Drafts]], measured: Measured) -> tuple[Pair, ...]:
-        costs = {exit_layer: carried(measured, manifest, exit_layer) for exit_layer in drafts}
-        grid = sorted(set(settings.grid))
-        return tuple(pair(e, k, drafts[e], costs[e]) for e in drafts for k in grid)
-
+    grid = sorted(set(settings.grid))
+    weighing = _Weighing(_costs(measured, manifest), scale, threshold, measured.plain_ms_per_token)
     all_rows: tuple[Pair, ...] = ()
     if manifest.draft_vocabulary is not None:
         others = _drafts_by_exit(_probe(bundle, device, texts, None, progress), texts, manifest)
-        all_rows = pairs_of(others, without_draft_head(measured))
+        without = replace(weighing, costs=_costs(without_draft_head(measured), manifest))
+        all_rows = without.pairs(others, grid)
     rates = [
         (f"{call.graph} over {call.rows} row{'s' * (call.rows > 1)}", size, 1e3 * size / call.ms / max(copy_rates))
         for call in measured.calls
@@ -243,7 +228,8 @@ def tune(
     found = doubts(rates, {"rounds": halves, "copies of memory": copy_rates}, others_share)
     if scale > BUSY:
         found += (f"rounds took {scale:.2f} times what their calls add up to",)
-    pairs = pairs_of(drafts, measured)
+    pairs = weighing.pairs(drafts, grid)
+    best = min(pairs, key=lambda one: one.ms_per_token)
     return TuneReport(
         **vars(head),
         prompts=len(texts),
@@ -251,8 +237,8 @@ def tune(
         new_tokens=sum(len(text.token_ids) for text in texts),
         departures=sum(int((one.token_ids[-1] != t.token_ids).sum()) for one, t in zip(probed, texts, strict=True)),
         settings=settings,
-        best=min(pairs, key=lambda one: one.ms_per_token),
-        present=pair(*own, drafts[own[0]], carried(measured, manifest, own[0])),
+        best=best,
+        present=weighing.pair(*own, drafts[own[0]]),
         match_rates={e: float(np.concatenate([d.right for d in kept]).mean()) for e, kept in drafts.items()},
         pairs=pairs,
         scale=scale,
@@ -264,7 +250,65 @@ def tune(
         draft_vocabulary=manifest.draft_vocabulary,
         covered=_covered(manifest, texts),
         best_of_all_rows=min(all_rows, key=lambda one: one.ms_per_token, default=None),
+        drafting=tuple(_compared(weighing, drafts, grid, own[0], best)),
     )
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """What rounds cost at each exit layer, for whatever is weighed; as in `TuneReport`."""
+
+    costs: Mapping[int, Measured]
+    scale: float
+    threshold: float
+    plain_ms_per_token: float
+
+    def pairs(self, drafts: Mapping[int, Sequence[Drafts]], grid: Sequence[int]) -> tuple[Pair, ...]:
+        """Every exit layer with every K."""
+        return tuple(self.pair(exit_layer, k, drafts[exit_layer]) for exit_layer in drafts for k in grid)
+
+    def pair(self, exit_layer: int, k: int, drafts: Sequence[Drafts]) -> Pair:
+        """What drafts of the exit alone give."""
+        return self._of(exit_layer, k, simulate(drafts, k, self.threshold))
+
+    def drafting(self, draft: Draft, exit_layer: int, k: int, drafts: Sequence[Drafts]) -> Drafting:
+        """What drafts of the exit, of the text or of both give."""
+        rounds, choosing_ms = (
+            (simulate(drafts, k, self.threshold, draft), 0.0)
+            if k
+            else simulate_paced(drafts, self.threshold, draft, calls_ms(self.costs[exit_layer]))
+        )
+        pair, share = self._of(exit_layer, k, rounds, choosing_ms), sum(rounds.by_ngram) / rounds.count
+        return Drafting(**vars(pair), draft=draft, ngram_share=share)
+
+    def _of(self, exit_layer: int, k: int, rounds: Rounds, choosing_ms: float = 0.0) -> Pair:
+        ms = self.scale * (rounds_ms(self.costs[exit_layer], rounds) + rounds.count * choosing_ms) / rounds.tokens
+        return Pair(
+            exit_layer=exit_layer,
+            num_speculations=k,
+            ms_per_token=ms,
+            speedup=self.plain_ms_per_token / ms,
+            tokens_per_round=rounds.tokens / rounds.count,
+            acceptance_rate=rounds.accepted / max(rounds.drafted, 1),
+            match_rate=rounds.accepted / max(rounds.tested, 1),
+        )
+
+
+def _compared(
+    weighing: _Weighing, drafts: Mapping[int, Sequence[Drafts]], grid: Sequence[int], own: int, best: Pair
+) -> Iterator[Drafting]:
+    """The best pair of the exit; then the best of n-grams, which need no exit, and of both, and each with `-k auto`."""
+    yield weighing.drafting("exit", best.exit_layer, best.num_speculations, drafts[best.exit_layer])
+    exits: dict[Draft, Iterable[int]] = {"ngram": (own,), "auto": drafts}
+    for draft, layers in exits.items():
+        found = (weighing.drafting(draft, e, k, drafts[e]) for e in layers for k in grid)
+        yield (fixed := min(found, key=lambda one: one.ms_per_token))
+        yield weighing.drafting(draft, fixed.exit_layer, 0, drafts[fixed.exit_layer])
+
+
+def _costs(measured: Measured, manifest: Manifest) -> dict[int, Measured]:
+    """What would have been measured at each exit layer."""
+    return {e: carried(measured, manifest, e) for e in range(1, manifest.architecture.num_layers)}
 
 
 def _covered(manifest: Manifest, texts: Sequence[Text]) -> float | None:
@@ -292,9 +336,13 @@ def _probe(
 
 
 def _drafts_by_exit(probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest) -> dict[int, list[Drafts]]:
-    """What each exit drafts for each text."""
+    """What each exit drafts for each text, beside what the text does."""
+    copied = [copied_drafts(text.prompt_ids, text.token_ids) for text in texts]
     return {
-        exit_layer: [drafts_of_exit(*one, exit_layer, manifest.max_length) for one in zip(probed, texts, strict=True)]
+        exit_layer: [
+            replace(drafts_of_exit(exits, text, exit_layer, manifest.max_length), copied=copies)
+            for exits, text, copies in zip(probed, texts, copied, strict=True)
+        ]
         for exit_layer in range(1, manifest.architecture.num_layers)
     }
 
@@ -304,41 +352,6 @@ def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, capacity: int) -> 
     row = exit_layer - 1
     right = exits.token_ids[row, 1:] == np.array(text.token_ids[1:])
     return Drafts(right, exits.confidences[row, 1:], capacity - len(text.prompt_ids))
-
-
-def simulate(texts: Sequence[Drafts], num_speculations: int, confidence_threshold: float) -> Rounds:
-    """The rounds in which these texts would be decoded, as the runtime's loop makes them.
-
-    Rounds, tokens, tested and accepted drafts are exact. What is drafted after a confident wrong draft is not known:
-    there, and beyond a text's end, the text's own confidences and certainty stand in, and only the number of drafts
-    made can differ.
-    """
-    by_drafts = [0] * (num_speculations + 1)
-    tokens = drafted = tested = accepted = 0
-    for text in texts:
-        left, at = len(text.right), 0
-        runs = _runs(text.right, end=0)
-        sure = _runs(text.confidences >= confidence_threshold, end=num_speculations)
-        while left:
-            k = drafts_that_fit(num_speculations, text.room - at)
-            made = min(sure[at] + 1, k)
-            by_drafts[made] += 1
-            good = min(runs[at], made)
-            if good == left:  # a stop drops the rest of its round, also from the statistics
-                made = left
-            new = min(good + 1, left)
-            tokens, drafted, accepted = tokens + new, drafted + made, accepted + good
-            tested += min(good + 1, made)
-            at, left = at + new, left - new
-    return Rounds(tuple(by_drafts), tokens, drafted, tested, accepted)
-
-
-def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
-    """At each place, how many flags are set from there on without a gap; `end` more where nothing stops them."""
-    runs = [end]
-    for flag in reversed(flags.tolist()):
-        runs.append(runs[-1] + 1 if flag else 0)
-    return runs[::-1]
 
 
 def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
@@ -369,24 +382,42 @@ def without_draft_head(measured: Measured) -> Measured:
 
 def rounds_ms(measured: Measured, rounds: Rounds) -> float:
     """Time of all these rounds, the host's share included."""
+    calls = calls_ms(measured)
+    host_ms = measured.host_round_ms + (measured.host_ngram_ms if rounds.by_ngram else 0.0)
+    at_exit = sum(
+        count * (calls("exit", drafts) + drafts * measured.host_draft_ms)
+        for drafts, count in enumerate(rounds.by_drafts)
+        if count
+    )
+    copied = sum(count * calls("ngram", drafts) for drafts, count in enumerate(rounds.by_ngram) if count)
+    return at_exit + copied + rounds.count * host_ms
+
+
+def calls_ms(measured: Measured) -> Callable[[Drafter, int], float]:
+    """What the calls of a round take, in ms, by what drafts and how many drafts there are."""
     calls = {(call.graph, call.rows): call.ms for call in measured.calls}
     split = chains({call.graph for call in measured.calls})
+    rounds: dict[Drafter, Callable[[Split, int], Round]] = {"exit": speculative_round, "ngram": given_round}
 
-    def round_ms(drafts: int) -> float:
-        on_device = sum(calls[call.key] for call in speculative_round(split, drafts).calls)
-        return on_device + measured.host_round_ms + drafts * measured.host_draft_ms
+    @cache
+    def ms(drafter: Drafter, drafts: int) -> float:
+        return sum(calls[call.key] for call in rounds[drafter](split, drafts).calls)
 
-    return sum(count * round_ms(drafts) for drafts, count in enumerate(rounds.by_drafts) if count)
+    return ms
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """One prompt decoded plainly and with the bundle's own speculation length, and rounds timed in its caches."""
+    """One prompt decoded plainly and with the bundle's own speculation length, at the exit and by n-grams, and rounds
+    timed in its caches.
+    """
 
     plain: Generation
     speculative: Statistics
+    copying: Statistics
     position: int
     times: tuple[_Times, ...]
+    copy_times: tuple[_Times, ...]
 
 
 def _measure(
@@ -395,8 +426,9 @@ def _measure(
     """Decodes the prompts and times calls in turns, so that a device that slows down slows both."""
     session, manifest = model.session, model.bundle.manifest
     largest = min(max(*settings.grid, manifest.num_speculations), manifest.max_length - 1)
+    longest = min(MAX_SPECULATIONS, manifest.max_length - 1)
     in_situ = set(session.stage_ns or ()) == set(manifest.graphs)
-    repeats = -(-_TIMED_ROUNDS // len(prompt_ids)) if in_situ else 0
+    repeats, copy_repeats = (-(-n // len(prompt_ids)) if in_situ else 0 for n in (_TIMED_ROUNDS, _TIMED_COPIES))
 
     def turn(ids: list[int], max_new_tokens: int) -> _Turn:
         model.forget()
@@ -408,15 +440,24 @@ def _measure(
             max_new_tokens=max_new_tokens,
             **GREEDY.settings,
         )
-        position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - largest), 0)
+        model.forget()
+        copying = model.complete(
+            ids,
+            draft="ngram",
+            num_speculations=manifest.num_speculations,
+            max_new_tokens=max_new_tokens,
+            **GREEDY.settings,
+        )
+        position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - longest), 0)
         times = tuple(_times_in_rounds(session, model.split, largest, position) for _ in range(repeats))
-        return _Turn(plain, speculative.statistics, position, times)
+        copies = tuple(_times_of_copies(session, model.split, longest, position) for _ in range(copy_repeats))
+        return _Turn(plain, speculative.statistics, copying.statistics, position, times, copies)
 
     if not in_situ:  # a device captures a round on its second run, which says nothing of decoding
-        for round_ in [speculative_round(model.split, k) for k in range(largest + 1) for _ in range(3)]:
-            bound = session.bind(round_)
-            bound.start(0)
-            bound.wait()
+        rounds = [speculative_round(model.split, k) for k in range(largest + 1)]
+        rounds += [given_round(model.split, k) for k in range(1, min(manifest.num_speculations, longest) + 1)]
+        for round_ in [one for one in rounds for _ in range(3)]:
+            _run(session, round_, 0)
     turn(prompt_ids[0], min(settings.max_new_tokens, _WARM_UP_TOKENS))
     turns = []
     for done, ids in enumerate(prompt_ids):
@@ -428,14 +469,15 @@ def _measure(
         raise RequestError("prompts", "the model ends after the first token of each", wanted="one that it continues")
     position = int(statistics.median(one.position for one in turns))
     laps = [t for one in turns for t in one.times] or [
-        _times_alone(session, model.split, largest, position) for _ in range(2)
+        _times_alone(session, model.split, (largest, longest), position) for _ in range(2)
     ]
-    times = _by_call(laps)
+    times = _by_call([*laps, *(t for one in turns for t in one.copy_times)])
     halves = [float(sum(map(_quiet, _by_call(half).values()))) for half in (laps[::2], laps[1::2])]
     order = list(manifest.graphs)
     calls = sorted(times, key=lambda key: (order.index(key[0]), key[1]))
     plain, speculative = [one.plain.statistics for one in turns], [one.speculative for one in turns]
-    host_ms, drafting_ms = (_quiet(map(_host_ms, runs)) for runs in (plain, speculative))
+    copying = [one.copying for one in turns]
+    host_ms, drafting_ms, copying_ms = (_quiet(map(_host_ms, runs)) for runs in (plain, speculative, copying))
     drafts = sum(s.drafted for s in speculative) / sum(s.rounds for s in speculative)
     texts = [Text(one.plain.prompt_token_ids, one.plain.token_ids, _wall_ms(one.speculative)) for one in turns]
     measured = Measured(
@@ -444,6 +486,7 @@ def _measure(
         host_round_ms=host_ms,
         host_draft_ms=max(drafting_ms - host_ms, 0.0) / max(drafts, 1.0),
         plain_ms_per_token=statistics.median(_wall_ms(s) / (s.new_tokens - 1) for s in plain),
+        host_ngram_ms=max(copying_ms - host_ms, 0.0),
     )
     return texts, measured, halves
 
@@ -479,12 +522,15 @@ def _times_in_rounds(session: MeasuredSession, split: Split, largest: int, posit
     return times
 
 
+def _times_of_copies(session: MeasuredSession, split: Split, longest: int, position: int) -> _Times:
+    """The same for drafts of the text, from 1 to `longest`."""
+    return [timed for k in range(1, longest + 1) for timed in _lap(session, given_round(split, k), position)]
+
+
 def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple[tuple[GraphName, int], float]]:
     """Runs a part of a round in which no graph occurs twice."""
     before = session.stage_ns
-    bound = session.bind(part)
-    bound.start(position)
-    bound.wait()
+    _run(session, part, position)
     after = session.stage_ns
     assert before is not None
     assert after is not None
@@ -492,9 +538,19 @@ def _lap(session: MeasuredSession, part: Round, position: int) -> Iterator[tuple
         yield call.key, (after[call.graph] - before[call.graph]) / 1e6
 
 
-def _times_alone(session: MeasuredSession, split: Split, largest: int, position: int) -> _Times:
+def _run(session: MeasuredSession, round_: Round, position: int) -> None:
+    """Runs a round on whatever the workspace holds."""
+    bound = session.bind(round_)
+    bound.start(position, dict.fromkeys(round_.row_inputs, np.zeros(round_.rows, np.int64)))
+    bound.wait()
+
+
+def _times_alone(session: MeasuredSession, split: Split, lengths: tuple[int, int], position: int) -> _Times:
     """Each call of these rounds by itself, for devices that hide what happens within one; there the sum is the same."""
-    calls = {call.key: call for k in range(largest + 1) for call in speculative_round(split, k).calls}
+    largest, longest = lengths
+    rounds = [given_round(split, k) for k in range(1, longest + 1)]
+    rounds += [speculative_round(split, k) for k in range(largest + 1)]
+    calls = {call.key: call for round_ in rounds for call in round_.calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
 
 

@@ -26,18 +26,16 @@ from edgeskip.recipes.demo import CHECKPOINT
 from edgeskip.recipes.deployment import load_export_recipe
 from edgeskip.recipes.plan.cost import ONE_EXIT, Cost, graph_sizes
 from edgeskip.recipes.tune.report import print_tuning, tuned_recipe, tuning_page
+from edgeskip.recipes.tune.simulation import Drafts, Rounds, simulate
 from edgeskip.recipes.tune.tune import (
     CallTime,
-    Drafts,
     Measured,
-    Rounds,
     Text,
     TuneReport,
     TuneSettings,
     carried,
     drafts_of_exit,
     rounds_ms,
-    simulate,
     tune,
 )
 from edgeskip.runtime.bench.prompts import load_prompts
@@ -174,6 +172,14 @@ def assert_sound(report, num_layers):
         assert 1 <= pair.tokens_per_round <= pair.num_speculations + 1
         assert 0 <= pair.acceptance_rate <= pair.match_rate <= 1
     assert all(math.isfinite(call.ms) and call.ms > 0 for call in report.measured.calls)
+    assert [(one.draft, one.num_speculations > 0) for one in report.drafting] == [
+        ("exit", True),
+        *(("ngram", True), ("ngram", False), ("auto", True), ("auto", False)),
+    ]
+    assert report.drafting[0].ms_per_token == report.best.ms_per_token
+    assert {one.exit_layer for one in report.drafting[1:3]} == {report.present.exit_layer}
+    assert all(one.ms_per_token >= report.fastest.ms_per_token for one in report.drafting)
+    assert all(one.ms_per_token * one.speedup == pytest.approx(plain) for one in report.drafting)
     assert report.departures == 0
 
 
@@ -210,6 +216,7 @@ def test_a_device_that_hides_its_graphs(bundles, tmp_path):
 
 def test_the_recipe_is_an_export_recipe(report, tmp_path):
     path = tmp_path / "tuned.toml"
+    report = dataclasses.replace(report, drafting=report.drafting[:1])
     path.write_text(tuned_recipe(report, "a tuned.toml"))
     recipe, _ = load_export_recipe(str(path))
     assert recipe.checkpoint == "python-10m"
@@ -220,6 +227,26 @@ def test_the_recipe_is_an_export_recipe(report, tmp_path):
     head = path.read_text().splitlines()[:2]
     assert head[0] == "# Made by: edgeskip tune b --recipe r.toml"
     assert head[1] == "# Used by: edgeskip export --recipe 'a tuned.toml' [CHECKPOINT] BUNDLE"
+
+
+def test_what_should_draft_is_told(report, tmp_path):
+    exit_, ngram, _, auto, paced = report.drafting
+    faster = {"ms_per_token": exit_.ms_per_token / 2, "speedup": 2.0}
+    for one, said in ((ngram, f"-k {ngram.num_speculations}."), (auto, "at exit layer 5."), (paced, "-k auto at exit")):
+        fastest = dataclasses.replace(one, **faster, exit_layer=5 if one.draft == "auto" else one.exit_layer)
+        own = dataclasses.replace(report, drafting=(exit_, fastest))
+        console = Console(record=True, width=400, file=io.StringIO())
+        print_tuning(own, console)
+        for text in (console.export_text(), Page(tuning_page(own)).text):
+            assert f"2.00 times as fast as plain decoding: --draft {one.draft} -k" in text
+            assert said in text
+        (tmp_path / "r.toml").write_text(tuned_recipe(own, "r.toml"))
+        recipe, _ = load_export_recipe(str(tmp_path / "r.toml"))
+        assert recipe.exit_layer == (5 if one.draft == "auto" else report.best.exit_layer)
+        assert f"# Fastest on these texts with --draft {one.draft} -k" in (tmp_path / "r.toml").read_text()
+    alone = dataclasses.replace(report, drafting=(exit_,))
+    assert "Drafts of the text bring no more: --draft exit." in Page(tuning_page(alone)).text
+    assert "Fastest" not in tuned_recipe(alone, "r.toml")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +328,8 @@ def test_drafts_from_some_rows_of_the_vocabulary_are_weighed_as_they_are_decoded
     if other.exit_layer == 3:
         assert other.match_rate == sum(s.accepted for s in stats) / sum(s.tested for s in stats)
     for factor, rows, exit_layer in ((1.1, 150, found.best.exit_layer), (0.9, None, other.exit_layer)):
-        one = dataclasses.replace(found, best_of_all_rows=dataclasses.replace(other, ms_per_token=factor * ms))
+        all_rows = dataclasses.replace(other, ms_per_token=factor * ms)
+        one = dataclasses.replace(found, best_of_all_rows=all_rows, drafting=found.drafting[:1])
         (tmp_path / "r.toml").write_text(tuned_recipe(one, "r.toml"))
         recipe, _ = load_export_recipe(str(tmp_path / "r.toml"))
         assert (recipe.draft_vocabulary, recipe.exit_layer) == (rows, exit_layer)
@@ -340,9 +368,9 @@ def timed(report, fastest_ms):
 )
 def test_the_page_is_whole(ms, verdict, figure, report):
     page = Page(tuning_page(timed(report, ms)))
-    assert [name for name in ("surface", "match") if name in page.ids] == ["surface", "match"]
+    assert {"surface", "drafting", "match"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert len(page.svgs) == 2
+    assert len(page.svgs) == 3
     assert verdict in page.text
     assert f">{figure}<" in page.svgs[0]
     assert all(source.startswith("#") for source in page.sources)
@@ -369,7 +397,10 @@ def test_the_command_writes_all_it_is_asked_for(bundles, prompt, tmp_path):
     assert result.exception is None, result.stderr
     assert "exit layer" in result.stdout
     report = json.loads(files["json"].read_text())
-    assert load_export_recipe(str(files["toml"]))[0].exit_layer == report["best"]["exit_layer"]
+    fastest = min(report["drafting"], key=lambda one: one["ms_per_token"])
+    best = fastest if fastest["draft"] == "auto" else report["best"]
+    assert load_export_recipe(str(files["toml"]))[0].exit_layer == best["exit_layer"]
+    assert "What should draft" in result.stdout
     assert Page(files["html"].read_text()).svgs
     kept = files["toml"].read_text()
     again = run("tune", bundle, "--prompts", prompt, "-n", 12, "--recipe", files["toml"])
