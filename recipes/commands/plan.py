@@ -49,6 +49,11 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     metavar="[E=]A",
     help="Share of greedy tokens that the exit predicts, or that exit layer E does; can be given more than once.",
 )
+@click.option(
+    "--ngrams",
+    metavar="[S=]A",
+    help="Drafts that the text has (--draft ngram): the share A of them that is right, if S of the rounds have any.",
+)
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="[default: the device's first]")
 @click.option("--dtype", type=click.Choice(get_args(DType)), help="[default: the recipe's or the device's]")
 @click.option(
@@ -88,6 +93,7 @@ def plan(
     exit_layers: tuple[int, ...] | None,
     num_speculations: int | None,
     match_rates: tuple[str, ...],
+    ngrams: str | None,
     backend: Any,
     dtype: Any,
     weights: Any,
@@ -112,7 +118,7 @@ def plan(
     from edgeskip.exporter.quantization.budget import planned_formats
     from edgeskip.exporter.quantization.choice import QuantizationChoice
     from edgeskip.recipes.deployment import load_device, load_export_recipe, recipe_shape
-    from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates
+    from edgeskip.recipes.plan.plan import PlanSettings, make_plan, parse_match_rates, parse_ngrams
     from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
     from edgeskip.recipes.plan.report import print_plan
     from edgeskip.recipes.shape import Shape, load_shape
@@ -152,7 +158,12 @@ def plan(
     if exit_layer not in known:
         num_speculations = first(num_speculations, own_num_speculations)
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
-    settings = replace(settings, draft_vocabulary=draft_vocabulary, other_exits=tuple(other_exits))
+    settings = replace(
+        settings,
+        draft_vocabulary=draft_vocabulary,
+        other_exits=tuple(other_exits),
+        ngrams=None if ngrams is None else parse_ngrams(ngrams),
+    )
     measured = [read_report(path) for path in reports]
     for report, path in zip(measured, reports, strict=True):
         check_report(report, path)

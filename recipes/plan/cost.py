@@ -37,7 +37,7 @@ from edgeskip.runtime.bundle.graphs import (
     split_at,
 )
 from edgeskip.runtime.bundle.tensors import TABLES, bundle_tensors, graph_tensors
-from edgeskip.runtime.decoding.rounds import speculative_round
+from edgeskip.runtime.decoding.rounds import Round, given_round, speculative_round
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,16 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
 
 def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
     """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
-    views = [(call.graph, call.inputs[0][1]) for call in speculative_round(chains(sizes), num_speculations).calls]
+    return _calls_ms(cost, sizes, speculative_round(chains(sizes), num_speculations), position)
+
+
+def ngram_round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
+    """The same where the text has the drafts: all layers run once."""
+    return _calls_ms(cost, sizes, given_round(chains(sizes), num_speculations), position)
+
+
+def _calls_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], round_: Round, position: int) -> float:
+    views = [(call.graph, call.inputs[0][1]) for call in round_.calls]
     return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
 
 

@@ -24,6 +24,7 @@ from edgeskip.recipes.plan.cost import (
     exit_sizes,
     fit_cost,
     graph_sizes,
+    ngram_round_ms,
     round_ms,
     samples_of_report,
     tokens_per_round,
@@ -52,6 +53,7 @@ from edgeskip.runtime.bundle.graphs import (
     DRAFT_HEAD,
     HEAD,
     HEAD_ROWS,
+    MAX_SPECULATIONS,
     GraphName,
     check_draft_vocabulary,
     check_exit_layer,
@@ -115,6 +117,7 @@ class PlanSettings:
         draft_vocabulary: rows of the vocabulary that drafts come from; None takes all.
         other_exits: further exit layers that the model is cut after.
         position: tokens in the prompt, and in the caches when a round is timed; half the capacity, 512 at most.
+        ngrams: the share of rounds for which a text has n-gram drafts, and their match rate, where these are known.
     """
 
     exit_layer: int
@@ -128,6 +131,7 @@ class PlanSettings:
     formats: Mapping[str, str] = field(default_factory=dict)
     draft_vocabulary: int | None = None
     other_exits: tuple[int, ...] = ()
+    ngrams: tuple[float, float] | None = None
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -189,6 +193,23 @@ class ExitPlan:
 
 
 @dataclass(frozen=True)
+class NgramPlan:
+    """Drafts that the text has (`--draft ngram`), which take no time to make: a round of K takes `rounds_ms[K]`.
+
+    `break_even` is the match rate below which such rounds lose to plain steps, null where they always do; where a text
+    has no drafts, there is a plain step. If `share` of the rounds have drafts that are right at `match_rate`, this is
+    the best K, and its ms per token over all rounds; null where that is not known.
+    """
+
+    rounds_ms: dict[int, float]
+    break_even: float | None
+    share: float | None
+    match_rate: float | None
+    num_speculations: int | None
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole plan.
 
@@ -196,9 +217,9 @@ class Plan:
     null where none are.
     `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
     those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
-    the fastest of the exits whose match rate is known. Rounds draft from `exit_layer`, or each of `exits`, as those
-    of a model with that exit alone; `other_exits` are those that it is cut after too. `formats` counts the bytes of
-    weights on disk by their format; `recommended` says why, where no format was asked for.
+    the fastest of the exits whose match rate is known; `ngrams` need no exit. Rounds draft from `exit_layer`, or each
+    of `exits`, as those of a model with that exit alone; `other_exits` are those that it is cut after too. `formats`
+    counts the bytes of weights on disk by their format; `recommended` says why, where no format was asked for.
     """
 
     model: str
@@ -230,6 +251,7 @@ class Plan:
     rates: tuple[RatePlan, ...]
     exits: tuple[ExitPlan, ...]
     best: ExitPlan | None
+    ngrams: NgramPlan
     recommended: Recommendation | None = None
     other_exits: tuple[int, ...] = ()
 
@@ -298,6 +320,11 @@ def make_plan(
         rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
         exits=exits,
         best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
+        ngrams=_ngrams(
+            {n: ngram_round_ms(cost, sizes, n, position) for n in range(1, MAX_SPECULATIONS + 1)},
+            plain,
+            settings.ngrams,
+        ),
         other_exits=settings.other_exits,
     )
 
@@ -411,6 +438,23 @@ def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]
         except ValueError:
             raise RequestError("match rate", f"{text!r}", wanted="a share from 0 to 1, or E=share") from None
     return rates
+
+
+def parse_ngrams(text: str) -> tuple[float, float]:
+    """What is known of n-gram drafts, as the command line gives it: `0.6=0.8` is a match rate of 0.8 in a share of 0.6
+    of the rounds, `0.8` the same in all.
+
+    Raises:
+        RequestError: something else.
+    """
+    share, equals, rate = text.rpartition("=")
+    try:
+        found = float(share) if equals else 1.0, float(rate)
+        if all(0 <= one <= 1 for one in found):
+            return found
+    except ValueError:
+        pass
+    raise RequestError("n-grams", f"{text!r:.60}", wanted="a match rate from 0 to 1, or share=rate")
 
 
 def held_bytes(
@@ -730,6 +774,21 @@ def _speed(k: int, ms: float, match_rate: float | None) -> SpeedPlan:
 def _rate(rounds: Mapping[int, float], match_rate: float, plain: float) -> RatePlan:
     k, ms = best_speculation(rounds, match_rate)
     return RatePlan(match_rate, k, ms) if ms < plain else RatePlan(match_rate, None, plain)
+
+
+def _ngrams(rounds: dict[int, float], plain: float, known: tuple[float, float] | None) -> NgramPlan:
+    pays = break_even(plain, rounds)
+    if known is None:
+        return NgramPlan(rounds, pays, None, None, None, None)
+    share, match_rate = known
+
+    def ms_per_token(k: int) -> float:
+        ms, tokens = (share * one + (1 - share) * other for one, other in ((rounds[k], plain), (of[k], 1)))
+        return ms / tokens
+
+    of = {k: tokens_per_round(match_rate, k) for k in rounds}
+    k = min(rounds, key=ms_per_token)
+    return NgramPlan(rounds, pays, share, match_rate, k, ms_per_token(k))
 
 
 def _exit(

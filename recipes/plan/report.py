@@ -16,6 +16,7 @@ _COLORS = (
     *("blue", "dark_orange", "magenta", "green", "cyan", "yellow", "red", "white", "bright_black", "violet"),
     "gold3",
 )
+_NGRAM_LENGTHS = (1, 4, 8, 16)
 _EXITS = 6
 """How many exit layers of unknown match rate are shown, at most; the JSON has all."""
 
@@ -120,6 +121,21 @@ def _print_times(plan: Plan, console: Console) -> None:
         exits.add_row(*cells, style="bold" if exit_plan.exit_layer in own else "")
     console.print("Exit layers, and the match rate below which self-speculation loses:")
     console.print(exits)
+    _print_ngrams(plan, console)
+
+
+def _print_ngrams(plan: Plan, console: Console) -> None:
+    """Drafts of the text, which need no exit."""
+    ngrams = plan.ngrams
+    times = ", ".join(f"{ngrams.rounds_ms[k]:.2f} ms with {k}" for k in _NGRAM_LENGTHS)
+    pays = "never pays" if ngrams.break_even is None else f"pays from a match rate of {ngrams.break_even:.2f}"
+    console.print(f"Drafts of the text (--draft ngram): a round takes {times}, and {pays}.")
+    if ngrams.ms_per_token is not None:
+        console.print(
+            f"Where {ngrams.share:.0%} of the rounds have some, {ngrams.match_rate:.0%} of which are right: with K = "
+            f"{ngrams.num_speculations}, {ngrams.ms_per_token:.2f} ms per token, "
+            f"{plan.plain_ms_per_token / ngrams.ms_per_token:.2f}x plain."
+        )
 
 
 def _verdict(plan: Plan) -> str:

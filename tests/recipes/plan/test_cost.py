@@ -82,6 +82,8 @@ def test_a_round_is_the_sum_of_its_calls():
     sizes["draft_head"] = cost.GraphSize(0, 0, 20, 0)
     assert cost.round_ms(reading, sizes, 2, position=10) == wanted - 2 * 30
     assert cost.round_ms(reading, sizes, 0, position=10) == 100 + 3 * 11 + 200 + 5 * 11 + 50
+    # drafts that the text has: all three rows at once, and one head
+    assert cost.ngram_round_ms(reading, sizes, 2, position=10) == 100 + 3 * 13 + 200 + 5 * 13 + 50
 
 
 def test_tokens_a_round_are_what_counting_all_outcomes_gives():

@@ -147,6 +147,21 @@ def test_below_the_break_even_rate_speculation_loses():
         assert (plan.best.ms_per_token < plan.plain_ms_per_token) == better
 
 
+def test_drafts_of_the_text_pay_from_their_break_even_rate():
+    machine = load_device("orin-nano-8gb")
+    plain = make_plan("", ONE_B, machine, PlanSettings(8))
+    for sign, better in ((-1, False), (1, True)):
+        rate = plain.ngrams.break_even + sign * 0.01
+        plan = make_plan("", ONE_B, machine, PlanSettings(8, ngrams=(1.0, rate)))
+        assert (plan.ngrams.ms_per_token < plan.plain_ms_per_token) == better
+    some = make_plan("", ONE_B, machine, PlanSettings(8, ngrams=(0.25, 0.5))).ngrams
+    # of four rounds, one has drafts, the others are plain steps
+    tokens = {k: 3 + sum(0.5**i for i in range(k + 1)) for k in range(1, 17)}
+    wanted = {k: (3 * plain.plain_ms_per_token + some.rounds_ms[k]) / tokens[k] for k in tokens}
+    assert some.ms_per_token == pytest.approx(min(wanted.values()))
+    assert some.num_speculations == min(wanted, key=wanted.get)
+
+
 @pytest.mark.parametrize(
     ("device", "changes", "found", "fix"),
     [
@@ -262,9 +277,11 @@ def test_bad_settings_are_one_line(changes, message):
 
 
 def test_the_command_prints_a_plan_and_its_json(tmp_path):
-    done = run("--recipe", "llama3.2-1b", "--device", "orin-nano-8gb", "--match-rate", "0.8", "--json", tmp_path / "p")
+    known = ("--match-rate", "0.8", "--ngrams", "0.6=0.9")
+    done = run("--recipe", "llama3.2-1b", "--device", "orin-nano-8gb", *known, "--json", tmp_path / "p")
     assert done.exit_code == 0, done.output
     assert "It fits" in done.output
+    assert "Where 60% of the rounds have some, 90% of which are right" in done.output
     plan = json.loads((tmp_path / "p").read_text())
     assert plan["exit_layer"] == 4
     assert next(e for e in plan["exits"] if e["exit_layer"] == 4)["match_rate"] == 0.8
@@ -297,6 +314,8 @@ def test_a_config_of_ones_own_is_planned(checkpoints):
         (["llama3-8b", "--match-rate", "80"], 5, "'80'; wanted a share from 0 to 1, or E=share"),
         (["llama3-8b", "--match-rate", "4=x"], 5, "'4=x'; wanted a share"),
         (["llama3-8b", "--match-rate", "=0.5"], 5, "'=0.5'; wanted a share"),
+        (["llama3-8b", "--ngrams", "1.5"], 5, "n-grams: '1.5'; wanted a match rate from 0 to 1, or share=rate"),
+        (["llama3-8b", "--ngrams", "=0.5"], 5, "'=0.5'; wanted a match rate"),
         (["llama3-8b", "--exit-layer", "0"], 5, "exit layer: 0; wanted 1 to 31"),
         (["llama3-8b", "--max-length", "0"], 5, "max length: 0; wanted 2 to 8192"),
         (["llama3-8b", "--position", "9" * 30], 5, "wanted 0 to 4095, within the capacity"),
