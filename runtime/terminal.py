@@ -81,7 +81,11 @@ def print_statistics(generation: Generation, console: Console) -> None:
     )
     if not generation.sampling.is_greedy:
         console.print(f"[dim]drawn with {generation.sampling}[/dim]")
-    if s.acceptance_rate is not None:
+    if s.mode == "early-exit" and s.num_speculations:
+        console.print(
+            f"[dim]{s.trusted} tokens by the exit alone, the others by the whole model in {s.rounds} rounds[/dim]"
+        )
+    elif s.acceptance_rate is not None:
         console.print(
             f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
             f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"

@@ -214,6 +214,15 @@ def test_every_mode(mode, bundle):
     assert (made["statistics"]["stage_ms"]["verify"] == 0) == (mode == "early-exit")
 
 
+def test_early_exit_with_a_threshold_says_what_the_exit_decided(bundle, tmp_path):
+    report = tmp_path / "report.json"
+    how = ["--mode", "early-exit", "--confidence-threshold", 0.01, "-n", 20]
+    told = succeed("generate", bundle, "-p", "a", *how, "--json", report).stderr
+    statistics = json.loads(report.read_text())["statistics"]
+    assert 0 < statistics["trusted"] < statistics["new_tokens"]
+    assert f"{statistics['trusted']} tokens by the exit alone, the others by the whole model in" in told
+
+
 @pytest.mark.parametrize("threshold", [0, 0.5, 1])
 def test_the_confidence_threshold_changes_no_token(threshold, bundle):
     plain = succeed("generate", bundle, "-p", "a", "--mode", "autoregressive", "-n", 30).stdout

@@ -175,7 +175,7 @@ class OrtCpuSession(MeasuredSession):
         logits, token_ids, token_logits, embeddings = (
             self._rows(outputs[name]) for name in ("logits", "token_ids", "token_logits", "inputs_embeds")
         )
-        positions, drafts = self._buffers["position_ids"][call.first_row :], self._buffers["draft_token_ids"]
+        positions, drafts = (self._buffers[name][call.first_row :] for name in ("position_ids", "draft_token_ids"))
         rows = logits[:, : head.vocabulary]
 
         def pick() -> None:

@@ -487,8 +487,8 @@ class _HostPickedRound:
     def wait(self) -> RoundResult:
         """Waits for the device, and picks."""
         result, session = self._bound.wait(), self._session
-        first = self._position + self._call.first_row + 1
-        for row, token in session._sampler.pick_rows(self._logits, self._own, first, result.draft_ids):
+        first, drafts = self._position + self._call.first_row + 1, result.draft_ids[self._call.first_row :]
+        for row, token in session._sampler.pick_rows(self._logits, self._own, first, drafts):
             if token == self._own[row]:
                 continue
             session._put_token(self._outputs, row, token)

@@ -29,6 +29,7 @@ from edgeskip.runtime.decoding.rounds import (
     head_round,
     prefill_round,
     speculative_round,
+    trusting_round,
     verification_round,
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
@@ -61,6 +62,7 @@ class Decoding:
         num_speculations: K, the most drafts per round; 0 is plain decoding.
         confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
         early_exit: decode with the draft subgraph alone (K is then 0).
+        trusts_exit: take the drafts that the exit was sure of untested: all but the last of each round.
         picker: how the heads pick tokens; the split's must pick so.
         picks: whether the session picks instead, as `Session.sample` told it, and on what that depends.
         logprobs: how many of the most probable tokens each token is given with; None reads no logits.
@@ -76,6 +78,7 @@ class Decoding:
     num_speculations: int = 0
     confidence_threshold: float = 0.0
     early_exit: bool = False
+    trusts_exit: bool = False
     picker: Picker = GREEDY
     picks: Picks = "heads"
     logprobs: int | None = None
@@ -93,18 +96,19 @@ class Decoding:
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is the number of drafts that were made, by `drafter`; `logprobs`, if they were asked for, has an entry for
-    each token.
+    `drafted` is the number of drafts that were made, by `drafter`, and `trusted` that of the first of them, which were
+    taken untested; `logprobs`, if they were asked for, has an entry for each token.
     """
 
     token_ids: tuple[int, ...]
     drafted: int
     logprobs: tuple[TokenLogprob, ...] = ()
     drafter: Drafter = "exit"
+    trusted: int = 0
 
     @property
     def accepted(self) -> int:
-        """Drafts that verification confirmed."""
+        """Drafts that verification confirmed, or that were trusted."""
         return len(self.token_ids) - 1
 
 
@@ -139,9 +143,9 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     head = _bound(session, how, head_round(how.split, row, 1, early_exit=how.early_exit))
     head.start(places[-1], how.picker.row_inputs(places[-1], row + 1))
     result = head.wait()
-    logprobs = _logprobs(session, how, result.target_ids)
+    logprobs = _logprobs(session, how, result.target_ids, trusted=0)
     session.carry(0)
-    return _step(session, result, 0, length, logprobs)
+    return _step(session, result, result.target_ids, length, logprobs)
 
 
 def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iterator[npt.NDArray[Any]]:
@@ -201,24 +205,27 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     under_way = started()
     while under_way:
         result, drafter = under_way.wait(), under_way.drafter
-        accepted = count_accepted(result.draft_ids, result.target_ids)
-        kept = result.target_ids[: accepted + 1]
-        logprobs = _logprobs(session, how, kept)  # before the next round writes others
+        trusted = _trusted(result)
+        accepted = count_accepted(result.draft_ids[trusted:], result.target_ids)
+        kept = [*result.draft_ids[:trusted], *result.target_ids[: accepted + 1]]
+        logprobs = _logprobs(session, how, kept, trusted)  # before the next round writes others
         session.carry(accepted)
         rounds.note(len(result.draft_ids), kept)
-        position += accepted + 1
+        position += len(kept)
         under_way = started()
-        yield replace(_step(session, result, accepted, position, logprobs), drafter=drafter)
+        yield replace(_step(session, result, kept, position, logprobs), drafter=drafter)
 
 
 def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
     return session.bind(replace(round_, picks=how.picks))
 
 
-def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int], trusted: int) -> tuple[TokenLogprob, ...]:
+    """By the logits that each token was picked from: those of the exit for the trusted ones, which come first."""
     if how.logprobs is None:
         return ()
-    logits = session.read_logits(len(token_ids))
+    at_exit = session.read_draft_logits(trusted) if trusted else ()
+    logits = (*at_exit, *session.read_logits(len(token_ids) - trusted))
     return tuple(token_logprob(row, token, how.logprobs) for row, token in zip(logits, token_ids, strict=True))
 
 
@@ -273,7 +280,8 @@ def _at_exit(session: Session, how: Decoding, k: int) -> _Started:
     if not (k and (how.confidence_threshold or how.picks == "history")):
         return _Whole(session, how, speculative_round(how.split, k))
     drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(k)]
-    checks = [_Whole(session, how, verification_round(how.split, drafted)) for drafted in range(k + 1)]
+    checking = trusting_round if how.trusts_exit else verification_round
+    checks = [_Whole(session, how, checking(how.split, drafted)) for drafted in range(k + 1)]
     return _WhileConfident(session, how, drafts, checks)
 
 
@@ -354,12 +362,12 @@ class _WhileConfident:
         for draft in self._drafts:
             yield draft
             drafted += 1
-            if drafted < len(self._drafts) and self._confidence(drafted - 1) < self._threshold:
+            if drafted < len(self._drafts) and not self._is_sure(drafted - 1):
                 break
         yield self._checks[drafted]
 
-    def _confidence(self, row: int) -> float:
-        return self._session.draft_confidence(row, self._vocabulary) if self._threshold else 1.0
+    def _is_sure(self, row: int) -> bool:
+        return not self._threshold or self._session.draft_confidence(row, self._vocabulary) >= self._threshold
 
 
 def drafts_that_fit(num_speculations: int, room: int) -> int:
@@ -376,11 +384,17 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
 
 
 def _step(
-    session: Session, result: RoundResult, accepted: int, position: int, logprobs: tuple[TokenLogprob, ...]
+    session: Session, result: RoundResult, kept: Sequence[int], position: int, logprobs: tuple[TokenLogprob, ...]
 ) -> Step:
-    """What a round gives out; its last token is the one at `position`."""
-    _check_finite(session, result.target_logits[: accepted + 1], position)
-    return Step(tuple(result.target_ids[: accepted + 1]), len(result.draft_ids), logprobs)
+    """What a round gives out: the tokens that are kept, the last of which is the one at `position`."""
+    trusted = _trusted(result)
+    _check_finite(session, result.target_logits[: len(kept) - trusted], position)
+    return Step(tuple(kept), len(result.draft_ids), logprobs, trusted=trusted)
+
+
+def _trusted(result: RoundResult) -> int:
+    """The first drafts of a round, which have no target."""
+    return len(result.draft_ids) + 1 - len(result.target_ids)
 
 
 def _check_finite(session: Session, logits: Iterable[float], position: int) -> None:

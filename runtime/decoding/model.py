@@ -159,11 +159,13 @@ class Model:
 
         Args:
             prompt: text, token ids, or chat messages.
-            mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer.
+            mode: `self-speculative` and `autoregressive` give the same tokens; `early-exit` stops at the exit layer,
+                for every token or, with a threshold, for those that the exit is sure of.
             num_speculations: K, the most drafts per round; `auto` chooses it for each round, by how often drafts were
                 right of late and what rounds take. By default the bundle's, and `auto` unless only the exit drafts.
             confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
-                It changes the speed, never the tokens. By default, what suits the backend.
+                It changes the speed, never the tokens. By default, what suits the backend. With `early-exit`, tokens
+                less probable than this are the whole model's, and 0, the default, leaves all to the exit.
             max_new_tokens: by default, until the caches are full.
             stop: texts that end the generation.
             logprobs: how many of the most probable tokens to give with each token, and their probabilities, in the
@@ -215,7 +217,9 @@ class Model:
         draft = further.pop("draft", None)
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r:.60}", wanted=f"one of {', '.join(MODES)}")
-        drafting = {"draft": draft, "num speculations": num_speculations, "confidence threshold": confidence_threshold}
+        drafting: dict[str, Any] = {"draft": draft, "num speculations": num_speculations}
+        if mode != "early-exit":
+            drafting["confidence threshold"] = confidence_threshold
         for name, given in drafting.items():
             if mode != "self-speculative" and given is not None:
                 found = f"{given!r:.60}, beside the mode {mode}, which drafts nothing"
@@ -230,7 +234,7 @@ class Model:
         exit_layer = further.pop("exit_layer", None)
         split = self.split if exit_layer is None else self.bundle.manifest.split(exit_layer, GREEDY.name)
         if confidence_threshold is None:
-            confidence_threshold = self.session.confidence_threshold
+            confidence_threshold = 0.0 if mode == "early-exit" else self.session.confidence_threshold
         check_num_speculations(most, " or 'auto'")
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
@@ -245,7 +249,8 @@ class Model:
             _check_logprobs(logprobs)
         grammar = further.pop("grammar", None)
         picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
-        k = most if mode == "self-speculative" else 0
+        trusted = MAX_SPECULATIONS if confidence_threshold else 0
+        k = {"self-speculative": most, "autoregressive": 0, "early-exit": trusted}[mode]
         mask = None if grammar is None else self._mask(grammar)
         return _Request(
             (), mode, split, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask
@@ -442,23 +447,23 @@ class Model:
 
     def _depth(self, request: _Request) -> int:
         """The layers that a text runs through."""
-        early_exit = request.mode == "early-exit"
-        return request.split.exit_layer if early_exit else self.bundle.manifest.architecture.num_layers
+        return request.split.exit_layer if request.exits_always else self.bundle.manifest.architecture.num_layers
 
     def _steps(self, request: _Request, cached: int) -> Generator[Step, None, None]:
         """Steps of a prompt whose first `cached` rows are there."""
         manifest, new_tokens, ids = self.bundle.manifest, request.max_new_tokens, request.prompt_ids
         depth = self._depth(request)
-        embeddings = TokenRows(self.embeddings, ids)
-        looks_up = request.draft != "exit" and request.num_speculations > 0
+        embeddings, split, exits = TokenRows(self.embeddings, ids), request.split, request.mode == "early-exit"
+        looks_up = request.draft != "exit" and request.mode == "self-speculative"
         how = Decoding(
-            request.split,
+            replace(split, draft_head=split.head) if exits else split,  # what is not tested comes from all tokens
             request.num_speculations,
             request.confidence_threshold,
-            early_exit=request.mode == "early-exit",
+            early_exit=request.exits_always,
+            trusts_exit=exits,
             picks=picks_of(request.sampling, request.mask),
             logprobs=request.logprobs,
-            draft=request.draft,
+            draft="exit" if exits else request.draft,
             lookup=Lookup(NgramIndex(), self.embeddings) if looks_up else None,
             pace=self._pace if request.paced else None,
         )
@@ -537,6 +542,11 @@ class _Request:
     logprobs: int | None
     mask: TokenMask | None
 
+    @property
+    def exits_always(self) -> bool:
+        """Whether the layers after the exit do nothing, not even for the prompt."""
+        return self.mode == "early-exit" and not self.num_speculations
+
 
 def _check_logprobs(count: int) -> None:
     if not (type(count) is int and 0 <= count <= MOST_LOGPROBS):
@@ -550,8 +560,8 @@ def _closed_error() -> RequestError:
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
     """A round cut to its first `kept` tokens, as if the drafts that a stop dropped had never been made."""
     if kept < len(step.token_ids):
-        return RoundRecord(kept, kept, kept, seconds, step.drafter)
-    return RoundRecord(kept, step.drafted, step.accepted, seconds, step.drafter)
+        return RoundRecord(kept, kept, kept, seconds, step.drafter, min(step.trusted, kept))
+    return RoundRecord(kept, step.drafted, step.accepted, seconds, step.drafter, step.trusted)
 
 
 def _elapsed_ms(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, float] | None:

@@ -167,6 +167,18 @@ def verification_round(split: Split, num_speculations: int) -> Round:
 
 
 @cache
+def trusting_round(split: Split, num_drafts: int) -> Round:
+    """As a verification, which fills the caches of the layers after the exit; but of its drafts, only the last one is
+    compared with the whole model's token, and there is one target more.
+    """
+    round_ = verification_round(split, num_drafts)
+    first = max(num_drafts - 1, 0)
+    head = _target_head(split.head, "hidden_states", first, num_drafts + 1 - first)
+    calls = (*round_.calls[:-1], replace(head, verifies=True))
+    return replace(round_, calls=calls, num_targets=head.rows)
+
+
+@cache
 def given_round(split: Split, num_drafts: int) -> Round:
     """The verification of drafts that the host knows.
 

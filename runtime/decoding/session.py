@@ -98,6 +98,10 @@ class Session(ABC):
         """The first `rows` rows of the latest target logits, [rows,V] in fp32."""
 
     @abstractmethod
+    def read_draft_logits(self, rows: int) -> npt.NDArray[Any]:
+        """The first `rows` rows of the latest draft logits, [rows,V] in fp32, of a head over all tokens."""
+
+    @abstractmethod
     def carry(self, row: int) -> None:
         """Makes the token that target row `row` picked the next round's first input."""
 
@@ -182,6 +186,10 @@ class MeasuredSession(Session):
     def read_logits(self, rows: int) -> npt.NDArray[Any]:
         """The first `rows` rows of the latest target logits, [rows,V] in fp32."""
         return self.read(View("target_logits", 0, rows))
+
+    def read_draft_logits(self, rows: int) -> npt.NDArray[Any]:
+        """The first `rows` rows of the latest draft logits, [rows,V] in fp32, of a head over all tokens."""
+        return self.read(View("draft_logits", 0, rows))
 
     @abstractmethod
     def time_call_ms(self, call: Call, position: int, repeats: int) -> float:

@@ -15,8 +15,9 @@ from edgeskip.runtime.drafting.drafters import DRAFTERS, Drafter
 class RoundRecord:
     """One round as it was emitted: without tokens after a stop, and without the drafts that became them.
 
-    `drafted` and `accepted` count drafts, which `drafter` made; `seconds` is the time from the start of the round to
-    its text, or what the device took where it went on working while nobody waited.
+    `drafted` and `accepted` count drafts, which `drafter` made, and `trusted` those that were accepted untested;
+    `seconds` is the time from the start of the round to its text, or what the device took where it went on working
+    while nobody waited.
     """
 
     tokens: int
@@ -24,6 +25,12 @@ class RoundRecord:
     accepted: int
     seconds: float
     drafter: Drafter = "exit"
+    trusted: int = 0
+
+    @property
+    def tested(self) -> int:
+        """Drafts that were compared with the whole model's tokens: up to the first that was wrong."""
+        return min(self.accepted + 1, self.drafted) - self.trusted
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,12 @@ class Statistics:
     """Times and rates of one generation.
 
     `cached_tokens` are those of the prompt that needed no computing, as the caches held their rows. `acceptance_rate`
-    is accepted / drafted, as LayerSkip reports it; `match_rate` is accepted / tested, where a draft after the first
-    mismatch of its round is not tested. `acceptance_histogram[a]` counts rounds with a accepted drafts. Rates of tokens
-    leave out the first token, which comes from the prefill; a token's latency is its round's time over the round's
-    tokens. `stage_ms` is the time in each graph, without the prefill; null where the device hides it. `captured_rounds`
-    is how many rounds ran as one captured CUDA graph; null on a CPU. `by_drafter` has the rounds with drafts, by what
-    made them.
+    is accepted / drafted, as LayerSkip reports it; `match_rate` is that of the drafts which were tested: those after
+    the first mismatch of their round are not, nor are the `trusted` ones, which early exit took without the later
+    layers. `acceptance_histogram[a]` counts rounds with a accepted drafts. Rates of tokens leave out the first token,
+    which comes from the prefill; a token's latency is its round's time over the round's tokens. `stage_ms` is the time
+    in each graph, without the prefill; null where the device hides it. `captured_rounds` is how many rounds ran as one
+    captured CUDA graph; null on a CPU. `by_drafter` has the rounds with drafts, by what made them.
     """
 
     mode: str
@@ -71,6 +78,7 @@ class Statistics:
     drafted: int
     tested: int
     accepted: int
+    trusted: int
     acceptance_rate: float | None
     match_rate: float | None
     tokens_per_round: float | None
@@ -95,6 +103,7 @@ def summarize(
     """Sums up a generation whose first token came from the prefill and the others from `rounds`."""
     whole = _drafting(rounds)
     drafted, tested, accepted = whole.drafted, whole.tested, whole.accepted
+    trusted = sum(r.trusted for r in rounds)
     by_drafter = {name: [r for r in rounds if r.drafted and r.drafter == name] for name in DRAFTERS}
     tokens = sum(r.tokens for r in rounds)
     seconds = sum(r.seconds for r in rounds)
@@ -109,8 +118,9 @@ def summarize(
         drafted=drafted,
         tested=tested,
         accepted=accepted,
+        trusted=trusted,
         acceptance_rate=accepted / drafted if drafted else None,
-        match_rate=accepted / tested if tested else None,
+        match_rate=(accepted - trusted) / tested if tested else None,
         tokens_per_round=tokens / len(rounds) if rounds else None,
         acceptance_histogram=tuple(int(n) for n in histogram),
         time_to_first_token_ms=prompt.seconds * 1e3,
@@ -128,7 +138,7 @@ def _drafting(rounds: Sequence[RoundRecord]) -> Drafting:
     return Drafting(
         rounds=len(rounds),
         drafted=sum(r.drafted for r in rounds),
-        tested=sum(min(r.accepted + 1, r.drafted) for r in rounds),
+        tested=sum(r.tested for r in rounds),
         accepted=sum(r.accepted for r in rounds),
         seconds=sum(r.seconds for r in rounds),
         rounds_by_length=tuple(int(n) for n in lengths),

@@ -65,10 +65,13 @@ def test_a_model_exits_after_any_layer(bundles, tmp_path, monkeypatch):
             theirs = wanted.complete(prompt, num_speculations=3, confidence_threshold=0, max_new_tokens=25)
             assert ours.token_ids == theirs.token_ids
             assert ours.statistics.accepted == theirs.statistics.accepted
-            early = model.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
-            assert early == wanted.complete(prompt, mode="early-exit", max_new_tokens=8).token_ids
+            for threshold in (0, 0.05):
+                how = {"mode": "early-exit", "confidence_threshold": threshold, "max_new_tokens": 12}
+                early, theirs = model.complete(prompt, **how), wanted.complete(prompt, **how)
+                assert early.token_ids == theirs.token_ids
+                assert early.statistics.trusted == theirs.statistics.trusted
     for layer in (9, 0, 1.5, "1"):
-        with pytest.raises(RequestError, match=f"exit layer: {layer}"):
+        with pytest.raises(RequestError, match=f"exit layer: {layer!r}"):
             edgeskip.load(copied.folder, exit_layer=layer)
     with pytest.raises(RequestError, match="exit layer: 1; wanted 3: the bundle is cut there"):
         edgeskip.load(copied.folder, exit_layer=1, device="cpu")
