@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.drafting.drafters import ExitChoice
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.host import release_freed_memory
 from edgeskip.runtime.hub.access import local_bundle
@@ -23,7 +24,7 @@ def load(
     device: DeviceChoice = "auto",
     threads: int = 0,
     dialect: str | None = None,
-    exit_layer: int | None = None,
+    exit_layer: ExitChoice | None = None,
     progress: Progress = lambda *_: None,
 ) -> Model:
     """Loads a bundle: reads and checks it, and takes the memory it needs.
@@ -35,8 +36,8 @@ def load(
         device: ONNX Runtime's: `cpu`, `cuda`, or `auto`, which takes the GPU where there is one.
         threads: CPU threads; 0 means one per core.
         dialect: `cpu`, `ort` or `standard`; by default what suits the device.
-        exit_layer: the exit that drafts; by default the bundle's own. It must be one that the bundle was cut at, except
-            where engines of the `layers` dialect run, which serve any.
+        exit_layer: the exit that drafts, by default the bundle's own, or `auto`, which chooses one for each round. It
+            must be one that the bundle was cut at, except where engines of the `layers` dialect run, which serve any.
         progress: called while the files are checked.
 
     Raises:
@@ -50,9 +51,10 @@ def load(
         raise RequestError("progress", f"{progress!r:.60}", wanted="a function")
     opened = read_bundle(local_bundle(bundle))
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
-    if exit_layer is not None and (type(exit_layer) is not int or exit_layer not in opened.manifest.exit_layers):
+    fixed = None if exit_layer == "auto" else exit_layer
+    if fixed is not None and (type(fixed) is not int or fixed not in opened.manifest.exit_layers):
         usable = backend != "auto" or (device != "cpu" and dialect is None)
-        opened, session = open_elsewhere(opened, exit_layer, backend, engines=usable, progress=progress)
+        opened, session = open_elsewhere(opened, fixed, backend, engines=usable, progress=progress)
     else:
         session = open_session(
             opened,
@@ -60,7 +62,7 @@ def load(
             device=device,
             threads=threads,
             dialect=dialect,
-            exit_layer=exit_layer,
+            exit_layer=fixed,
             progress=progress,
         )
     _LOG.info("%s: %s", opened.folder, session.description)

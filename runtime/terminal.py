@@ -90,6 +90,9 @@ def print_statistics(generation: Generation, console: Console) -> None:
             f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
             f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
         )
+    if len(s.by_exit) > 1:
+        parts = [f"{e} {one.accepted} of {one.drafted} in {one.rounds} rounds" for e, one in s.by_exit.items()]
+        console.print(f"[dim]accepted drafts by exit: {', '.join(parts)}[/dim]")
     if set(s.by_drafter) - {"exit"}:
         parts = [f"{name} {one.accepted} of {one.drafted} in {one.rounds} rounds" for name, one in s.by_drafter.items()]
         console.print(f"[dim]accepted drafts by what made them: {', '.join(parts)}[/dim]")

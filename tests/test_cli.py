@@ -463,8 +463,8 @@ def test_a_bundle_of_several_exits_through_the_verbs(checkpoints, texts, tmp_pat
     shown = succeed("inspect", bundle).stdout
     assert drafting in shown
     assert "draft subgraph after layer 3: draft -> middle_1_3 -> head" in shown
-    text = {"-e": [], "3": ["-e", 3], "1": ["-e", 1], "plain": ["--mode", "autoregressive"]}
-    made = [succeed("generate", bundle, "-p", "a", "-n", 20, *words).stdout for words in text.values()]
+    ways = [], ["-e", 3], ["-e", 1], ["-e", "auto"], ["--mode", "autoregressive"]
+    made = [succeed("generate", bundle, "-p", "a", "-n", 20, *words).stdout for words in ways]
     assert len(set(made)) == 1
     refused = run("generate", bundle, "-p", "a", "-e", 2)
     assert refused.exit_code == 5
@@ -472,11 +472,13 @@ def test_a_bundle_of_several_exits_through_the_verbs(checkpoints, texts, tmp_pat
     assert "exit layer: 2; wanted 1, 3: the bundle is cut there; export with this exit layer" in refused.stderr
     plan = json.loads(succeed("plan", bundle, "-d", "h100", "--dtype", "fp16", "--json").stdout)
     assert (plan["exit_layer"], plan["other_exits"]) == (3, [1])
-    grid = ["-e", 3, "-e", 1, "-k", 2, "-k", 3, "-n", 8, "--repeats", 1]
+    grid = ["-e", 3, "-e", 1, "-e", "auto", "-k", 2, "-k", 3, "-n", 8, "--repeats", 1]
     bench = succeed("bench", bundle, "--prompts", texts, *grid, "--json")
     report = json.loads(bench.stdout)
     found = [(row["exit_layer"], row["num_speculations"]) for row in report["rows"]]
-    assert found == [(None, 0), (3, 2), (3, 3), (1, 2), (1, 3)]
+    assert found == [(None, 0), (3, 2), (3, 3), (1, 2), (1, 3), (None, 16)]
+    table = succeed("bench", bundle, "--prompts", texts, "-e", "auto", "-n", 8, "--repeats", 1).stdout
+    assert "E = auto, K = auto, from the first rounds of a text to the last: K " in table
     assert {stage["graph"] for stage in report["stages"]} == {"draft", "middle_1_3", "verify", "head"}
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.drafting.drafters import Drafter
+from edgeskip.runtime.drafting.drafters import Source
 from edgeskip.runtime.drafting.length import Pace, RoundCosts
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
 MIXED, UNIFORM, SEGMENTS, TOKENS, SCATTER = (0.3, 0.6, 0.95), (0.1, 0.3, 0.5, 0.6, 0.8, 0.95), 12, 1500, 0.03
-SLOPES: dict[float, Drafter] = {0.33: "exit", 0.27: "exit", 0.15: "exit", 0.05: "ngram"}
+EXIT = 4
+SLOPES: dict[float, Source] = {0.33: EXIT, 0.27: EXIT, 0.15: EXIT, 0.05: "ngram"}
 """What a draft adds to a round, as a share of one without, and what drafts so: an early exit at a third or a sixth of
 the model, and the text itself."""
 
@@ -47,21 +48,21 @@ def time_of(right: Array, costs: Array, k_at: Callable[[int], int], learn: Calla
     return time
 
 
-def chosen_time(right: Array, costs: Array, drafter: Drafter, random: np.random.Generator) -> float:
+def chosen_time(right: Array, costs: Array, drafter: Source, random: np.random.Generator) -> float:
     """With K chosen as the text comes."""
-    pace = Pace(RoundCosts(), lambda: 0.0)
-    most: dict[Drafter, int] = {"exit": 0, drafter: MAX_SPECULATIONS}
+    pace = Pace(RoundCosts({EXIT: 0.3, "ngram": 0.05}), lambda: 0.0)
+    most: dict[Source, int] = {EXIT: 0, drafter: MAX_SPECULATIONS}
 
     def learn(k: int, accepted: int, run: int) -> None:
         ms = costs[k] * np.exp(SCATTER * random.standard_normal())
-        pace.note(drafter if k else "exit", k, k, accepted, ms)
+        pace.note(drafter if k else EXIT, k, k, accepted, ms)
         if drafter == "ngram":  # what would have been drafted is known after plain rounds too
             pace.compare([1] * MAX_SPECULATIONS, [1] * accepted + [1 if accepted < run else 0])
 
     return time_of(right, costs, lambda _: pace.chosen(most)[1], learn)
 
 
-def mixed(slope: float, drafter: Drafter, segment: int, texts: int) -> str:
+def mixed(slope: float, drafter: Source, segment: int, texts: int) -> str:
     """The gains on mixed texts."""
     costs, fixed, knowing, chosen = 1 + slope * LENGTHS, np.zeros(len(LENGTHS)), 0.0, 0.0
     best = {rate: int((np.cumsum(rate**LENGTHS) / costs).argmax()) for rate in MIXED}
@@ -76,7 +77,7 @@ def mixed(slope: float, drafter: Drafter, segment: int, texts: int) -> str:
     return f"{slope:.2f}  {segment:3d} tokens  K = {fixed.argmin():2d}  {gain:5.1%}  {share:4.0%}"
 
 
-def uniform(slope: float, drafter: Drafter, rate: float, texts: int) -> str:
+def uniform(slope: float, drafter: Source, rate: float, texts: int) -> str:
     """The loss on texts of one rate."""
     costs, fixed, chosen = 1 + slope * LENGTHS, np.zeros(len(LENGTHS)), 0.0
     for seed in range(texts):

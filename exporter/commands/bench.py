@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeskip.runtime.commands.options import (
-    Length,
+    Choice,
     backend_option,
     bundle_argument,
     command_line,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "-k",
     "grid",
     multiple=True,
-    type=Length(),
+    type=Choice(),
     help="Speculation lengths to measure, auto among them; can be given more than once.  [default: 1 to 8]",
 )
 @draft_option
@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     "-e",
     "exit_layers",
     multiple=True,
-    type=int,
-    help="Exits to measure, of those that the bundle has; can be given more than once.  [default: its first]",
+    type=Choice(),
+    help="Exits to measure, of those that the bundle has; can be given more than once; auto chooses exit and K for "
+    "each round.  [default: its first]",
 )
 @threshold_option
 @max_new_tokens_option
@@ -73,7 +74,7 @@ def bench(
     bundle: Path,
     grid: tuple[Any, ...],
     draft: Any,
-    exit_layers: tuple[int, ...],
+    exit_layers: tuple[Any, ...],
     confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
@@ -111,7 +112,8 @@ def bench(
         GREEDY.changed(**drawing),
         first(draft, BenchSettings.draft),
         "auto" in grid,
-        exit_layers,
+        tuple(one for one in exit_layers if one != "auto"),
+        "auto" in exit_layers,
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

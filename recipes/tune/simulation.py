@@ -16,9 +16,15 @@ import numpy.typing as npt
 
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.decoding.decode import count_accepted, drafts_that_fit
-from edgeskip.runtime.drafting.drafters import Draft, Drafter
+from edgeskip.runtime.drafting.drafters import Draft, Drafter, Source
 from edgeskip.runtime.drafting.length import Pace, RoundCosts
 from edgeskip.runtime.drafting.ngram import NgramIndex
+
+_EXIT = 1
+"""The layer of the exit, which does not matter here."""
+
+SLOPES: dict[Source, float] = {_EXIT: 0.3, "ngram": 0.05}
+"""What a draft is thought to add to a round while none was measured."""
 
 NOTHING = -1
 """Where a text has no drafts, in place of how many of them are right."""
@@ -103,19 +109,19 @@ def simulate_paced(
         cost_ms: what a round takes, by what drafts and how many drafts were made.
     """
     now_ms, taken = 0.0, [0.0]
-    pace = Pace(RoundCosts(), lambda: now_ms)
+    pace = Pace(RoundCosts(SLOPES), lambda: now_ms)
 
     def choose(most: int, copies: int) -> tuple[Drafter, int]:
         start = perf_counter()
-        chosen = pace.chosen({"exit": 0 if draft == "ngram" else most, "ngram": copies})
+        source, k = pace.chosen({_EXIT: 0 if draft == "ngram" else most, "ngram": copies})
         taken.append(perf_counter() - start)
-        return chosen
+        return "ngram" if source == "ngram" else "exit", k
 
     def note(chosen: tuple[Drafter, int], made: int, accepted: int, copies: Sequence[bool]) -> None:
         nonlocal now_ms
         now_ms += (ms := cost_ms(chosen[0], made))
         start = perf_counter()
-        pace.note(*chosen, made, accepted, ms)
+        pace.note("ngram" if chosen[0] == "ngram" else _EXIT, chosen[1], made, accepted, ms)
         if draft != "exit":
             pace.compare(copies, [True] * (accepted + 1))  # it looks at nothing but which are alike
         taken[-1] += perf_counter() - start

@@ -28,8 +28,8 @@ from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import MODES, Mode, View, distinct_calls, speculative_round
 from edgeskip.runtime.decoding.sampling import distribution, draw_gap
 from edgeskip.runtime.decoding.session import Memory
-from edgeskip.runtime.decoding.statistics import Drafting, Statistics, distinct_4grams, together
-from edgeskip.runtime.drafting.drafters import Draft, Drafter
+from edgeskip.runtime.decoding.statistics import Drafting, Statistics, Stretch, courses, distinct_4grams, together
+from edgeskip.runtime.drafting.drafters import Draft, Drafter, ExitChoice
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.reading import read_json
@@ -53,7 +53,7 @@ class BenchSettings:
 
     `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
     given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length is measured from each of
-    `exit_layers`, or from the model's own.
+    `exit_layers`, or from the model's own; with `adaptive_exit`, rounds whose exit is chosen too.
     """
 
     grid: tuple[int, ...]
@@ -65,6 +65,7 @@ class BenchSettings:
     draft: Draft = "exit"
     adaptive: bool = False
     exit_layers: tuple[int, ...] = ()
+    adaptive_exit: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class BenchRow:
     `stage_ms_per_round` (mean time in each graph, or of the whole round on a device that hides them),
     `host_ms_per_round` (mean of the rest) and `host_share` (the rest over the stages) are null for other runtimes.
     `distinct_tokens` and `distinct_4grams` are shares of the texts: a model that loops flatters every rate.
-    `by_drafter` has the rounds with drafts of one repeat, by what drafted.
+    `by_drafter` and `by_exit` have the rounds with drafts of one repeat, by what drafted, and `course` all of them, in
+    the order of each text. `exit_layer` is the exit, null where it was chosen or none drafts.
     """
 
     mode: str
@@ -117,6 +119,8 @@ class BenchRow:
     host_ms_per_round: float | None
     host_share: float | None
     by_drafter: dict[Drafter, Drafting] | None = None
+    by_exit: dict[int, Drafting] | None = None
+    course: tuple[Stretch, ...] | None = None
     exit_layer: int | None = None
 
 
@@ -212,11 +216,14 @@ def run_bench(
     if settings.confidence_threshold is None:
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
     watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
-    exits = settings.exit_layers or (model.split.exit_layer,)
+    exits = settings.exit_layers or (() if settings.adaptive_exit else (model.split.exit_layer,))
     splits = [model.bundle.manifest.split(exit_layer) for exit_layer in exits]
     lengths: tuple[int | Literal["auto"], ...] = (*settings.grid, *(("auto",) if settings.adaptive else ()))
     contestants = [_ours(model, 0, None, settings)]
     contestants += [_ours(model, k, exit_layer, settings) for exit_layer in exits for k in lengths]
+    if settings.adaptive_exit:
+        contestants.append(_ours(model, "auto", "auto", settings))
+        splits = splits or [model.split]
     measured = _take_turns(contestants, prompt_ids, settings.max_new_tokens, settings.repeats, progress)
     weights, memory = read_bytes(model.bundle), session.memory()
     plain_bytes = sum(weights[call.graph] for call in speculative_round(model.split, 0).calls)
@@ -378,7 +385,7 @@ def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: Bench
     return float(np.mean(shared)) if shared else 1.0
 
 
-def _ours(model: Model, k: int | Literal["auto"], exit_layer: int | None, settings: BenchSettings) -> Contestant:
+def _ours(model: Model, k: int | Literal["auto"], exit_layer: ExitChoice | None, settings: BenchSettings) -> Contestant:
     mode: Mode = "self-speculative" if k else "autoregressive"
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
@@ -397,9 +404,8 @@ def _ours(model: Model, k: int | Literal["auto"], exit_layer: int | None, settin
         seconds = (s.new_tokens - 1) * (s.ms_per_token or 0.0) / 1e3
         return Run(generation.token_ids, s.time_to_first_token_ms / 1e3, seconds, s)
 
-    if k == "auto":
-        return Contestant(ADAPTIVE, MAX_SPECULATIONS, run, exit_layer)
-    return Contestant(mode, k, run, exit_layer)
+    fixed = None if exit_layer == "auto" else exit_layer
+    return Contestant(ADAPTIVE, MAX_SPECULATIONS, run, fixed) if k == "auto" else Contestant(mode, k, run, fixed)
 
 
 def _ms_per_token(repeats: Sequence[Sequence[Run]]) -> float:
@@ -424,6 +430,7 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
     stage_ms = {g: sum(s[g] for s in stages) / rounds for g in stages[0]} if stages else None
     host_ms = None if stage_ms is None else seconds * 1e3 / rounds - sum(stage_ms.values())
     texts = [run.token_ids for run in repeats[0]]
+    of_texts = [run.statistics for run in repeats[0] if run.statistics]
     return BenchRow(
         mode=contestant.mode,
         num_speculations=contestant.num_speculations,
@@ -441,7 +448,9 @@ def _row(contestant: Contestant, repeats: Sequence[Sequence[Run]], plain_ms: flo
         stage_ms_per_round=stage_ms,
         host_ms_per_round=host_ms,
         host_share=None if host_ms is None or stage_ms is None else host_ms / sum(stage_ms.values()),
-        by_drafter=together([run.statistics.by_drafter for run in repeats[0] if run.statistics]) if stats else None,
+        by_drafter=together([s.by_drafter for s in of_texts]) if stats else None,
+        by_exit=together([s.by_exit for s in of_texts]) if stats else None,
+        course=courses([s.course for s in of_texts]) if stats else None,
         exit_layer=contestant.exit_layer,
     )
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from edgeskip.runtime.bench.measure import BenchReport, BenchRow
+from edgeskip.runtime.bench.measure import ADAPTIVE, BenchReport, BenchRow
+from edgeskip.runtime.decoding.statistics import Stretch
 from edgeskip.runtime.terminal import bytes_text, memory_sizes, shown, table
 
 
@@ -93,19 +94,28 @@ def _print_drafters(report: BenchReport, console: Console) -> None:
     """What each drafter cost and brought, for each K."""
     drafters = table("E", "K", "drafter", "rounds", "ms", "drafted", "accepted", "share", "rounds by drafts")
     for row in report.rows:
-        for name, one in (row.by_drafter or {}).items():
+        made = {f"exit {layer}": one for layer, one in (row.by_exit or {}).items()}
+        made |= {name: one for name, one in (row.by_drafter or {}).items() if name != "exit"}
+        for name, one in made.items():
             lengths = " ".join(f"{k}:{n}" for k, n in enumerate(one.rounds_by_length) if n)
             cells = (f"{one.rounds}", f"{1e3 * one.seconds / one.rounds:.3f}", f"{one.drafted}", f"{one.accepted}")
-            drafters.add_row(
-                _number(row.exit_layer),
-                str(row.num_speculations),
-                name,
-                *cells,
-                f"{one.accepted / one.drafted:.0%}",
-                lengths,
-            )
+            named = (_number(row.exit_layer), str(row.num_speculations), name)
+            drafters.add_row(*named, *cells, f"{one.accepted / one.drafted:.0%}", lengths)
     console.print("Rounds with drafts, by what drafted; ms per round:")
     console.print(drafters)
+    for row in report.rows:
+        if row.mode == ADAPTIVE and row.course:
+            where = "auto" if row.exit_layer is None else f"{row.exit_layer}"
+            parts = ", ".join(map(_stretch_text, row.course))
+            console.print(
+                f"E = {where}, K = auto, from the first rounds of a text to the last: {parts}", soft_wrap=True
+            )
+
+
+def _stretch_text(part: Stretch) -> str:
+    """Mean drafts of a round, and the exits that drafted."""
+    exits = " ".join(f"{layer}:{n / part.rounds:.0%}" for layer, n in part.rounds_by_exit.items())
+    return f"K {part.drafted / part.rounds:.1f} from {exits or 'none'}"
 
 
 def _number(exit_layer: int | None) -> str:

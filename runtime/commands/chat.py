@@ -42,7 +42,7 @@ def chat(
     system: str | None,
     num_speculations: Any,
     draft: Any,
-    exit_layer: int | None,
+    exit_layer: Any,
     confidence_threshold: float | None,
     max_new_tokens: int | None,
     backend: Any,

@@ -58,7 +58,7 @@ def generate(
     mode: Any,
     num_speculations: Any,
     draft: Any,
-    exit_layer: int | None,
+    exit_layer: Any,
     confidence_threshold: float | None,
     max_new_tokens: int,
     stop: tuple[str, ...],

@@ -46,8 +46,8 @@ else:
     _AnyType = click.ParamType  # of older releases, no generic class
 
 
-class Length(_AnyType):
-    """A speculation length, or `auto`."""
+class Choice(_AnyType):
+    """A number, such as an exit layer or a speculation length, or `auto`."""
 
     name = "integer|auto"
 
@@ -76,11 +76,14 @@ bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))
 length_option = click.option(
     "--num-speculations",
     "-k",
-    type=Length(),
+    type=Choice(),
     help="Drafts per round; auto goes by the text and by time.  [default: the bundle's; auto unless --draft exit]",
 )
 exit_option = click.option(
-    "--exit-layer", "-e", type=int, help="The exit that drafts, of those that the bundle has.  [default: its first]"
+    "--exit-layer",
+    "-e",
+    type=Choice(),
+    help="The exit that drafts, of those that the bundle has; auto goes by the text and by time.  [default: its first]",
 )
 threshold_option = click.option(
     "--confidence-threshold",

@@ -55,7 +55,7 @@ def serve(
     grace: int,
     prefix_cache_mb: int,
     draft: Any,
-    exit_layer: int | None,
+    exit_layer: Any,
     backend: Any,
     device: Any,
     threads: int,

@@ -27,6 +27,7 @@ from edgeskip.runtime.decoding.rounds import (
     early_exit_round,
     given_round,
     head_round,
+    hindsight_round,
     prefill_round,
     speculative_round,
     trusting_round,
@@ -34,7 +35,7 @@ from edgeskip.runtime.decoding.rounds import (
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
-from edgeskip.runtime.drafting.drafters import Draft, Drafter
+from edgeskip.runtime.drafting.drafters import Draft, Drafter, Source
 from edgeskip.runtime.drafting.length import Pace
 from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
@@ -69,6 +70,7 @@ class Decoding:
         draft: what drafts.
         lookup: the drafts that the text has; unless only the exit drafts.
         pace: chooses what drafts a round, and how much; else it is K drafts of the text where it has them.
+        others: further exits that it may choose.
 
     Raises:
         RequestError: they do not.
@@ -85,6 +87,7 @@ class Decoding:
     draft: Draft = "exit"
     lookup: Lookup | None = None
     pace: Pace | None = None
+    others: tuple[Split, ...] = ()
 
     def __post_init__(self) -> None:
         if self.picker.name != self.split.picker:
@@ -96,8 +99,9 @@ class Decoding:
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is the number of drafts that were made, by `drafter`, and `trusted` that of the first of them, which were
-    taken untested; `logprobs`, if they were asked for, has an entry for each token.
+    `drafted` is the number of drafts that were made, by `drafter`, at `exit_layer` if that is an exit, and `trusted`
+    that of the first of them, which were taken untested; `logprobs`, if they were asked for, has an entry for each
+    token.
     """
 
     token_ids: tuple[int, ...]
@@ -105,6 +109,7 @@ class Step:
     logprobs: tuple[TokenLogprob, ...] = ()
     drafter: Drafter = "exit"
     trusted: int = 0
+    exit_layer: int | None = None
 
     @property
     def accepted(self) -> int:
@@ -204,16 +209,17 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
 
     under_way = started()
     while under_way:
-        result, drafter = under_way.wait(), under_way.drafter
+        result, source = under_way.wait(), rounds.source
         trusted = _trusted(result)
         accepted = count_accepted(result.draft_ids[trusted:], result.target_ids)
         kept = [*result.draft_ids[:trusted], *result.target_ids[: accepted + 1]]
         logprobs = _logprobs(session, how, kept, trusted)  # before the next round writes others
         session.carry(accepted)
-        rounds.note(len(result.draft_ids), kept)
+        rounds.note(position, len(result.draft_ids), kept)
         position += len(kept)
         under_way = started()
-        yield replace(_step(session, result, kept, position, logprobs), drafter=drafter)
+        step = _step(session, result, kept, position, logprobs)
+        yield replace(step, drafter="ngram") if source == "ngram" else replace(step, exit_layer=source)
 
 
 def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
@@ -230,8 +236,6 @@ def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int], trusted
 
 
 class _Started(Protocol):
-    drafter: Drafter
-
     def start(self, position: int) -> None: ...
 
     def wait(self) -> RoundResult: ...
@@ -242,10 +246,13 @@ class _Rounds:
 
     def __init__(self, session: Session, how: Decoding) -> None:
         self._session, self._how = session, how
-        self._at_exit, self._given = cache(partial(_at_exit, session, how)), cache(partial(_given, session, how))
+        self._splits = {split.exit_layer: split for split in (how.split, *how.others)}
+        self._at_exit = cache(lambda exit_layer, k: _at_exit(session, how, self._splits[exit_layer], k))
+        self._given = cache(partial(_given, session, how))
         self._drafts: list[int] = []
-        self._chosen: tuple[Drafter, int] = ("exit", 0)
-        self._begun_ms = 0.0
+        self._k, self._begun_ms = 0, 0.0
+        self.source: Source = how.split.exit_layer
+        """What drafts in the round that was chosen last."""
 
     def next(self, most: int) -> _Started:
         """The next round, of so many drafts at most."""
@@ -253,36 +260,56 @@ class _Rounds:
         self._drafts = lookup.text.drafts(most) if lookup else []
         at_exit = 0 if how.draft == "ngram" else most
         if how.pace is not None:
-            self._chosen = how.pace.chosen({"exit": at_exit, "ngram": len(self._drafts)})
+            limits: dict[Source, int] = dict.fromkeys(self._splits, at_exit)
+            self.source, self._k = how.pace.chosen(limits | {"ngram": len(self._drafts)} if lookup else limits)
             self._begun_ms = how.pace.clock_ms()
         else:
-            self._chosen = ("ngram", len(self._drafts)) if self._drafts else ("exit", at_exit)
-        drafter, k = self._chosen
-        if drafter == "ngram" and lookup is not None:
-            return self._given(k).of((lookup.text.last, *self._drafts[:k]))
-        return self._at_exit(k)
+            self.source = "ngram" if self._drafts else how.split.exit_layer
+            self._k = len(self._drafts) or at_exit
+        if self.source == "ngram" and lookup is not None:
+            return self._given(self._k).of((lookup.text.last, *self._drafts[: self._k]))
+        return self._at_exit(self.source, self._k)
 
-    def note(self, drafted: int, kept: Sequence[int]) -> None:
-        """What has become of it: the drafts that it made, and the tokens that came."""
-        if self._how.pace is not None:
-            ms = self._how.pace.clock_ms() - self._begun_ms
-            self._how.pace.note(*self._chosen, drafted, len(kept) - 1, ms)
-        if self._how.lookup is not None:
-            self._how.lookup.text.add(kept)
-            if self._how.pace is not None:
-                self._how.pace.compare(self._drafts, kept)
+    def note(self, position: int, drafted: int, kept: Sequence[int]) -> None:
+        """What has become of it: its first position, the drafts that it made, and the tokens that came."""
+        pace, lookup = self._how.pace, self._how.lookup
+        if pace is not None:
+            pace.note(self.source, self._k, drafted, len(kept) - 1, pace.clock_ms() - self._begun_ms)
+            if lookup is not None:
+                pace.compare(self._drafts, kept)
+            self._look(pace, position, kept)
+        if lookup is not None:
+            lookup.text.add(kept)
+
+    def _look(self, pace: Pace, position: int, kept: Sequence[int]) -> None:
+        """Looks what an exit that did not draft would have drafted, where that pays."""
+        how = self._how
+        if how.picks == "history":
+            return  # what a look picks would be taken for it
+        exit_layer = pace.worth_a_look()
+        if exit_layer is None:
+            return
+        split, begun_ms, rows = self._splits[exit_layer], pace.clock_ms(), len(kept)
+        look = _Whole(self._session, how, hindsight_round(split, rows))
+        look.start(position)
+        right = [draft == token for draft, token in zip(look.wait().draft_ids, kept, strict=True)]
+        sure = [True] * rows
+        if how.confidence_threshold:
+            vocabulary = split.draft_head.vocabulary
+            sure = [self._session.draft_confidence(r, vocabulary) >= how.confidence_threshold for r in range(rows)]
+        pace.looked(exit_layer, right, sure, pace.clock_ms() - begun_ms)
 
 
-def _at_exit(session: Session, how: Decoding, k: int) -> _Started:
-    """A round of at most so many drafts of the exit."""
+def _at_exit(session: Session, how: Decoding, split: Split, k: int) -> _Started:
+    """A round of at most so many drafts of an exit."""
     if how.early_exit:
-        return _Whole(session, how, early_exit_round(how.split))
+        return _Whole(session, how, early_exit_round(split))
     if not (k and (how.confidence_threshold or how.picks == "history")):
-        return _Whole(session, how, speculative_round(how.split, k))
-    drafts = [_Whole(session, how, draft_round(how.split, row)) for row in range(k)]
+        return _Whole(session, how, speculative_round(split, k))
+    drafts = [_Whole(session, how, draft_round(split, row)) for row in range(k)]
     checking = trusting_round if how.trusts_exit else verification_round
-    checks = [_Whole(session, how, checking(how.split, drafted)) for drafted in range(k + 1)]
-    return _WhileConfident(session, how, drafts, checks)
+    checks = [_Whole(session, how, checking(split, drafted)) for drafted in range(k + 1)]
+    return _WhileConfident(session, how, split, drafts, checks)
 
 
 def _given(session: Session, how: Decoding, k: int) -> _Given:
@@ -293,8 +320,6 @@ def _given(session: Session, how: Decoding, k: int) -> _Given:
 
 class _Whole:
     """A round that a device runs without the host."""
-
-    drafter: Drafter = "exit"
 
     def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
         self._bound = _bound(session, how, round_)
@@ -308,8 +333,6 @@ class _Whole:
 
 class _Given:
     """A round whose drafts the text has."""
-
-    drafter: Drafter = "ngram"
 
     def __init__(self, session: Session, how: Decoding, embeddings: StoredTensor, round_: Round) -> None:
         self._session, self._picker, self._embeddings = session, how.picker, embeddings
@@ -334,12 +357,12 @@ class _WhileConfident:
     stops drafting after the first draft less probable than that, or the last of these.
     """
 
-    drafter: Drafter = "exit"
-
-    def __init__(self, session: Session, how: Decoding, drafts: Sequence[_Whole], checks: Sequence[_Whole]) -> None:
+    def __init__(
+        self, session: Session, how: Decoding, split: Split, drafts: Sequence[_Whole], checks: Sequence[_Whole]
+    ) -> None:
         self._drafts, self._checks = drafts, checks
         self._session, self._threshold = session, how.confidence_threshold
-        self._vocabulary = how.split.draft_head.vocabulary
+        self._vocabulary = split.draft_head.vocabulary
         self._first, self._left, self._position = checks[0], self._steps(), 0
 
     def start(self, position: int) -> None:

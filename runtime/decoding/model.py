@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, Split, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import TokenRows, embedding_table
+from edgeskip.runtime.bundle.weights import TokenRows, embedding_table, read_bytes
 from edgeskip.runtime.decoding.decode import Decoding, Lookup, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
@@ -24,8 +24,8 @@ from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, picks_of, t
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Prefilled, RoundRecord, Statistics, summarize
 from edgeskip.runtime.decoding.text import Prompt, Span, TextStream, encode_prompt, load_tokenizer
-from edgeskip.runtime.drafting.drafters import DRAFTS, Draft
-from edgeskip.runtime.drafting.length import Pace, RoundCosts
+from edgeskip.runtime.drafting.drafters import DRAFTS, Draft, ExitChoice
+from edgeskip.runtime.drafting.length import Pace, RoundCosts, slopes_of
 from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
@@ -81,7 +81,7 @@ class FurtherSettings(SamplingSettings, total=False):
 
     grammar: Grammar | None
     draft: Draft | None
-    exit_layer: int | None
+    exit_layer: ExitChoice | None
 
 
 class GenerationSettings(FurtherSettings, total=False):
@@ -107,20 +107,25 @@ class Model:
         tokenizer: the bundle's `tokenizers.Tokenizer`, to count tokens or spell them; `encode` does more for a prompt.
         sampling: how tokens are picked where `generate` is not told.
         draft: what drafts where `generate` is not told.
-        split: the graphs that draft and those that verify, where `generate` is told no other exit.
+        exit_layer: the exit that drafts where `generate` is told no other.
+        split: the graphs that draft and those that verify at that exit, or the bundle's own.
         session: what runs it; its `description` says what was chosen, and why.
         held: whose rows the caches hold.
     """
 
-    def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: ExitChoice | None = None) -> None:
         self.bundle, self.session = bundle, session
         self.sampling = bundle.manifest.sampling
         self.draft: Draft = "exit"
-        self.split = bundle.manifest.split(exit_layer, GREEDY.name)
+        self.split = bundle.manifest.split(None if exit_layer == "auto" else exit_layer, GREEDY.name)
+        self.exit_layer: ExitChoice = self.split.exit_layer if exit_layer is None else exit_layer
         self.tokenizer: Tokenizer = load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self.held = HeldRows(session, (*bundle.manifest.exit_layers, bundle.manifest.architecture.num_layers))
-        self._pace = Pace(RoundCosts(), lambda: 1e3 * self._session_seconds())
+        splits = [bundle.manifest.split(one, GREEDY.name) for one in bundle.manifest.exit_layers]
+        self._splits = {split.exit_layer: split for split in (self.split, *splits)}
+        costs = RoundCosts(slopes_of(self._splits.values(), read_bytes(bundle)))
+        self._pace = Pace(costs, lambda: 1e3 * self._session_seconds())
         self._busy = self._closed = False
         self._steps_under_way: Generator[Step, None, None] | None = None
 
@@ -175,7 +180,8 @@ class Model:
                 `model.sampling`. The same seed gives the same text, drafts or not. `grammar`, an `edgeskip.Grammar`, is
                 what the text must be. For penalties and a grammar, a GPU waits for the host at every token. `draft` is
                 what drafts: `exit`; `ngram`, what followed earlier where the text went the same way; `auto`, that where
-                there is any, else the exit. `exit_layer` is the exit, of those that the bundle has; it changes the
+                there is any, else the exit. `exit_layer` is the exit, of those that the bundle has, or `auto`, which
+                chooses it for each round, as well as up to K drafts; K is then `auto` by default. It changes the
                 speed, and in mode `early-exit` the tokens.
 
         Raises:
@@ -217,6 +223,7 @@ class Model:
         draft = further.pop("draft", None)
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r:.60}", wanted=f"one of {', '.join(MODES)}")
+        exit_layer = further.pop("exit_layer", None)
         drafting: dict[str, Any] = {"draft": draft, "num speculations": num_speculations}
         if mode != "early-exit":
             drafting["confidence threshold"] = confidence_threshold
@@ -227,12 +234,16 @@ class Model:
         draft = self.draft if draft is None else draft
         if draft not in DRAFTS:
             raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
+        exit_layer = self.exit_layer if exit_layer is None else exit_layer
+        if exit_layer == "auto":
+            self._check_choice(mode, draft)
+        split = self.split if exit_layer == "auto" else self._split(exit_layer)
         if num_speculations is None:
-            num_speculations = self.bundle.manifest.num_speculations if draft == "exit" else "auto"
-        paced = num_speculations == "auto" and mode == "self-speculative"
+            fixed = draft == "exit" and exit_layer != "auto"
+            num_speculations = self.bundle.manifest.num_speculations if fixed else "auto"
+        paced = "auto" in (num_speculations, exit_layer) and mode == "self-speculative"
+        others = tuple(one for one in self._splits.values() if one != split) if paced and exit_layer == "auto" else ()
         most = MAX_SPECULATIONS if num_speculations == "auto" else num_speculations
-        exit_layer = further.pop("exit_layer", None)
-        split = self.split if exit_layer is None else self.bundle.manifest.split(exit_layer, GREEDY.name)
         if confidence_threshold is None:
             confidence_threshold = 0.0 if mode == "early-exit" else self.session.confidence_threshold
         check_num_speculations(most, " or 'auto'")
@@ -253,7 +264,19 @@ class Model:
         k = {"self-speculative": most, "autoregressive": 0, "early-exit": trusted}[mode]
         mask = None if grammar is None else self._mask(grammar)
         return _Request(
-            (), mode, split, k, paced, draft, confidence_threshold, max_new_tokens, stops, picked, logprobs, mask
+            (),
+            mode,
+            split,
+            others,
+            k,
+            paced,
+            draft,
+            confidence_threshold,
+            max_new_tokens,
+            stops,
+            picked,
+            logprobs,
+            mask,
         )
 
     def complete(
@@ -320,6 +343,20 @@ class Model:
             RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
         """
         return encode_prompt(self.tokenizer, prompt, self.bundle, most, tools)
+
+    def _split(self, exit_layer: int) -> Split:
+        """The graphs that draft from an exit, and those that verify."""
+        known = type(exit_layer) is int and exit_layer in self._splits
+        return self._splits[exit_layer] if known else self.bundle.manifest.split(exit_layer, GREEDY.name)
+
+    def _check_choice(self, mode: Mode, draft: Draft) -> None:
+        """Checks that there is something to choose exits by."""
+        beside = (
+            "the mode early-exit" if mode == "early-exit" else "drafts of the text alone" if draft == "ngram" else ""
+        )
+        if beside:
+            wanted = " or ".join(map(str, self._splits))
+            raise RequestError("exit layer", f"auto, beside {beside}, where nothing tells which is best", wanted=wanted)
 
     def _mask(self, grammar: Grammar) -> TokenMask:
         """What keeps a text to a grammar."""
@@ -466,6 +503,7 @@ class Model:
             draft="exit" if exits else request.draft,
             lookup=Lookup(NgramIndex(), self.embeddings) if looks_up else None,
             pace=self._pace if request.paced else None,
+            others=request.others,
         )
         if how.picks != "heads":
             self.session.sample(request.sampling, ids, request.mask)
@@ -532,6 +570,7 @@ class _Request:
     prompt_ids: Sequence[int]
     mode: Mode
     split: Split
+    others: tuple[Split, ...]
     num_speculations: int
     paced: bool
     draft: Draft
@@ -560,8 +599,8 @@ def _closed_error() -> RequestError:
 def _record(step: Step, kept: int, seconds: float) -> RoundRecord:
     """A round cut to its first `kept` tokens, as if the drafts that a stop dropped had never been made."""
     if kept < len(step.token_ids):
-        return RoundRecord(kept, kept, kept, seconds, step.drafter, min(step.trusted, kept))
-    return RoundRecord(kept, step.drafted, step.accepted, seconds, step.drafter, step.trusted)
+        return RoundRecord(kept, kept, kept, seconds, step.drafter, min(step.trusted, kept), step.exit_layer)
+    return RoundRecord(kept, step.drafted, step.accepted, seconds, step.drafter, step.trusted, step.exit_layer)
 
 
 def _elapsed_ms(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> dict[str, float] | None:

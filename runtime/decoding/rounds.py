@@ -154,7 +154,7 @@ def speculative_round(split: Split, num_speculations: int) -> Round:
 @cache
 def draft_round(split: Split, row: int) -> Round:
     """The part of a speculative round that drafts one token, for a host that looks at each draft before the next."""
-    calls = (*_drafting(split, row, 1), _draft_head(split, row))
+    calls = (*_drafting(split, row, 1), _draft_head(split, row, 1, View("inputs_embeds", row + 1, 1)))
     return Round(calls, rows=row + 1, num_drafts=0, num_targets=0, row_inputs=split.draft_head.row_inputs)
 
 
@@ -189,6 +189,14 @@ def given_round(split: Split, num_drafts: int) -> Round:
     late = (*_chain(split.verify, 0, rows), _target_head(split.head, "hidden_states", 0, rows))
     round_ = _round(split, (*early, *(replace(call, verifies=True) for call in late)), num_drafts)
     return replace(round_, row_inputs=(*round_.row_inputs, GIVEN))
+
+
+@cache
+def hindsight_round(split: Split, rows: int) -> Round:
+    """What the exit would have drafted in place of the first tokens of the round before, which left its states."""
+    steps = ((0, rows),) if split.draft_head == split.head else ((row, 1) for row in range(rows))
+    calls = tuple(_draft_head(split, *step, View("target_embeds", *step)) for step in steps)
+    return Round(calls, rows=rows, num_drafts=rows, num_targets=0, row_inputs=split.draft_head.row_inputs)
 
 
 @cache
@@ -240,16 +248,16 @@ def _chain(links: Iterable[Link], row: int, rows: int) -> Iterable[Call]:
         yield Call(link.graph, inputs, ((link.writes, View(link.writes, row, rows)),))
 
 
-def _draft_head(split: Split, row: int) -> Call:
+def _draft_head(split: Split, row: int, rows: int, embeds: View) -> Call:
     """One row at a time, so that a head with a smaller vocabulary lays out its logits like any other."""
     return Call(
         split.draft_head.graph,
-        _head_inputs(split.draft_head, split.exit_states, row, 1),
+        _head_inputs(split.draft_head, split.exit_states, row, rows),
         (
-            ("logits", View("draft_logits", row, 1)),
-            ("token_ids", View("draft_token_ids", row, 1)),
-            ("token_logits", View("draft_token_logits", row, 1)),
-            ("inputs_embeds", View("inputs_embeds", row + 1, 1)),
+            ("logits", View("draft_logits", row, rows)),
+            ("token_ids", View("draft_token_ids", row, rows)),
+            ("token_logits", View("draft_token_logits", row, rows)),
+            ("inputs_embeds", embeds),
         ),
     )
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
+from typing import TypeVar
 
 import numpy as np
 
 from edgeskip.runtime.drafting.drafters import DRAFTERS, Drafter
+
+_K = TypeVar("_K")
 
 
 @dataclass(frozen=True)
 class RoundRecord:
     """One round as it was emitted: without tokens after a stop, and without the drafts that became them.
 
-    `drafted` and `accepted` count drafts, which `drafter` made, and `trusted` those that were accepted untested;
-    `seconds` is the time from the start of the round to its text, or what the device took where it went on working
-    while nobody waited.
+    `drafted` and `accepted` count drafts, which `drafter` made, at `exit_layer` if that is an exit, and `trusted` those
+    that were accepted untested; `seconds` is the time from the start of the round to its text, or what the device took
+    where it went on working while nobody waited.
     """
 
     tokens: int
@@ -26,6 +30,7 @@ class RoundRecord:
     seconds: float
     drafter: Drafter = "exit"
     trusted: int = 0
+    exit_layer: int | None = None
 
     @property
     def tested(self) -> int:
@@ -43,6 +48,19 @@ class Drafting:
     accepted: int
     seconds: float
     rounds_by_length: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a text: its rounds, their drafts, and those of the rounds that drafted from each exit."""
+
+    rounds: int
+    drafted: int
+    rounds_by_exit: dict[int, int]
+
+
+STRETCHES = 8
+"""Parts of a text that statistics tell apart."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,8 @@ class Statistics:
     layers. `acceptance_histogram[a]` counts rounds with a accepted drafts. Rates of tokens leave out the first token,
     which comes from the prefill; a token's latency is its round's time over the round's tokens. `stage_ms` is the time
     in each graph, without the prefill; null where the device hides it. `captured_rounds` is how many rounds ran as one
-    captured CUDA graph; null on a CPU. `by_drafter` has the rounds with drafts, by what made them.
+    captured CUDA graph; null on a CPU. `by_drafter` has the rounds with drafts, by what made them, and `by_exit` those
+    with drafts of an exit, by its layer. `course` has all rounds in order, in up to eight parts of as many rounds.
     """
 
     mode: str
@@ -90,6 +109,8 @@ class Statistics:
     stage_ms: dict[str, float] | None
     captured_rounds: int | None
     by_drafter: dict[Drafter, Drafting]
+    by_exit: dict[int, Drafting]
+    course: tuple[Stretch, ...]
 
 
 def summarize(
@@ -105,6 +126,7 @@ def summarize(
     drafted, tested, accepted = whole.drafted, whole.tested, whole.accepted
     trusted = sum(r.trusted for r in rounds)
     by_drafter = {name: [r for r in rounds if r.drafted and r.drafter == name] for name in DRAFTERS}
+    exits = sorted({r.exit_layer for r in rounds if r.drafted and r.exit_layer is not None})
     tokens = sum(r.tokens for r in rounds)
     seconds = sum(r.seconds for r in rounds)
     histogram = np.bincount([r.accepted for r in rounds], minlength=num_speculations + 1)
@@ -130,6 +152,8 @@ def summarize(
         stage_ms=stage_ms,
         captured_rounds=captured_rounds,
         by_drafter={name: _drafting(some) for name, some in by_drafter.items() if some},
+        by_exit={e: _drafting([r for r in rounds if r.drafted and r.exit_layer == e]) for e in exits},
+        course=tuple(_stretch(part) for part in _parts(rounds)),
     )
 
 
@@ -145,9 +169,30 @@ def _drafting(rounds: Sequence[RoundRecord]) -> Drafting:
     )
 
 
-def together(texts: Sequence[Mapping[Drafter, Drafting]]) -> dict[Drafter, Drafting]:
+def together(texts: Sequence[Mapping[_K, Drafting]]) -> dict[_K, Drafting]:
     """The rounds of several texts, by what drafted."""
     return {name: _sum([text[name] for text in texts if name in text]) for name in {n for text in texts for n in text}}
+
+
+def courses(texts: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
+    """The same parts of several texts together."""
+    return tuple(_stretches([one for one in part if one]) for part in zip_longest(*texts))
+
+
+def _stretches(some: Sequence[Stretch]) -> Stretch:
+    exits = sorted({e for one in some for e in one.rounds_by_exit})
+    by_exit = {e: sum(one.rounds_by_exit.get(e, 0) for one in some) for e in exits}
+    return Stretch(sum(one.rounds for one in some), sum(one.drafted for one in some), by_exit)
+
+
+def _parts(rounds: Sequence[RoundRecord]) -> list[Sequence[RoundRecord]]:
+    ends = [len(rounds) * i // STRETCHES for i in range(STRETCHES + 1)]
+    return [rounds[first:last] for first, last in pairwise(ends) if last > first]
+
+
+def _stretch(rounds: Sequence[RoundRecord]) -> Stretch:
+    exits = Counter(r.exit_layer for r in rounds if r.drafted and r.exit_layer is not None)
+    return Stretch(len(rounds), sum(r.drafted for r in rounds), dict(sorted(exits.items())))
 
 
 def _sum(some: Sequence[Drafting]) -> Drafting:

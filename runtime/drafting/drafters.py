@@ -11,3 +11,9 @@ DRAFTS: tuple[Draft, ...] = get_args(Draft)
 Drafter = Literal["exit", "ngram"]
 DRAFTERS: tuple[Drafter, ...] = get_args(Drafter)
 """What made the drafts of a round."""
+
+Source = int | Literal["ngram"]
+"""The same, with exits told apart by their layers."""
+
+ExitChoice = int | Literal["auto"]
+"""The exit that drafts; or, for each round, the one that promises most."""

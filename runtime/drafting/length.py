@@ -1,5 +1,8 @@
 """How many drafts the next round should have, and whose: those that promise the most tokens for its time.
 
+An exit that has not drafted of late is not forgotten: as often as it pays, a round has its drafts all the same, or its
+states, which every round computes, are put through the head to see what it would have drafted.
+
 Both are learned while a text comes. How often drafts are right changes with the text, from one line to the next, and
 nobody says when. So each rate that they may have has a probability, which each draft that was tested moves; and as the
 rate may be another from any token on, all probabilities also drift back to where they began. How fast is unknown too:
@@ -10,15 +13,15 @@ there are three speeds, each as probable as it has foretold the drafts (Bayes). 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.drafting.drafters import DRAFTERS, Drafter
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, GraphName, Split
+from edgeskip.runtime.drafting.drafters import Source
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +30,7 @@ RATES: Array = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.87, 0.9
 
 _LENGTHS: Array = np.arange(MAX_SPECULATIONS + 1)
 _POWERS: Array = RATES[:, None] ** _LENGTHS
+_TOKENS: Array = _POWERS.cumsum(1)
 
 CHANGES: Array = np.array([[1 / 20], [1 / 100], [1 / 1000]])
 """How probable it is that the rate is another after a token, by speed."""
@@ -34,8 +38,8 @@ CHANGES: Array = np.array([[1 / 20], [1 / 100], [1 / 1000]])
 _LEAST_SHARE = 0.01
 """Of each speed, so that a text that has long been steady may still change."""
 
-_SLOPES: Mapping[Drafter, float] = {"exit": 0.3, "ngram": 0.05}
-"""What a draft adds to a round, as a share of one without, until some were measured."""
+_NGRAM_SLOPE = 0.05
+"""What a draft of the text adds to a round, as a share of one without, until some were measured."""
 
 _STIFFNESS, _TRUSTED = 10.0, 5.0
 """How much that counts beside rounds, and how many rounds of a kind make up half of its cost: chance in a few
@@ -44,6 +48,29 @@ measurements turns nothing upside down.
 
 _KEPT, _ENOUGH, _OFTEN = 128, 15, 10
 """Rounds that are remembered, how many of a kind count, and after how many costs are computed anew."""
+
+_HORIZON, _LONG_HORIZON = 3.0, 240.0
+"""Tokens for which a look at what an exit would have drafted is worth as much as to know how often it is right, and a
+first round of it as much as to know what its rounds take: docs/benchmarks/exits.py measures it.
+"""
+
+_HOPE = 0.85
+"""What the rounds of an exit may take of what is thought, while none was timed."""
+
+_LOOK = 0.2
+"""What it takes to put an exit's states through the head, as a share of a round without drafts, until it was timed."""
+
+
+def slopes_of(splits: Iterable[Split], weights: Mapping[GraphName, int]) -> dict[Source, float]:
+    """What a draft adds to a round, as a share of one without, by what drafts, until some were measured: of an exit,
+    what it reads of the weights, given in bytes by graph.
+    """
+    slopes: dict[Source, float] = {}
+    for split in splits:
+        early = sum(weights[link.graph] for link in split.draft)
+        whole = early + sum(weights[link.graph] for link in split.verify) + weights[split.head.graph]
+        slopes[split.exit_layer] = (early + weights[split.draft_head.graph]) / whole
+    return slopes | {"ngram": _NGRAM_SLOPE}
 
 
 class Rate:
@@ -55,16 +82,24 @@ class Rate:
 
     def note(self, happened: int, failed: int, tokens: int) -> None:
         """Learns of so many times that it happened and failed, over so many tokens."""
-        weights = self._weights * RATES**happened * (1 - RATES) ** failed
-        weights /= weights.sum()
-        speeds = weights.sum(1, keepdims=True)
-        weights *= (1 - _LEAST_SHARE) + _LEAST_SHARE / len(CHANGES) / speeds
+        weights = self._weights
+        if happened or failed:
+            weights = weights * RATES**happened * (1 - RATES) ** failed
+            weights /= weights.sum()
+            speeds = weights.sum(1, keepdims=True)
+            weights *= (1 - _LEAST_SHARE) + _LEAST_SHARE / len(CHANGES) / speeds
         kept = (1 - CHANGES) ** tokens
         self._weights = kept * weights + (1 - kept) * weights.sum(1, keepdims=True) * self._prior
 
+    @property
+    def probabilities(self) -> Array:
+        """Those of RATES."""
+        found: Array = self._weights.sum(0)
+        return found
+
     def runs(self, most: int) -> Array:
         """The probabilities that it happens 0, 1, ... `most` times in a row: [most + 1], the first of them 1."""
-        found: Array = self._weights.sum(0) @ _POWERS[:, : most + 1]
+        found: Array = self.probabilities @ _POWERS[:, : most + 1]
         return found
 
 
@@ -72,42 +107,55 @@ class RoundCosts:
     """What rounds take, in ms, by what drafts and how many drafts were made: of each kind, the median of the latest.
 
     What was measured long ago does not count, as machines change and texts grow. The fewer rounds of a kind there are,
-    the more its cost is that on the line through all kinds of a drafter. The first round of a kind is left out, as it
+    the more its cost is that on the line through all kinds of what drafts. The first round of a kind is left out, as it
     binds memory and compiles.
+
+    Args:
+        slopes: what may draft, and what one of its drafts is thought to add, as a share of a round without.
     """
 
-    def __init__(self) -> None:
-        self._seen: set[tuple[Drafter, int]] = set()
+    def __init__(self, slopes: Mapping[Source, float]) -> None:
+        self._slopes = dict(slopes)
+        self._seen: set[tuple[Source, int]] = set()
         self._noted = 0
-        self._latest: deque[tuple[Drafter, int, float]] = deque(maxlen=_KEPT)
-        self._curves = {drafter: 1 + slope * _LENGTHS for drafter, slope in _SLOPES.items()}
+        self._latest: deque[tuple[Source, int, float]] = deque(maxlen=_KEPT)
+        self._curves = {source: 1 + slope * _LENGTHS for source, slope in slopes.items()}
 
-    def note(self, drafter: Drafter, drafts: int, ms: float) -> None:
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What may draft."""
+        return tuple(self._slopes)
+
+    def note(self, source: Source, drafts: int, ms: float) -> None:
         """Remembers a round."""
-        kind = (drafter if drafts else DRAFTERS[0], drafts)  # without drafts, all are alike
+        kind = (source if drafts else self.sources[0], drafts)  # without drafts, all are alike
         if kind in self._seen:
             self._latest.append((*kind, ms))
             self._noted += 1
             if self._noted <= _OFTEN or self._noted % _OFTEN == 0:  # it takes a while
-                self._curves = {drafter: self._curve(drafter) for drafter in DRAFTERS}
+                self._curves = {source: self._curve(source) for source in self._slopes}
         self._seen.add(kind)
 
-    def of(self, drafter: Drafter, drafts: Array) -> Array:
+    def of(self, source: Source, drafts: Array) -> Array:
         """The costs [n] of rounds with so many drafts, which may be means; in some unit while none was measured."""
-        costs: Array = np.interp(drafts, _LENGTHS, self._curves[drafter])
+        costs: Array = np.interp(drafts, _LENGTHS, self._curves[source])
         return costs
 
-    def _curve(self, drafter: Drafter) -> Array:
+    def timed(self, source: Source) -> bool:
+        """Whether any of the rounds that are remembered has drafts of this source."""
+        return any(who == source and drafts for who, drafts, _ in self._latest)
+
+    def _curve(self, source: Source) -> Array:
         """The costs of rounds with 0, 1, ... drafts: a line a + b k, by least squares with b near its share of a, drawn
         to what was measured.
         """
         by_length: dict[int, list[float]] = {}
         for who, drafts, ms in self._latest:
-            if who == drafter or not drafts:
+            if who == source or not drafts:
                 by_length.setdefault(drafts, []).append(ms)
-        slope = _SLOPES[drafter]
-        if not by_length:  # only another drafter's were
-            share = [ms / (1 + _SLOPES[who] * drafts) for who, drafts, ms in self._latest]
+        slope = self._slopes[source]
+        if not by_length:  # only another source's were
+            share = [ms / (1 + self._slopes[who] * drafts) for who, drafts, ms in self._latest]
             alone: Array = median(share) * (1 + slope * _LENGTHS)
             return alone
         k, n = np.array(list(by_length)), np.array([min(len(ms), _ENOUGH) for ms in by_length.values()])
@@ -131,44 +179,106 @@ class Pace:
 
     def __init__(self, costs: RoundCosts, clock_ms: Callable[[], float]) -> None:
         self._costs, self.clock_ms = costs, clock_ms
-        self._accepted = {drafter: Rate() for drafter in DRAFTERS}  # once more; where no draft was made, it was not
-        self._goes_on = Rate()  # drafting at the exit after a draft, where a lack of confidence ends it
+        self._accepted = {source: Rate() for source in costs.sources}  # once more; where no draft was made, it was not
+        self._goes_on = {source: Rate() for source in costs.sources}  # drafting, where a lack of confidence ends it
         self._ends = False
+        self._looks: deque[float] = deque(maxlen=_ENOUGH)
+        self._has_looked, self._best = False, 0.0
+        self._worths: dict[int, float] = {}  # of knowing more of the exits that do not draft, in tokens
 
-    def chosen(self, most: Mapping[Drafter, int]) -> tuple[Drafter, int]:
+    def chosen(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         """What should draft, and how many drafts at most: 0 is a plain round.
 
         Args:
-            most: the most drafts that each drafter could give, with ties going to the first.
+            most: the most drafts that each source could give, with ties going to the first.
         """
-        best: tuple[float, Drafter, int] = (0.0, DRAFTERS[0], 0)
-        for drafter, limit in most.items():
-            tokens, drafts = self._expected(drafter, limit)
-            pace = tokens / self._costs.of(drafter, drafts)
-            k = int(pace.argmax())
-            best = max(best, (float(pace[k]), drafter, k), key=lambda one: one[0])
-        return best[1:]
+        costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
+        paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
+        best = max(paces, key=lambda source: float(paces[source].max()))
+        k = int(paces[best].argmax())
+        self._best, self._worths = float(paces[best][k]), {}
+        exits = [source for source, limit in most.items() if source != "ngram" and limit]
+        for source in exits if len(exits) > 1 else ():
+            if source != best or not k:
+                worth, is_timed = self._worth(source, costs[source]), self._costs.timed(source)
+                own = 1 + int(paces[source][1:].argmax())
+                loss = float((self._best - paces[source][own]) * costs[source][own])
+                if loss < worth and (loss < self._look_ms * self._best or not is_timed):
+                    return source, own
+                self._worths[source] = worth
+        return best, k
 
-    def _expected(self, drafter: Drafter, limit: int) -> tuple[Array, Array]:
-        """Tokens and drafts that rounds limited to 0, 1, ... drafts are expected to have."""
-        accepted = self._accepted[drafter].runs(limit)
-        made = np.ones(limit + 1)
-        if drafter == "exit" and self._ends:
-            made[1:] = self._goes_on.runs(limit)[:-1]
-        drafts = np.concatenate([[0.0], made[1:].cumsum()])
-        return accepted.cumsum(), drafts
+    def _tokens(self, source: Source, limit: int) -> Array:
+        """Tokens that rounds limited to 0, 1, ... drafts are expected to have."""
+        tokens: Array = self._accepted[source].runs(limit).cumsum()
+        return tokens
 
-    def note(self, drafter: Drafter, limit: int, drafted: int, accepted: int, ms: float) -> None:
+    def _drafts(self, source: Source, limit: int) -> Array:
+        """Drafts that rounds limited to 0, 1, ... are expected to have."""
+        if source == "ngram" or not self._ends:
+            return _LENGTHS[: limit + 1]
+        made = self._goes_on[source].runs(limit)
+        return np.concatenate([[0.0], made[:-1].cumsum()])
+
+    def _worth(self, exit_layer: int, costs: Array) -> float:
+        """What it is worth, in tokens, to know how often an exit is right and, unless some were timed, what its rounds
+        take: what is gained where it turns out to be better than what seems best, for as long as that may hold.
+        """
+        timed = self._costs.timed(exit_layer)
+        paces = (_TOKENS[:, : len(costs)] / costs).max(1) / (1 if timed else _HOPE)
+        gain = self._accepted[exit_layer].probabilities @ np.maximum(paces / self._best - 1, 0)
+        return float(gain) * (_HORIZON if timed else _LONG_HORIZON)
+
+    @property
+    def _look_ms(self) -> float:
+        """What it takes to look what an exit would have drafted."""
+        if self._looks:
+            return median(self._looks)
+        return _LOOK * float(self._costs.of(self._costs.sources[0], _LENGTHS[:1])[0])
+
+    def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
         """Learns from a round: so many drafts at most, so many made and accepted, and its time."""
-        self._costs.note(drafter, drafted, ms)
-        if drafter == "exit":
+        self._costs.note(source, drafted, ms)
+        for one, rate in self._accepted.items():
+            if one != source and one != "ngram":
+                rate.note(0, 0, accepted + 1)
+        if source != "ngram":
             self._ends |= drafted < limit
-            self._accepted[drafter].note(accepted, int(accepted < limit), accepted + 1)
+            self._accepted[source].note(accepted, int(accepted < limit), accepted + 1)
             if drafted:
-                self._goes_on.note(drafted - 1, int(drafted < limit), accepted + 1)
+                self._goes_on[source].note(drafted - 1, int(drafted < limit), accepted + 1)
 
     def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
         """Learns from what the text would have drafted, whether it did or not, and the tokens that came."""
         right = next((i for i, (one, other) in enumerate(zip(drafts, kept, strict=False)) if one != other), None)
         tested = min(len(drafts), len(kept))
         self._accepted["ngram"].note(tested if right is None else right, int(right is not None), len(kept))
+
+    def worth_a_look(self) -> int | None:
+        """The exit of which it pays most to see what it would have drafted in the round that was chosen last, where it
+        did not draft; None where it pays for none.
+        """
+        best = max(self._worths, key=lambda one: self._worths[one], default=None)
+        return best if best is not None and self._worths[best] > self._look_ms * self._best else None
+
+    def looked(self, exit_layer: int, right: Sequence[bool], sure: Sequence[bool], ms: float) -> None:
+        """Learns from what an exit would have drafted in place of each of a round's tokens, as if its own rounds had
+        brought them.
+
+        Args:
+            exit_layer: the exit.
+            right: whether it would have been right, for each token.
+            sure: whether it would have drafted on.
+            ms: what it took to see that.
+        """
+        if self._has_looked:  # the first one binds memory
+            self._looks.append(ms)
+        self._has_looked = True
+        accepted = failed = went_on = ended = at = 0
+        while at < len(right):
+            accepted, failed = accepted + right[at], failed + (not right[at] or not sure[at])
+            went_on, ended = went_on + sure[at], ended + (not sure[at])
+            at += 2 if right[at] and not sure[at] else 1  # the token after the last draft is no draft
+        self._ends |= bool(ended)
+        self._accepted[exit_layer].note(accepted, failed, 0)
+        self._goes_on[exit_layer].note(went_on, ended, 0)

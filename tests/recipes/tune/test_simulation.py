@@ -65,15 +65,16 @@ def cost_ms(drafter, drafts):
 class Timed(Pace):
     """As on that device."""
 
-    def note(self, drafter, limit, drafted, accepted, ms):
-        super().note(drafter, limit, drafted, accepted, cost_ms(drafter, drafted))
+    def note(self, source, limit, drafted, accepted, ms):
+        drafter = "ngram" if source == "ngram" else "exit"
+        super().note(source, limit, drafted, accepted, cost_ms(drafter, drafted))
 
 
 @pytest.mark.parametrize("draft", ["exit", "ngram", "auto"])
 def test_rounds_whose_length_is_chosen_are_those_of_the_runtime(draft, repeating, monkeypatch):
     model, texts, drafts = repeating
     for text, own in zip(texts, drafts, strict=True):
-        monkeypatch.setattr(model, "_pace", Timed(RoundCosts(), lambda: 0.0))
+        monkeypatch.setattr(model, "_pace", Timed(RoundCosts({3: 0.3, "ngram": 0.05}), lambda: 0.0))
         real = model.complete(text.prompt_ids, num_speculations="auto", confidence_threshold=0, draft=draft)
         found, choosing_ms = simulate_paced([own], 0.0, draft, cost_ms)
         assert_same(found, real)

@@ -8,6 +8,8 @@ import pytest
 from edgeskip.runtime.drafting.length import MAX_SPECULATIONS, Pace, Rate, RoundCosts
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
+EXIT = 3
+SLOPES = {EXIT: 0.3, "ngram": 0.05}
 
 
 def ms_of_text(right, costs, choose, learn=lambda *_: None):
@@ -24,12 +26,12 @@ def ms_of_text(right, costs, choose, learn=lambda *_: None):
 
 
 def paced(right, costs):
-    pace = Pace(RoundCosts(), lambda: 0.0)
+    pace = Pace(RoundCosts(SLOPES), lambda: 0.0)
 
     def learn(k, accepted, ms):
-        pace.note("exit", k, k, accepted, ms)
+        pace.note(EXIT, k, k, accepted, ms)
 
-    return ms_of_text(right, costs, lambda _: pace.chosen({"exit": MAX_SPECULATIONS})[1], learn)
+    return ms_of_text(right, costs, lambda _: pace.chosen({EXIT: MAX_SPECULATIONS})[1], learn)
 
 
 @pytest.mark.parametrize("slope", [0.15, 0.3])
@@ -62,33 +64,67 @@ def test_a_rate_follows_what_happens():
 
 
 def test_costs_are_those_of_the_latest_rounds():
-    costs = RoundCosts()
+    costs = RoundCosts(SLOPES)
     for ms in (9.0, 3.0):  # the machine has become faster
         for _ in range(40):
             for k in (2, 0, 6):
-                costs.note("exit", k, ms * (1 + 0.5 * k))
+                costs.note(EXIT, k, ms * (1 + 0.5 * k))
             costs.note("ngram", 8, ms * 1.4)
-    assert costs.of("exit", np.array([0, 1, 2, 4, 6, 8])) == pytest.approx(3 * np.array([1, 1.5, 2, 3, 4, 5]), rel=0.1)
+    assert costs.of(EXIT, np.array([0, 1, 2, 4, 6, 8])) == pytest.approx(3 * np.array([1, 1.5, 2, 3, 4, 5]), rel=0.1)
     assert costs.of("ngram", np.array([0, 8])) == pytest.approx([3.0, 4.2], rel=0.1)
 
 
 def test_what_drafts_is_what_is_right_more_often():
-    for better in ("exit", "ngram"):
-        pace = Pace(RoundCosts(), lambda: 0.0)
+    for better in (EXIT, "ngram"):
+        pace = Pace(RoundCosts(SLOPES), lambda: 0.0)
         for _ in range(40):
-            for drafter in ("exit", "ngram"):
+            for drafter in (EXIT, "ngram"):
                 right = 4 if drafter == better else 0
                 pace.note(drafter, 4, 4, right, 2.0)
                 if drafter == "ngram":
                     pace.compare([5] * 4, [5] * right + [6])
-        drafter, k = pace.chosen({"exit": 8, "ngram": 8})
+        drafter, k = pace.chosen({EXIT: 8, "ngram": 8})
         assert (drafter, k > 2) == (better, True)
-        assert pace.chosen({"exit": 0, "ngram": 0}) == ("exit", 0)
+        assert pace.chosen({EXIT: 0, "ngram": 0}) == (EXIT, 0)
+
+
+@pytest.mark.parametrize(("rates", "best"), [({3: 0.84, 5: 0.85}, 3), ({3: 0.3, 5: 0.85}, 5), ({3: 0.1, 5: 0.15}, 0)])
+def test_the_exit_is_the_one_that_who_knows_all_would_take(rates, best):
+    """Within a few percent of the time, although what is told of the costs beforehand is the wrong way round."""
+    costs, random = {3: 4 * (1 + 0.3 * LENGTHS), 5: 4 * (1 + 0.45 * LENGTHS)}, np.random.default_rng(3)
+    right = {e: random.random(3000) < rate for e, rate in rates.items()}
+    pace, at, ms, rounds = Pace(RoundCosts({3: 0.5, 5: 0.4}), lambda: 0.0), 0, 0.0, {0: 0, 3: 0, 5: 0}
+    while at < 3000:
+        exit_layer, k = pace.chosen({3: MAX_SPECULATIONS, 5: MAX_SPECULATIONS})
+        wrong = np.flatnonzero(~right[exit_layer][at : at + k])
+        accepted = int(wrong[0]) if len(wrong) else min(k, 3000 - at)
+        ms += costs[exit_layer][k]
+        rounds[exit_layer if k else 0] += 1
+        pace.note(exit_layer, k, k, accepted, costs[exit_layer][k])
+        if (look := pace.worth_a_look()) is not None:
+            seen = right[look][at : at + accepted + 1].tolist()
+            pace.looked(look, seen, [True] * len(seen), 0.5)
+            ms += 0.5
+        at += accepted + 1
+    fixed = min(ms_of_text(right[e], costs[e], lambda _, k=k: k) for e in rates for k in range(9))
+    assert max(rounds, key=rounds.get) == best
+    assert ms < 1.05 * fixed
+
+
+def test_a_look_counts_as_rounds_of_that_exit_would_have():
+    by_looks, by_rounds = (Pace(RoundCosts({3: 0.3, 5: 0.45}), lambda: 0.0) for _ in range(2))
+    for _ in range(30):
+        by_looks.looked(5, [True, True, False, True], [True, False, True, True], 0.1)
+        for accepted, drafted in ((2, 2), (1, 1)):  # one that ended as it was not sure, and one that may go on
+            by_rounds.note(5, 8 if drafted == 2 else 1, drafted, accepted, 2.0)
+    for_looks, for_rounds = (pace._accepted[5].runs(4) for pace in (by_looks, by_rounds))
+    assert for_looks[1] == pytest.approx(3 / 4, abs=0.06)
+    assert for_looks == pytest.approx(for_rounds, abs=0.06)
 
 
 def test_drafts_that_a_lack_of_confidence_ended_cost_no_more_than_were_made():
-    ended, whole = (Pace(RoundCosts(), lambda: 0.0) for _ in range(2))
+    ended, whole = (Pace(RoundCosts(SLOPES), lambda: 0.0) for _ in range(2))
     for _ in range(40):
-        ended.note("exit", 12, 2, 2, 1.6)
-        whole.note("exit", 2, 2, 2, 1.6)
-    assert ended.chosen({"exit": 16})[1] > 2
+        ended.note(EXIT, 12, 2, 2, 1.6)
+        whole.note(EXIT, 2, 2, 2, 1.6)
+    assert ended.chosen({EXIT: 16})[1] > 2
