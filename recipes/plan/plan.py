@@ -468,13 +468,14 @@ def held_bytes(
 ) -> dict[GraphName, int]:
     """Weights that are held for each graph; both tables of an untied model are the head's.
 
-    Where graphs hold their own, a head that multiplies and gathers from one quantized table has it in two layouts, and
-    one that drafts has its own copy of its rows.
+    Where graphs hold their own, a head that drafts has its own copy of the rows of a quantized table, and one that both
+    multiplies and gathers from it has it in two layouts.
     """
     a = architecture
-    held = {graph: size.weight_bytes for graph, size in sizes.items() if graphs_hold or graph != DRAFT_HEAD}
     table = bundle_tensors(a, 1, dtype, formats)[EMBEDDINGS]
-    twice = not a.tie_word_embeddings or (graphs_hold and is_quantized([table.format]))
+    own = graphs_hold and is_quantized([table.format])
+    held = {graph: size.weight_bytes for graph, size in sizes.items() if own or graph != DRAFT_HEAD}
+    twice = not a.tie_word_embeddings or own
     for head, rows in ((HEAD, a.vocab_size), (DRAFT_HEAD, draft_vocabulary or 0)):
         if head in held and twice:
             held[head] += FORMATS[table.format].bytes((rows, *table.shape[1:]), dtype)

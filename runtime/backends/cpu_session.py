@@ -20,7 +20,7 @@ from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import NEW_ROWS, Graph, dimensions, present_name
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import Rows, embedding_table, mapped_weights
+from edgeskip.runtime.bundle.weights import Rows, embedding_table, mapped_weights, read_rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View, given_round, workspace
 from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
@@ -193,7 +193,7 @@ class OrtCpuSession(MeasuredSession):
 
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows in the bundle's dtype into the first rows of a buffer."""
-        self._buffers[buffer][: len(rows)] = np.asarray(rows)
+        read_rows(rows, self._buffers[buffer][: len(rows)])
 
     def read(self, view: View) -> npt.NDArray[Any]:
         """Rows of a workspace buffer: ids as they are, all else in fp32."""

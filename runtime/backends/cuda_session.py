@@ -39,7 +39,7 @@ from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
-from edgeskip.runtime.bundle.weights import Rows, embedding_table
+from edgeskip.runtime.bundle.weights import Rows, TokenRows, embedding_table, read_rows
 from edgeskip.runtime.decoding.rounds import GIVEN, Call, Round, View, prefill_round
 from edgeskip.runtime.decoding.sampling import HostSampler, picks_of
 from edgeskip.runtime.decoding.session import (
@@ -98,6 +98,8 @@ class CudaSession(MeasuredSession):
         self._device_ns = self._captured_rounds = 0
         self._host_table, self._sampler = embedding_table(bundle), HostSampler(GREEDY, (), 0)
         self._draw: Draw | None = None
+        self._embed: Callable[[int, int, int], None] | None = None
+        self._token_ids = 0
         self._filters: Filters = ()
         self.hardware, self.compute_capability = device.name, device.compute_capability
         self._dims = dimensions(manifest.architecture, manifest.max_length)
@@ -267,11 +269,19 @@ class CudaSession(MeasuredSession):
         self._device.make_current()
 
     def write(self, buffer: str, rows: Rows) -> None:
-        """Puts rows in the bundle's dtype into the first rows of a buffer."""
+        """Puts rows in the bundle's dtype into the first rows of a buffer. If the backend has told how the device reads
+        those of tokens from a table of its own, by ids at an address, it does.
+        """
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         target = self._buffers[buffer]
+        if self._embed is not None and isinstance(rows, TokenRows):
+            ids = self._staging[: len(rows) * ITEMSIZE["int64"]]
+            ids.view(np.int64)[:] = rows.token_ids
+            self._device.copier(self._token_ids, ids.ctypes.data, ids.nbytes)()
+            self._embed(self._token_ids, target.address, len(rows))
+            return
         part = self._staging[: target.row_bytes * len(rows)]
-        part.view(NUMBER_TYPES[self._dtype].numpy).reshape(len(rows), -1)[:] = np.asarray(rows)
+        read_rows(rows, part.view(NUMBER_TYPES[self._dtype].numpy).reshape(len(rows), -1))
         self._device.copier(target.address, part.ctypes.data, part.nbytes)()
 
     def read(self, view: View) -> npt.NDArray[Any]:

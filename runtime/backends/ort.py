@@ -6,11 +6,11 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgeskip.runtime.backends.device import INSTALL
 from edgeskip.runtime.bundle.dialects import DIALECTS
-from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, NUMBER_TYPES
+from edgeskip.runtime.bundle.dtypes import BY_SAFETENSORS, ITEMSIZE, NUMBER_TYPES, DType
 from edgeskip.runtime.bundle.graphs import GraphName, Tensor, dimensions, past_name
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.tensors import TABLES
@@ -118,6 +118,42 @@ class OrtGraphs:
         """Frees the graphs and their weights."""
         self._sessions.clear()
         self._weights.clear()
+
+
+class _Described(ctypes.Structure):
+    """A matrix where it lies, as DLPack describes it, and its shape."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("type_code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("sizes", ctypes.c_int64 * 2),
+    )
+
+
+def value_at(ort: Any, address: int, shape: tuple[int, int], dtype: DType, device: Literal["cpu", "cuda"]) -> Any:
+    """ONNX Runtime's value for a matrix where it lies, in memory that must outlive it."""
+    allocate, capsule = ctypes.pythonapi.PyMem_RawMalloc, ctypes.pythonapi.PyCapsule_New
+    allocate.restype, allocate.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    place = allocate(ctypes.sizeof(_Described))  # ONNX Runtime frees it, at any time until the process ends
+    free = ctypes.cast(ctypes.pythonapi.PyMem_RawFree, ctypes.c_void_p)
+    device_type, type_code = {"cpu": 1, "cuda": 2}[device], 4 if dtype == "bf16" else 2
+    sizes = place + _Described.sizes.offset
+    described = _Described(
+        address, device_type, 0, len(shape), type_code, 8 * ITEMSIZE[dtype], 1, sizes, None, 0, None, free, shape
+    )
+    ctypes.memmove(place, ctypes.byref(described), ctypes.sizeof(_Described))
+    return ort.OrtValue.from_dlpack(capsule(place, b"dltensor", None))
 
 
 def has_cuda_provider(ort: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,14 +15,21 @@ from edgeskip.runtime.backends.cuda_session import CudaSession
 from edgeskip.runtime.backends.device import CudaDevice, out_of_memory
 from edgeskip.runtime.backends.engines.heads import embedder
 from edgeskip.runtime.backends.engines.products import Matrix
-from edgeskip.runtime.backends.ort import CUDA_PROVIDER, OrtGraphs, check_cuda_provider, cpu_options, onnxruntime
+from edgeskip.runtime.backends.ort import (
+    CUDA_PROVIDER,
+    OrtGraphs,
+    check_cuda_provider,
+    cpu_options,
+    onnxruntime,
+    value_at,
+)
 from edgeskip.runtime.bundle.dialects import DIALECTS
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
-from edgeskip.runtime.bundle.formats import FORMATS
+from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, graph_tensors
-from edgeskip.runtime.bundle.weights import Rows, StoredTensor, TokenRows, held_bytes
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, TABLES, graph_tensors
+from edgeskip.runtime.bundle.weights import Rows, StoredTensor, TokenRows, held_bytes, stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View, speculative_round
 from edgeskip.runtime.errors import BackendError, BundleError
 
@@ -53,6 +61,7 @@ class OrtCudaSession(CudaSession):
         dialect = dialect or ("standard" if manifest.dtype == "fp32" else "ort")
         self._graphs: OrtGraphs | None = None
         self._bundle = bundle
+        self._tables: dict[str, int] = {}
         try:
             ort = onnxruntime()
             if dialect == "ort" and manifest.dtype == "fp32":
@@ -69,7 +78,9 @@ class OrtCudaSession(CudaSession):
         try:
             self._run_options = ort.RunOptions()
             self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            options = partial(_cuda_options, ort, manifest)
+            self._tables = self._plain_tables()
+            self._shared = {name: self._values(ort, name) for name, graph in self._graph_table.items() if graph.head}
+            options = partial(_cuda_options, ort, manifest, self._shared)
             self._graphs = OrtGraphs(ort, bundle, dialect, options, [_cuda_provider(device)])
             self._read_rows = self._row_reader(max(manifest.prefill_chunk, HEAD_ROWS))
             self._warm_up(manifest.prefill_chunk)
@@ -91,6 +102,20 @@ class OrtCudaSession(CudaSession):
     def _place(self, place: str | View) -> int:
         return self._address(place) if isinstance(place, View) else self._caches[place].address
 
+    def _plain_tables(self) -> dict[str, int]:
+        """Where the tables of tokens that are in the dtype are on the device, by name: for all heads and kernels."""
+        bundle, arrays, row = self._bundle, stored_arrays(self._bundle), self._dims["H"] * ITEMSIZE[self._dtype]
+        tables = [record for record in bundle.manifest.tensors.values() if record.name in TABLES]
+        plain = [record for record in tables if not is_quantized([record.format])]
+        return {record.name: self._uploaded(StoredTensor(bundle, record, arrays), row) for record in plain}
+
+    def _values(self, ort: Any, graph: GraphName) -> dict[str, Any]:
+        """What a head's graph uses in place of the tables that it would load, as ONNX Runtime's values."""
+        head = self._graph_table[graph].head
+        assert head is not None
+        shape = head.vocabulary, self._dims["H"]
+        return {name: value_at(ort, address, shape, self._dtype, "cuda") for name, address in self._tables.items()}
+
     def write(self, buffer: str, rows: Rows) -> None:
         """Puts rows into the first rows of a buffer; those of a quantized table are converted on the device."""
         if self._read_rows is None or not isinstance(rows, TokenRows):
@@ -100,9 +125,13 @@ class OrtCudaSession(CudaSession):
 
     def _row_reader(self, most: int) -> Callable[[TokenRows, int], None] | None:
         """What copies up to so many rows of the embedding table to the device as they are stored, and puts them in the
-        dtype at an address; None where the table needs no such thing, or the kernel does not read it.
+        dtype at an address; None if it is not quantized, or the kernel does not read it. A table in the dtype is there.
         """
-        matrix = self._as_stored()
+        matrix, manifest = self._as_stored(), self._bundle.manifest
+        if EMBEDDINGS in self._tables and manifest.has_products(self._device.compute_capability):
+            (ids,) = self._device.zeros([(ITEMSIZE["int64"], most)])
+            self._token_ids = ids.address
+            self._embed = embedder(self._device, self._token_table(), self._dims["H"], self._dtype)
         if matrix is None:
             return None
         stored = self._host_table.stored(slice(0, 1))
@@ -128,14 +157,16 @@ class OrtCudaSession(CudaSession):
         return read
 
     def _token_table(self) -> Matrix:
-        """A table of its own, as ONNX Runtime does not say where it keeps the head's: as it is stored, if it is
-        quantized and the kernels read that here, or else in the dtype.
+        """That of the heads, if it is in the dtype. If it is quantized, another one, as ONNX Runtime does not say where
+        it keeps theirs: as it is stored, if the kernels read that here, or else in the dtype.
         """
+        if EMBEDDINGS in self._tables:
+            return Matrix(self._tables[EMBEDDINGS])
         matrix = self._as_stored()
         if matrix is None:
-            return Matrix(self._uploaded(self._host_table, self._dims["H"] * ITEMSIZE[self._dtype]))
+            return Matrix(self._taken(self._host_table, self._dims["H"] * ITEMSIZE[self._dtype]))
         arrays = self._host_table.stored(slice(None))
-        return matrix(*(self._uploaded(array, array.nbytes // len(array)) for array in arrays))
+        return matrix(*(self._taken(array, array.nbytes // len(array)) for array in arrays))
 
     def _as_stored(self) -> Callable[..., Matrix] | None:
         """Makes the embedding table of addresses of its numbers and scales; None unless it is quantized, and the
@@ -147,14 +178,19 @@ class OrtCudaSession(CudaSession):
             return None
         return partial(Matrix, bits=format_.bits, block=format_.block_size or 0)
 
+    def _taken(self, table: StoredTensor | npt.NDArray[Any], row_bytes: int) -> int:
+        """The same as `_uploaded`, for memory that was not planned."""
+        size, free = row_bytes * self._dims["V"], self._device.free_bytes()
+        if size > free:
+            raise out_of_memory(self._bundle.folder, size, free, "to draw tokens")
+        self._weights_bytes += size
+        self.planned_bytes += size
+        return self._uploaded(table, row_bytes)
+
     def _uploaded(self, table: StoredTensor | npt.NDArray[Any], row_bytes: int) -> int:
         """Where an array [V, ...] is on the device, once it is copied there."""
-        rows, free = self._dims["V"], self._device.free_bytes()
-        if row_bytes * rows > free:
-            raise out_of_memory(self._bundle.folder, row_bytes * rows, free, "to draw tokens")
+        rows = self._dims["V"]
         (block,) = self._device.zeros([(row_bytes, rows)])
-        self._weights_bytes += block.bytes
-        self.planned_bytes += block.bytes
         step = self._staging.nbytes // row_bytes
         for first in range(0, rows, step):
             raw = np.ascontiguousarray(table[first : min(first + step, rows)]).view(np.uint8).reshape(-1)
@@ -174,6 +210,7 @@ class OrtCudaSession(CudaSession):
                 self._graphs.bound(call, "cuda", self._place)()
             self._device.stream.sync()
         self._graphs.close()
+        gc.collect()  # a session was found to stay in a cycle until then, and its weights on the device with it
 
 
 def _is_out_of_memory(error: BaseException, device: CudaDevice) -> bool:
@@ -192,10 +229,12 @@ def _cuda_provider(device: CudaDevice) -> tuple[str, dict[str, str]]:
     return name, options | more
 
 
-def _cuda_options(ort: Any, manifest: Manifest, graph: GraphName) -> Any:
+def _cuda_options(ort: Any, manifest: Manifest, shared: Mapping[GraphName, Mapping[str, Any]], graph: GraphName) -> Any:
     ort.set_default_logger_severity(4)  # it warns about providers that nobody asked for
     options = cpu_options(ort, 0)  # a process that has one pool of threads must share it
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # an operator on the CPU is an error
+    for name, value in shared.get(graph, {}).items():
+        options.add_initializer(name, value)
     if manifest.dtype == "fp16" and _wants_other_products(manifest, graph):
         options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
     return options

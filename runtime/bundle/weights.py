@@ -142,6 +142,13 @@ class StoredTensor:
         """Rows as they are stored, [n, ...] of each part of the format."""
         return [part[rows] for part in self._parts]
 
+    def read(self, rows: Sequence[int], out: npt.NDArray[Any]) -> None:
+        """Puts rows into [n, ...] in the bundle's dtype, without a copy on the way if they are stored so."""
+        if is_quantized([self._format.name]):
+            out[:] = self[list(rows)]
+        else:
+            np.take(self._parts[0], rows, axis=0, out=out, mode="clip")  # a mode that raises copies first
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -163,9 +170,21 @@ class TokenRows:
         rows = self.table[list(self.token_ids)]
         return rows if dtype is None else rows.astype(dtype)
 
+    def read(self, out: npt.NDArray[Any]) -> None:
+        """Puts them into [T,H] in the bundle's dtype."""
+        self.table.read(self.token_ids, out)
+
 
 Rows: TypeAlias = "npt.NDArray[Any] | TokenRows"
 """States [T,H] as numbers, or the embeddings of tokens."""
+
+
+def read_rows(rows: Rows, out: npt.NDArray[Any]) -> None:
+    """Puts rows into [T,H] in the bundle's dtype."""
+    if isinstance(rows, TokenRows):
+        rows.read(out)
+    else:
+        out[:] = rows
 
 
 def embedding_table(bundle: Bundle) -> StoredTensor:
@@ -185,16 +204,20 @@ def mapped_weights(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
 
 
 def held_bytes(bundle: Bundle) -> int:
-    """Bytes of weights where each graph holds its own: the file, and again the tables of every head but the first, and
-    a quantized table that a head both multiplies and gathers from, as these read it in two layouts.
+    """Bytes of weights where each graph holds its own, but for tables in the dtype, which all heads share: of a
+    quantized one, each head holds its rows, and twice if it both multiplies and gathers from them, as these read two
+    layouts.
     """
     manifest = bundle.manifest
-    heads, read = [name for name, graph in manifest.graphs.items() if graph.head], read_bytes(bundle)
-    tied, table = manifest.architecture.tie_word_embeddings, manifest.tensors[EMBEDDINGS]
-    twice = heads if tied and is_quantized([table.format]) else []
-    rows = 0 if tied else sum(head.vocabulary for head in [*manifest.heads.values()][1:])  # to gather from
-    gathered = FORMATS[table.format].bytes((rows, *table.shape[1:]), manifest.dtype)
-    return manifest.weights_bytes + gathered + sum(read[name] for name in (*heads[1:], *twice))
+    tables = (EMBEDDINGS, EMBEDDINGS if manifest.architecture.tie_word_embeddings else LM_HEAD)
+    own = [manifest.tensors[name] for name in tables if is_quantized([manifest.tensors[name].format])]
+
+    def size(record: TensorRecord, rows: int) -> int:
+        return FORMATS[record.format].bytes((rows, *record.shape[1:]), manifest.dtype)
+
+    in_file = sum(size(record, record.shape[0]) for record in {record.name: record for record in own}.values())
+    held = sum(size(record, head.vocabulary) for head in manifest.heads.values() for record in own)
+    return manifest.weights_bytes - in_file + held
 
 
 def bytes_by_format(tensors: Iterable[TensorRecord], dtype: DType) -> dict[str, int]:

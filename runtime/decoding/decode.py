@@ -139,14 +139,16 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     rows, places = _chunks(length, chunk, start)
     best = session.prompt_rows(rows, places[-1])
     rows = best if best <= chunk else rows
+    chunk_round = session.bind(prefill_round(how.split, rows, last=False, early_exit=how.early_exit))
     for place in places:
         session.write("inputs_embeds", embeddings[place : place + rows])
-        round_ = session.bind(prefill_round(how.split, rows, last=False, early_exit=how.early_exit))
-        round_.start(place)
-        round_.wait()
+        chunk_round.start(place)
+        if place < places[-1]:
+            chunk_round.wait()
     row = length - 1 - places[-1]
     head = _bound(session, how, head_round(how.split, row, 1, early_exit=how.early_exit))
-    head.start(places[-1], how.picker.row_inputs(places[-1], row + 1))
+    head.start(places[-1], how.picker.row_inputs(places[-1], row + 1))  # the same positions as the last chunk's
+    chunk_round.wait()
     result = head.wait()
     logprobs = _logprobs(session, how, result.target_ids, trusted=0)
     session.carry(0)

@@ -38,7 +38,10 @@ def softmax_of(logits: npt.NDArray[Any], picked: float) -> float:
 
 
 class BoundRound(Protocol):
-    """A round with its shapes and memory fixed, to be run many times; only one round runs at a time."""
+    """A round with its shapes and memory fixed, to be run many times; only one round runs at a time.
+
+    A round may be started before the one before it has been waited for, if its rows have the same positions.
+    """
 
     def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
         """Hands the round to the device, with its first row at the given position.

@@ -67,10 +67,12 @@ def encode_prompt(
 
 
 def _token_ids(prompt: Sequence[Any], vocab_size: int) -> list[int]:
-    ids = [_token_id(value, vocab_size) for value in prompt]
+    ids = list(prompt)
     if not ids:
         raise RequestError("prompt", "empty", wanted="at least one token")
-    return ids
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:  # at once, as a text waits for it
+        return ids
+    return [_token_id(value, vocab_size) for value in ids]
 
 
 def _token_id(value: Any, vocab_size: int) -> int:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from edgeskip.runtime.backends.engines.attention import Attention, Operands
 from edgeskip.runtime.backends.engines.heads import Picked, embedder, picker, room
 from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
@@ -23,7 +21,6 @@ from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES, kind_of
-from edgeskip.runtime.bundle.weights import Rows, TokenRows
 from edgeskip.runtime.decoding.rounds import Call
 
 Step = Callable[[], None]
@@ -67,16 +64,6 @@ class LayersSession(TrtSession):
             table = self._device, self._matrix(EMBEDDINGS), a.hidden_size, self._dtype
             self._pick, self._embed = picker(*table, (parts, counters)), embedder(*table)
             self._token_ids = self._taken(longest * ITEMSIZE["int64"], "for token ids").address
-
-    def write(self, buffer: str, rows: Rows) -> None:
-        """Puts rows into the first rows of a buffer; those of tokens are read from the table on the device."""
-        if not (self._has_products and isinstance(rows, TokenRows)):
-            return super().write(buffer, rows)
-        self._device.stream.sync()  # a round that nobody waited for may still be reading
-        ids = self._staging[: len(rows) * ITEMSIZE["int64"]]
-        ids.view(np.int64)[:] = rows.token_ids
-        self._device.copier(self._token_ids, ids.ctypes.data, ids.nbytes)()
-        return self._embed(self._token_ids, self._buffers[buffer].address, len(rows))
 
     def _token_table(self) -> Matrix:
         return self._matrix(EMBEDDINGS)

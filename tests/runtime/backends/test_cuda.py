@@ -20,6 +20,8 @@ from edgeskip.runtime.backends import cuda_session, ort_cuda_session
 from edgeskip.runtime.backends import ort as ort_backend
 from edgeskip.runtime.backends.choice import open_session
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, uncollected
+from edgeskip.runtime.bundle.dtypes import ITEMSIZE
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS
 from edgeskip.runtime.decoding.rounds import speculative_round
 from edgeskip.runtime.errors import BackendError
 
@@ -83,6 +85,22 @@ def test_all_memory_is_given_back(bundles, device):
         model.complete(PROMPT, max_new_tokens=20)
         assert device.free_bytes() < before
     assert device.free_bytes() >= before - (8 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_heads_of_onnx_runtime_read_the_one_table_on_the_device(dtype, bundles):
+    bundle = bundles("llama-tied", dtype=dtype)
+    with edgeskip.load(bundle.folder, device="cuda", backend="onnxruntime") as model:
+        session = model.session
+        before = model.complete(PROMPT, max_new_tokens=9).token_ids
+        (address,) = session._tables.values()
+        size = int(np.prod(bundle.manifest.tensors[EMBEDDINGS].shape)) * ITEMSIZE[dtype]
+        session._device.copier(address, session._device.zeros([(size, 1)])[0].address, size)()
+        model.forget()
+        after = model.complete(PROMPT, max_new_tokens=9).token_ids
+    assert any(before)
+    assert not any(after)
 
 
 @pytest.mark.gpu
