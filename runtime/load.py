@@ -45,7 +45,7 @@ def load(
         BundleError: the bundle is damaged, foreign or not there; on the hub, gated or not reached.
         BackendError: no backend can run it here; or the hub's library is not installed.
     """
-    if not isinstance(bundle, str | Path):
+    if not isinstance(bundle, str | Path) or bundle == "":
         raise RequestError("bundle", f"{bundle!r:.60}", wanted="a folder, or the id of a bundle on the hub")
     if not callable(progress):
         raise RequestError("progress", f"{progress!r:.60}", wanted="a function")

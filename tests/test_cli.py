@@ -203,6 +203,17 @@ def test_json_is_one_object_with_the_documented_keys(bundle):
     assert set(statistics["latency_ms"]) == {"p50", "p90", "p99"}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "", "-p", "a"], ["bench", "{bundle}", "--prompts", ""], ["export", "c", "b", "--calibration", ""]],
+)
+def test_an_empty_path_is_not_the_current_folder(words, bundle, monkeypatch):
+    monkeypatch.chdir(bundle)
+    result = run(*(word.format(bundle=bundle) for word in words))
+    assert result.exit_code == 2
+    assert "it is empty" in result.stderr
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode(mode, bundle):
     with edgeskip.load(bundle) as model:

@@ -13,7 +13,7 @@ from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import ExitLayers, first, require, say
+from edgeskip.runtime.commands.options import ExitLayers, Place, first, require, say
 
 
 @click.command()
@@ -90,7 +90,7 @@ from edgeskip.runtime.commands.options import ExitLayers, first, require, say
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="A text file, or a folder of them: for auto and GPTQ, which have some built in, and to count which tokens are "
     "frequent and let drafts come from those.",
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeskip.runtime.commands.options import require, say
+from edgeskip.runtime.commands.options import Place, require, say
 
 
 @click.command()
@@ -19,7 +19,7 @@ from edgeskip.runtime.commands.options import require, say
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")
 @click.option("--stop-after-minutes", type=float, help="Save and stop after this time; continue with --resume.")
-@click.option("--data", type=click.Path(path_type=Path), help="The corpus folder, in place of the recipe's.")
+@click.option("--data", type=Place(path_type=Path), help="The corpus folder, in place of the recipe's.")
 def train(recipe: Path, output: Path | None, resume: bool, stop_after_minutes: float | None, data: Path | None) -> None:
     """Train a LayerSkip model with a RECIPE, from scratch or continuing a checkpoint."""
     require("train")

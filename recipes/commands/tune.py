@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgeskip.runtime.commands.options import (
+    Place,
     backend_option,
     bundle_argument,
     command_line,
@@ -39,7 +40,7 @@ from edgeskip.runtime.errors import RecipeError, RequestError
 @max_new_tokens_option
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="A text file with one prompt, or a folder of such files: texts like those you will run.  [default: built in]",
 )
 @num_prompts_option

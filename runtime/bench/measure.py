@@ -51,9 +51,10 @@ _STAGE_REPEATS = 30
 class BenchSettings:
     """Speculation lengths to measure, tokens per prompt, how often, when drafting ends early, and what drafts.
 
-    `confidence_threshold` is that of `Model.generate`: None takes the backend's. Prompts are cut to `prompt_tokens`, if
-    given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length is measured from each of
-    `exit_layers`, or from the model's own; with `adaptive_exit`, rounds whose exit is chosen too.
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's where the exit drafts. Prompts are cut
+    to `prompt_tokens`, if given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length
+    is measured from each of `exit_layers`, or from the model's own; with `adaptive_exit`, rounds whose exit is chosen
+    too.
     """
 
     grid: tuple[int, ...]
@@ -208,12 +209,12 @@ def run_bench(
         RequestError: a setting that cannot be served, or prompts too long for the bundle.
     """
     for k in settings.grid:
-        check_num_speculations(k)
+        check_num_speculations(k, " or 'auto'")
     settings = replace(settings, sampling=settings.sampling.seeded())
     session = model.session
     prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
-    if settings.confidence_threshold is None:
+    if settings.confidence_threshold is None and settings.draft != "ngram":
         settings = replace(settings, confidence_threshold=session.confidence_threshold)
     watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
     exits = settings.exit_layers or (() if settings.adaptive_exit else (model.split.exit_layer,))

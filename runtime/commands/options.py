@@ -22,7 +22,17 @@ from edgeskip.runtime.printable import printable
 CommandT = TypeVar("CommandT", bound=Callable[..., Any] | click.Command)
 
 
-class Folder(click.Path):
+class Place(click.Path):
+    """A path. An empty one, as of a variable that is not set, is none, and not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if value == "":
+            self.fail("it is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Folder(Place):
     """A path that a shell completes with the names of folders."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -160,7 +170,7 @@ json_option = report_option("json", "Write the report to FILE as JSON; without F
 html_option = report_option("html", "Write a page with plots to FILE; without FILE, to stdout.")
 prompts_option = click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="A text file with one prompt, or a folder of such files.  [default: built in]",
 )
 

@@ -234,6 +234,9 @@ class Model:
         draft = self.draft if draft is None else draft
         if draft not in DRAFTS:
             raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
+        if (mode, draft) == ("self-speculative", "ngram") and confidence_threshold is not None:
+            found = f"{confidence_threshold!r:.60}, beside drafts of the text, which have no confidence"
+            raise RequestError("confidence threshold", found, fix="leave out one of them")
         exit_layer = self.exit_layer if exit_layer is None else exit_layer
         if exit_layer == "auto":
             self._check_choice(mode, draft)

@@ -9,6 +9,10 @@ from typing import Any
 from edgeskip.runtime.bundle.formats import is_quantized
 from edgeskip.runtime.bundle.manifest import Manifest
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.printable import one_line
+
+_LONGEST = 10_000
+"""Characters of a line: a command names many files at times."""
 
 
 def model_card(
@@ -52,7 +56,7 @@ def model_card(
         *("", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""),
         *("```sh", f'edgeskip generate {name} --prompt "The capital of France is"', "```", ""),
     ]
-    return "\n".join([*text, *figures])
+    return "\n".join(one_line(line, _LONGEST) for line in [*text, *figures])
 
 
 def bench_figures(report: Any, place: object) -> list[str]:

@@ -184,7 +184,8 @@ def _check_results(messages: list[dict[str, Any]]) -> None:
         if left:
             wanted = "a message with the role `tool` and its id as `tool_call_id`"
             raise RequestError(f"message {caller}", f"its call {min(left)!r:.60} has no result after it", wanted=wanted)
-        caller, calls = number, set(_call_ids(number, message.get("tool_calls")))
+        made = message.get("tool_calls") if message.get("role") == "assistant" else None
+        caller, calls = number, set(_call_ids(number, made))
         left = set(calls)
 
 

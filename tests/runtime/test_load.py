@@ -12,6 +12,7 @@ from edgeskip.runtime.errors import RequestError
     ("changed", "message"),
     [
         ({"bundle": 3}, "bundle: 3; wanted a folder, or the id of a bundle on the hub"),
+        ({"bundle": ""}, "bundle: ''; wanted a folder"),
         ({"bundle": b"/tmp"}, "bundle: b'/tmp'; wanted a folder"),
         ({"backend": None}, "backend: None; wanted one of auto, onnxruntime"),
         ({"device": ["cpu"]}, r"device: \['cpu'\]; wanted one of auto, cpu, cuda"),

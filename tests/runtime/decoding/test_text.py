@@ -160,6 +160,7 @@ def test_generation_ends_at_a_stop_string(bundles):
             "draft: 'exit', beside the mode early-exit, which drafts nothing",
         ),
         ("a", {"mode": "autoregressive", "confidence_threshold": 0}, "confidence threshold: 0, beside the mode"),
+        ("a", {"draft": "ngram", "confidence_threshold": 0.5}, "confidence threshold: 0.5, beside drafts of the text"),
         ("a", {"max_new_tokens": 0}, "max new tokens: 0"),
         ("a", {"max_new_tokens": "3"}, "max new tokens: '3'; wanted"),
         ("a", {"confidence_threshold": "x"}, "confidence threshold: 'x'; wanted 0 to 1"),

@@ -134,7 +134,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     }
     report["rows"] = [{"mode": "autoregressive", "num_speculations": 0, "tokens_per_second": 12.5, "speedup": 1.0}]
     (tmp_path / "bench.json").write_text(json.dumps(report))
-    checked = {"command": "edgeskip check x", "hardware": {"device": "a test"}, "passed": False, "prompts": 8}
+    checked = {"command": "edgeskip check x", "hardware": {"device": "a\n\ud800test"}, "passed": False, "prompts": 8}
     checked |= {"agreed": {"self-speculative": 7}, "disagreements": [{"is_tie": True}], "lost": None}
     (tmp_path / "check.json").write_text(json.dumps(checked))
     settings = ("--license", "apache-2.0", "--base-model", "meta/base", "--report", tmp_path / "bench.json")
@@ -149,7 +149,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundles, tmp_path):
     assert "Measured by `edgeskip bench x` on a test:" in text
     assert "| autoregressive | 0 | 12.5 | 1.00 |" in text
     assert "Not a valid measurement: it was busy." in text
-    assert "Compared by `edgeskip check x` on a test with transformers in fp32: **it does not pass**." in text
+    assert "Compared by `edgeskip check x` on a \\ud800test with transformers in fp32: **it does not pass**." in text
     assert "| self-speculative | 7 of 8 |" in text
     ask = ("-p", "abc", "-n", "5", "--device", "cpu", "--threads", "1")
     wanted = run("generate", bundle.folder, *ask).stdout

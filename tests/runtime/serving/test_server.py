@@ -421,6 +421,7 @@ BAD = [
     ({"messages": [CALLING[0]]}, "message_1"),  # the call has no result
     ({"messages": [*CALLING[:1], *say("a"), *CALLING[1:]]}, "message_1"),
     ({"messages": [*say("a"), CALLING[1]]}, "message_3"),
+    ({"messages": [CALLING[0] | {"role": "user", "content": "a"}, CALLING[1]]}, "message_2"),
     ({"messages": [CALLING[0], CALLING[1] | {"tool_call_id": "other"}]}, "message_2"),
     ({"messages": [CALLING[0], {"role": "tool", "content": "9"}]}, "message_2"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": CALLED}]}, CALLING[1]]}, "message_1"),
