@@ -248,8 +248,8 @@ class _Rounds:
 
     def __init__(self, session: Session, how: Decoding) -> None:
         self._session, self._how = session, how
-        self._splits = {split.exit_layer: split for split in (how.split, *how.others)}
-        self._at_exit = cache(lambda exit_layer, k: _at_exit(session, how, self._splits[exit_layer], k))
+        self._splits = splits = {split.exit_layer: split for split in (how.split, *how.others)}
+        self._at_exit = cache(lambda exit_layer, k: _at_exit(session, how, splits[exit_layer], k))
         self._given = cache(partial(_given, session, how))
         self._drafts: list[int] = []
         self._k, self._begun_ms = 0, 0.0

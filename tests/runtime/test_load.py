@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 import edgeskip
@@ -31,3 +34,14 @@ from edgeskip.runtime.errors import RequestError
 def test_what_cannot_be_is_refused_by_name(changed, message, bundles):
     with pytest.raises(RequestError, match=message):
         edgeskip.load(**{"bundle": bundles("llama-gqa").folder, **changed})
+
+
+def test_closing_gives_weights_back_without_python_s_collector(bundles):
+    gc.disable()
+    try:
+        with edgeskip.load(bundles("llama-gqa").folder, device="cpu", dialect="cpu") as model:
+            model.complete([5, 6, 7], max_new_tokens=8)
+            graphs = [weakref.ref(graph) for graph in model.session._graphs._sessions.values()]
+        assert [graph() for graph in graphs] == [None] * len(graphs)
+    finally:
+        gc.enable()
