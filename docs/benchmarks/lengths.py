@@ -3,14 +3,17 @@
 python docs/benchmarks/lengths.py [--texts 12]
 
 A text says of each token whether a draft there would be right. Mixed texts have segments of match 0.3, 0.6 and 0.95,
-in any order. Who is clairvoyant knows the rate of each segment, and the costs; the choice knows neither, and measures
-times that scatter by 3%. The best fixed K is that of all texts together, known afterwards.
+in any order. Who is clairvoyant knows the rate of each segment, and the costs, and never whether a draft will be right.
+The choice knows neither, and measures times that scatter by 3%: from nothing, with each text its first one, and
+learned, after as many texts of the kind as are measured. Between them stands the bound: Bayes' rule over the three
+rates, by who knows these, how long segments are and the costs, but not when one begins, nor which. The best fixed K is
+that of all texts together, known afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,8 @@ from edgeskip.runtime.drafting.drafters import Source
 from edgeskip.runtime.drafting.length import Pace, RoundCosts
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
-MIXED, UNIFORM, SEGMENTS, TOKENS, SCATTER = (0.3, 0.6, 0.95), (0.1, 0.3, 0.5, 0.6, 0.8, 0.95), 12, 1500, 0.03
+MIXED, UNIFORM, SEGMENTS, SCATTER = (0.3, 0.6, 0.95), (0.1, 0.3, 0.5, 0.6, 0.8, 0.95), 12, 0.03
+TOKENS = (300, 1500)
 EXIT = 4
 SLOPES: dict[float, Source] = {0.33: EXIT, 0.27: EXIT, 0.15: EXIT, 0.05: "ngram"}
 """What a draft adds to a round, as a share of one without, and what drafts so: an early exit at a third or a sixth of
@@ -48,8 +52,8 @@ def time_of(right: Array, costs: Array, k_at: Callable[[int], int], learn: Calla
     return time
 
 
-def chosen_time(right: Array, costs: Array, drafter: Source, random: np.random.Generator) -> float:
-    """With K chosen as the text comes."""
+def chosen_times(texts: Sequence[Array], costs: Array, drafter: Source, random: np.random.Generator) -> list[float]:
+    """With K chosen as the texts come, one after another."""
     pace = Pace(RoundCosts({EXIT: 0.3, "ngram": 0.05}), lambda: 0.0)
     most: dict[Source, int] = {EXIT: 0, drafter: MAX_SPECULATIONS}
 
@@ -59,44 +63,83 @@ def chosen_time(right: Array, costs: Array, drafter: Source, random: np.random.G
         if drafter == "ngram":  # what would have been drafted is known after plain rounds too
             pace.compare([1] * MAX_SPECULATIONS, [1] * accepted + [1 if accepted < run else 0])
 
-    return time_of(right, costs, lambda _: pace.chosen(most)[1], learn)
+    times = []
+    for right in texts:
+        pace.begin()
+        times.append(time_of(right, costs, lambda _: pace.chosen(most)[1], learn))
+    return times
+
+
+def bound_time(right: Array, costs: Array, drafter: Source, segment: int) -> float:
+    """By Bayes' rule over the rates there are, and how often they change."""
+    rates, weights = np.array(MIXED), np.full(len(MIXED), 1 / len(MIXED))
+
+    def k_at(_: int) -> int:
+        tokens = (weights @ rates[:, None] ** LENGTHS).cumsum()
+        return int((tokens / costs).argmax())
+
+    def learn(k: int, accepted: int, run: int) -> None:
+        known, most = (run, MAX_SPECULATIONS) if drafter == "ngram" else (accepted, k)
+        weights[:] *= rates ** min(known, most) * (1 - rates) ** (known < most)
+        weights[:] /= weights.sum()
+        kept = (1 - 1 / segment) ** (accepted + 1)
+        weights[:] = kept * weights + (1 - kept) * (1 - weights) / (len(rates) - 1)
+
+    return time_of(right, costs, k_at, learn)
+
+
+def fixed_times(texts: Sequence[Array], costs: Array) -> Array:
+    """By K, of all texts."""
+    return np.sum([[time_of(right, costs, lambda _, k=k: k) for k in LENGTHS] for right in texts], 0)
+
+
+def both(texts: Sequence[Array], costs: Array, drafter: Source) -> tuple[float, float]:
+    """The time of the second half of the texts, each from nothing and after the first half."""
+    measured = texts[len(texts) // 2 :]
+    alone = sum(chosen_times([right], costs, drafter, np.random.default_rng(n))[0] for n, right in enumerate(measured))
+    learned = chosen_times(texts, costs, drafter, np.random.default_rng(len(texts)))
+    return alone, sum(learned[len(texts) // 2 :])
 
 
 def mixed(slope: float, drafter: Source, segment: int, texts: int) -> str:
     """The gains on mixed texts."""
-    costs, fixed, knowing, chosen = 1 + slope * LENGTHS, np.zeros(len(LENGTHS)), 0.0, 0.0
+    costs, random = 1 + slope * LENGTHS, np.random.default_rng(segment)
     best = {rate: int((np.cumsum(rate**LENGTHS) / costs).argmax()) for rate in MIXED}
-    for seed in range(texts):
-        random = np.random.default_rng(seed)
-        rates = np.repeat(random.permutation(MIXED * (SEGMENTS // len(MIXED))), segment)
-        right = random.random(len(rates)) < rates
-        fixed += [time_of(right, costs, lambda _, k=k: k) for k in LENGTHS]
-        knowing += time_of(right, costs, lambda at, rates=rates: best[rates[at]])
-        chosen += chosen_time(right, costs, drafter, random)
-    gain, share = fixed.min() / knowing - 1, (fixed.min() - chosen) / (fixed.min() - knowing)
-    return f"{slope:.2f}  {segment:3d} tokens  K = {fixed.argmin():2d}  {gain:5.1%}  {share:4.0%}"
+    rates = [np.repeat(random.permutation(MIXED * (SEGMENTS // len(MIXED))), segment) for _ in range(2 * texts)]
+    rights = [random.random(len(one)) < one for one in rates]
+    fixed = fixed_times(rights[texts:], costs)
+    knowing = sum(
+        time_of(right, costs, lambda at, one=one: best[one[at]])
+        for right, one in zip(rights[texts:], rates[texts:], strict=True)
+    )
+    bound = sum(bound_time(right, costs, drafter, segment) for right in rights[texts:])
+    shares = [(fixed.min() - time) / (fixed.min() - knowing) for time in (bound, *both(rights, costs, drafter))]
+    shown = "  ".join(f"{share:4.0%}" for share in shares)
+    return f"{slope:.2f}  {segment:3d} tokens  K = {fixed.argmin():2d}  {fixed.min() / knowing - 1:5.1%}  {shown}"
 
 
-def uniform(slope: float, drafter: Source, rate: float, texts: int) -> str:
+def uniform(slope: float, drafter: Source, rate: float, tokens: int, texts: int) -> str:
     """The loss on texts of one rate."""
-    costs, fixed, chosen = 1 + slope * LENGTHS, np.zeros(len(LENGTHS)), 0.0
-    for seed in range(texts):
-        random = np.random.default_rng(1000 + seed)
-        right = random.random(TOKENS) < rate
-        fixed += [time_of(right, costs, lambda _, k=k: k) for k in LENGTHS]
-        chosen += chosen_time(right, costs, drafter, random)
-    return f"{slope:.2f}  match {rate:.2f}  K = {fixed.argmin():2d}  {chosen / fixed.min() - 1:+.1%}"
+    costs, random = 1 + slope * LENGTHS, np.random.default_rng(tokens)
+    rights = [random.random(tokens) < rate for _ in range(2 * texts)]
+    fixed = fixed_times(rights[texts:], costs)
+    shown = "  ".join(f"{time / fixed.min() - 1:+5.1%}" for time in both(rights, costs, drafter))
+    return f"{slope:.2f}  {tokens:4d} tokens  match {rate:.2f}  K = {fixed.argmin():2d}  {shown}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--texts", type=int, default=12, help="texts of each kind")
-    count = parser.parse_args().texts
-    print("slope, segments, best fixed K, what a clairvoyant gains over it, and the share of it that the choice has:")
-    for one, who in SLOPES.items():
+    parser.add_argument("--texts", type=int, default=12, help="texts of each kind that are measured")
+    parser.add_argument("--slopes", type=float, nargs="+", default=list(SLOPES), choices=SLOPES, help="only these")
+    given = parser.parse_args()
+    print(
+        "slope, segments, best fixed K, a clairvoyant's gain over it, and shares of that: bound, from nothing, learned"
+    )
+    for one in given.slopes:
         for length in (64, 128, 256):
-            print(mixed(one, who, length, count), flush=True)
-    print("slope, match of the whole text, best fixed K, and how much slower the choice is:")
-    for one, who in SLOPES.items():
-        for match in UNIFORM:
-            print(uniform(one, who, match, count), flush=True)
+            print(mixed(one, SLOPES[one], length, given.texts), flush=True)
+    print("slope, tokens, match of the whole text, best fixed K, and how much slower than it: from nothing, learned")
+    for one in given.slopes:
+        for length in TOKENS:
+            for match in UNIFORM:
+                print(uniform(one, SLOPES[one], match, length, given.texts * max(TOKENS) // length), flush=True)

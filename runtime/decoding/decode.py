@@ -251,6 +251,8 @@ class _Rounds:
         self._splits = splits = {split.exit_layer: split for split in (how.split, *how.others)}
         self._at_exit = cache(lambda exit_layer, k: _at_exit(session, how, splits[exit_layer], k))
         self._given = cache(partial(_given, session, how))
+        if how.pace is not None:
+            how.pace.begin()
         self._drafts: list[int] = []
         self._k, self._begun_ms = 0, 0.0
         self.source: Source = how.split.exit_layer

@@ -5,9 +5,11 @@ states, which every round computes, are put through the head to see what it woul
 
 Both are learned while a text comes. How often drafts are right changes with the text, from one line to the next, and
 nobody says when. So each rate that they may have has a probability, which each draft that was tested moves; and as the
-rate may be another from any token on, all probabilities also drift back to where they began. How fast is unknown too:
-there are three speeds, each as probable as it has foretold the drafts (Bayes). A count that decays, as in DEL
-(arXiv 2504.05598), has one speed, and is either late where a text changes or restless where it does not.
+rate may be another from any token on, all probabilities also drift to how common each rate has been, in this text and
+those before. How fast is unknown too: there are three speeds, each as probable as it has foretold the drafts (Bayes).
+Where texts have a few rates, some drafts tell which of these it is now; where all have the same one, nothing is lost
+by looking for others. A count that decays, as in DEL (arXiv 2504.05598), has one speed, and is either late where a text
+changes or restless where it does not.
 """
 
 from __future__ import annotations
@@ -35,8 +37,19 @@ _TOKENS: Array = _POWERS.cumsum(1)
 CHANGES: Array = np.array([[1 / 20], [1 / 100], [1 / 1000]])
 """How probable it is that the rate is another after a token, by speed."""
 
-_LEAST_SHARE = 0.01
+_LEAST_SHARE = 0.003
 """Of each speed, so that a text that has long been steady may still change."""
+
+_BEGUN, _REMEMBERED = 200.0, 10000.0
+"""Drafts that all rates together count as common for when nothing was seen, and how many drafts back are remembered:
+far more than a text has.
+"""
+
+_OTHER, _OTHER_TEXT = 0.05, 0.25
+"""How probable it is that a new rate is any, not one that was common: after a change, and where another text begins."""
+
+_UNTESTED = 48
+"""After so many tokens without a draft, there is one: else nobody would know that they have become right."""
 
 _NGRAM_SLOPE = 0.05
 """What a draft of the text adds to a round, as a share of one without, until some were measured."""
@@ -74,11 +87,17 @@ def slopes_of(splits: Iterable[Split], weights: Mapping[GraphName, int]) -> dict
 
 
 class Rate:
-    """How often something happens, one time after another, where that may change at any token."""
+    """How often something happens, one time after another, where that may change at any token. Learns over all texts
+    which rates are common.
+    """
 
     def __init__(self) -> None:
-        self._prior = np.full(len(RATES), 1 / len(RATES))
-        self._weights = np.ones((len(CHANGES), 1)) * self._prior / len(CHANGES)
+        self._common = np.full(len(RATES), _BEGUN / len(RATES))  # times that each rate was that of
+        self._weights = np.full((len(CHANGES), len(RATES)), 1 / len(CHANGES) / len(RATES))
+
+    def begin(self) -> None:
+        """Another text begins."""
+        self._weights = self._weights.sum(1, keepdims=True) * self._prior(_OTHER_TEXT)
 
     def note(self, happened: int, failed: int, tokens: int) -> None:
         """Learns of so many times that it happened and failed, over so many tokens."""
@@ -86,10 +105,16 @@ class Rate:
         if happened or failed:
             weights = weights * RATES**happened * (1 - RATES) ** failed
             weights /= weights.sum()
+            times = happened + failed
+            self._common = self._common * (1 - 1 / _REMEMBERED) ** times + times * weights.sum(0)
             speeds = weights.sum(1, keepdims=True)
             weights *= (1 - _LEAST_SHARE) + _LEAST_SHARE / len(CHANGES) / speeds
         kept = (1 - CHANGES) ** tokens
-        self._weights = kept * weights + (1 - kept) * weights.sum(1, keepdims=True) * self._prior
+        self._weights = kept * weights + (1 - kept) * weights.sum(1, keepdims=True) * self._prior(_OTHER)
+
+    def _prior(self, other: float) -> Array:
+        prior: Array = (1 - other) * self._common / self._common.sum() + other / len(RATES)
+        return prior
 
     @property
     def probabilities(self) -> Array:
@@ -185,6 +210,12 @@ class Pace:
         self._looks: deque[float] = deque(maxlen=_ENOUGH)
         self._has_looked, self._best = False, 0.0
         self._worths: dict[int, float] = {}  # of knowing more of the exits that do not draft, in tokens
+        self._untested = 0
+
+    def begin(self) -> None:
+        """Another text begins."""
+        for rate in (*self._accepted.values(), *self._goes_on.values()):
+            rate.begin()
 
     def chosen(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         """What should draft, and how many drafts at most: 0 is a plain round.
@@ -206,6 +237,8 @@ class Pace:
                 if loss < worth and (loss < self._look_ms * self._best or not is_timed):
                     return source, own
                 self._worths[source] = worth
+        if not k and exits and self._untested >= _UNTESTED:
+            return exits[0], 1
         return best, k
 
     def _tokens(self, source: Source, limit: int) -> Array:
@@ -239,6 +272,7 @@ class Pace:
     def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
         """Learns from a round: so many drafts at most, so many made and accepted, and its time."""
         self._costs.note(source, drafted, ms)
+        self._untested = 0 if drafted else self._untested + accepted + 1
         for one, rate in self._accepted.items():
             if one != source and one != "ngram":
                 rate.note(0, 0, accepted + 1)

@@ -25,12 +25,17 @@ def ms_of_text(right, costs, choose, learn=lambda *_: None):
     return ms
 
 
-def paced(right, costs):
-    pace = Pace(RoundCosts(SLOPES), lambda: 0.0)
+def new_pace():
+    return Pace(RoundCosts(SLOPES), lambda: 0.0)
+
+
+def paced(right, costs, pace=None):
+    pace = pace or new_pace()
 
     def learn(k, accepted, ms):
         pace.note(EXIT, k, k, accepted, ms)
 
+    pace.begin()
     return ms_of_text(right, costs, lambda _: pace.chosen({EXIT: MAX_SPECULATIONS})[1], learn)
 
 
@@ -51,6 +56,26 @@ def test_a_text_of_one_kind_loses_next_to_nothing(rate):
     costs, right = 1 + 0.2 * LENGTHS, np.random.default_rng(1).random(4000) < rate
     fixed = min(ms_of_text(right, costs, lambda _, k=k: k) for k in LENGTHS)
     assert paced(right, costs) < 1.03 * fixed
+
+
+def test_what_texts_have_in_common_is_learned_and_another_text_noticed():
+    costs, random, pace = 1 + 0.3 * LENGTHS, np.random.default_rng(3), new_pace()
+    texts = [random.random(1500) < rate for rate in (0.5, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.9)]
+    slower = [paced(one, costs, pace) / min(ms_of_text(one, costs, lambda _, k=k: k) for k in LENGTHS) for one in texts]
+    assert slower[3] < 1.005
+    assert max(slower) < 1.05
+
+
+def test_drafts_are_tried_again_where_plain_rounds_paid():
+    pace = new_pace()
+    for _ in range(40):
+        pace.note(EXIT, 2, 2, 0, 1.6)
+    ks = []
+    for _ in range(200):
+        ks.append(pace.chosen({EXIT: MAX_SPECULATIONS})[1])
+        pace.note(EXIT, ks[-1], ks[-1], 0, 1 + 0.3 * ks[-1])
+    assert ks.count(0) > 150
+    assert ks.count(0) < 200
 
 
 def test_a_rate_follows_what_happens():
