@@ -376,7 +376,7 @@ def _export_command(data: Mapping[str, Any]) -> str:
             given["exit_layer"] = ",".join(map(str, [first, *(one for one in exits if one != first)]))
     for key in ("exit_layer", "dtype", "max_length", "num_speculations"):
         if key in given:
-            words += [f"--{key.replace('_', '-')}", str(given[key])[:20]]
+            words += [f"--{key.replace('_', '-')}", str(given[key])[:100]]
     match data:
         case {"heads": {"draft_head": {"vocabulary": int() as rows}}}:
             words += ["--draft-vocabulary", str(rows)[:20]]
