@@ -121,6 +121,8 @@ def _is_faster(other: Pair | None, report: TuneReport) -> bool:
 def verdict(report: TuneReport) -> str:
     """The choice in a sentence or two."""
     pair, fastest = _pair_verdict(report), report.fastest
+    if fastest.speedup <= 1:
+        return f"{pair} Nor do drafts of the text."
     if fastest.draft == "exit":
         return f"{pair} Drafts of the text bring no more: --draft exit."
     at = f" at exit layer {fastest.exit_layer}" if fastest.draft == "auto" else ""
@@ -187,7 +189,7 @@ def _best(report: TuneReport) -> Pair:
 def _drafting_comment(report: TuneReport) -> Iterator[str]:
     """How to decode with it, where that is not what a bundle does by itself."""
     fastest = report.fastest
-    if fastest.draft != "exit":
+    if fastest.draft != "exit" and fastest.speedup > 1:
         how = f"--draft {fastest.draft} -k {length_text(fastest)}"
         yield _comment(f"Fastest on these texts with {how}: {figure(fastest.ms_per_token)} ms per token")
 

@@ -39,7 +39,7 @@ from edgeskip.runtime.bundle.graphs import (
 )
 from edgeskip.runtime.bundle.layers import files_of, has_products
 from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
-from edgeskip.runtime.errors import BundleError, reason
+from edgeskip.runtime.errors import BundleError, RequestError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
 from edgeskip.runtime.sampling import GREEDY, Sampling
@@ -216,7 +216,10 @@ def read_bundle(folder: str | Path) -> Bundle:
     Raises:
         BundleError: no bundle, another format version, a malformed manifest, or a file that is missing, has
             another size or is outside the folder.
+        RequestError: not even a path.
     """
+    if not isinstance(folder, str | Path):
+        raise RequestError("bundle", f"{folder!r:.60}", wanted="a folder")
     folder = Path(folder)
     path = folder / MANIFEST
     found = kind_of(folder, BundleError)

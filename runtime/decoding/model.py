@@ -345,6 +345,8 @@ class Model:
         Raises:
             RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
         """
+        if not (most is None or (type(most) is int and most >= 1)):
+            raise RequestError("most", f"{most!r:.60}", wanted="a whole number from 1")
         return encode_prompt(self.tokenizer, prompt, self.bundle, most, tools)
 
     def _split(self, exit_layer: int) -> Split:

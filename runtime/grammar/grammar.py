@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edgeskip.runtime.errors import RequestError
 
@@ -13,6 +13,7 @@ MOST_CHARACTERS = 1 << 15
 """Of a grammar, so that it is compiled in little time, and in a stack of known size."""
 
 Kind = Literal["json_schema", "regex", "lark"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,15 @@ class Grammar:
             `regex`; or rules in llguidance's variant of Lark.
 
     Raises:
-        RequestError: a source that is no text, or too long. Whether it is sound shows when it is used.
+        RequestError: another kind, or a source that is no text, or too long. Whether it is sound shows when it is used.
     """
 
     kind: Kind
     source: str
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RequestError("grammar", f"{self.kind!r:.60}", wanted=f"one of {', '.join(KINDS)}")
         if not isinstance(self.source, str):
             raise RequestError("grammar", f"a {type(self.source).__name__}", wanted=f"a text, as {self.kind}")
         if len(self.source) > MOST_CHARACTERS:

@@ -45,3 +45,8 @@ def test_closing_gives_weights_back_without_python_s_collector(bundles):
         assert [graph() for graph in graphs] == [None] * len(graphs)
     finally:
         gc.enable()
+
+
+def test_engines_are_added_from_a_folder_alone():
+    with pytest.raises(RequestError, match="bundle: 3; wanted a folder"):
+        edgeskip.add_engines(3)

@@ -244,9 +244,11 @@ def test_what_should_draft_is_told(report, tmp_path):
         recipe, _ = load_export_recipe(str(tmp_path / "r.toml"))
         assert recipe.exit_layer == (5 if one.draft == "auto" else report.best.exit_layer)
         assert f"# Fastest on these texts with --draft {one.draft} -k" in (tmp_path / "r.toml").read_text()
-    alone = dataclasses.replace(report, drafting=(exit_,))
+    alone = dataclasses.replace(report, drafting=(dataclasses.replace(exit_, speedup=1.1),))
     assert "Drafts of the text bring no more: --draft exit." in Page(tuning_page(alone)).text
-    assert "Fastest" not in tuned_recipe(alone, "r.toml")
+    slow = dataclasses.replace(report, drafting=(dataclasses.replace(ngram, speedup=0.9),))
+    assert "Nor do drafts of the text." in Page(tuning_page(slow)).text
+    assert not any("Fastest" in tuned_recipe(one, "r.toml") for one in (alone, slow))
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,13 @@ def test_tools_go_with_messages_alone(prompt, bundles):
         model.encode(prompt, tools=[{"type": "function", "function": {"name": "f"}}])
 
 
+@pytest.mark.parametrize("most", [0, "3", 1.5, True])
+def test_a_wrong_number_of_tokens_is_refused(most, bundles):
+    said = "wanted a whole number from 1"
+    with edgeskip.load(bundles("llama-gqa").folder) as model, pytest.raises(RequestError, match=said):
+        model.encode("abc", most=most)
+
+
 @pytest.fixture
 def chat(bundles, tmp_path):
     """Encodes a chat by a template, in a bundle that has it."""

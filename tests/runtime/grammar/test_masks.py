@@ -167,6 +167,12 @@ def test_a_schema_that_is_not_json_is_refused(schema):
         Grammar.from_json_schema(schema)
 
 
+@pytest.mark.parametrize("kind", ["json", None, ["regex"]], ids=str)
+def test_a_grammar_of_another_kind_is_refused(kind):
+    with pytest.raises(RequestError, match="wanted one of json_schema, regex, lark"):
+        Grammar(kind, "a")
+
+
 def test_a_bundle_without_eos_refuses_grammars(chat_bundles):
     with (
         edgeskip.load(chat_bundles(1024).folder, device="cpu") as model,
