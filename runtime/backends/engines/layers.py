@@ -47,9 +47,11 @@ class LayersSession(TrtSession):
             self.planned_bytes += taken.bytes
         self._has_products = manifest.has_products(self._device.compute_capability)
         sizes = {name: self._dims[dim] for name, dim in (("qkv", "Q"), ("attended", "A"), ("even", "H"), ("odd", "H"))}
-        sizes["gated"] = a.intermediate_size if self._has_products else 0
+        shapes = {name: (longest, size) for name, size in sizes.items()}
+        if self._has_products:  # what gate and up give is between products of ours alone
+            shapes["gated"] = HEAD_ROWS, a.intermediate_size
         self._between = {
-            name: self._taken(longest * size * itemsize, f"for {name}").address for name, size in sizes.items() if size
+            name: self._taken(rows * size * itemsize, f"for {name}").address for name, (rows, size) in shapes.items()
         }
         kinds = {
             kind_of(one.name): math.prod(one.shape)
