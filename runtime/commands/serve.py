@@ -77,6 +77,7 @@ def serve(
             )
         with model:
             model.held.most_saved_bytes, model.draft = prefix_cache_mb * 10**6, first(draft, model.draft)
+            model.check()  # what no request could be served with
             called = name or bundle.resolve().name
             served = Served(model, Worker(queue), called, api_key or None, is_loopback(listening))
             print_model(model, console(stderr=True))

@@ -9,7 +9,7 @@ may need a second row beside a single one, and there it has no room.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol
@@ -249,7 +249,7 @@ class _Rounds:
     def __init__(self, session: Session, how: Decoding) -> None:
         self._session, self._how = session, how
         self._splits = splits = {split.exit_layer: split for split in (how.split, *how.others)}
-        self._at_exit = cache(lambda exit_layer, k: _at_exit(session, how, splits[exit_layer], k))
+        self._at_exit = cache(partial(_at_exit, session, how, splits, *_steps_of_rounds(session, how, splits)))
         self._given = cache(partial(_given, session, how))
         if how.pace is not None:
             how.pace.begin()
@@ -304,16 +304,33 @@ class _Rounds:
         pace.looked(exit_layer, right, sure, pace.clock_ms() - begun_ms)
 
 
-def _at_exit(session: Session, how: Decoding, split: Split, k: int) -> _Started:
+_Steps = Callable[[int, int], "_Whole"]
+"""A step of rounds that the host looks at, by the exit and its number; lengths have them in common."""
+
+
+def _steps_of_rounds(session: Session, how: Decoding, splits: Mapping[int, Split]) -> tuple[_Steps, _Steps]:
+    """The drafts, by their rows, and the checks, by how many drafts they have; each is bound when it is wanted."""
+    checking = trusting_round if how.trusts_exit else verification_round
+    drafts = cache(lambda exit_layer, row: _Whole(session, how, draft_round(splits[exit_layer], row)))
+    return drafts, cache(lambda exit_layer, k: _Whole(session, how, checking(splits[exit_layer], k)))
+
+
+def _at_exit(
+    session: Session,
+    how: Decoding,
+    splits: Mapping[int, Split],
+    drafts: _Steps,
+    checks: _Steps,
+    exit_layer: int,
+    k: int,
+) -> _Started:
     """A round of at most so many drafts of an exit."""
+    split = splits[exit_layer]
     if how.early_exit:
         return _Whole(session, how, early_exit_round(split))
     if not (k and (how.confidence_threshold or how.picks == "history")):
         return _Whole(session, how, speculative_round(split, k))
-    drafts = [_Whole(session, how, draft_round(split, row)) for row in range(k)]
-    checking = trusting_round if how.trusts_exit else verification_round
-    checks = [_Whole(session, how, checking(split, drafted)) for drafted in range(k + 1)]
-    return _WhileConfident(session, how, split, drafts, checks)
+    return _WhileConfident(session, how, split, k, partial(drafts, exit_layer), partial(checks, exit_layer))
 
 
 def _given(session: Session, how: Decoding, k: int) -> _Given:
@@ -362,12 +379,18 @@ class _WhileConfident:
     """
 
     def __init__(
-        self, session: Session, how: Decoding, split: Split, drafts: Sequence[_Whole], checks: Sequence[_Whole]
+        self,
+        session: Session,
+        how: Decoding,
+        split: Split,
+        k: int,
+        draft: Callable[[int], _Whole],
+        check: Callable[[int], _Whole],
     ) -> None:
-        self._drafts, self._checks = drafts, checks
-        self._session, self._threshold = session, how.confidence_threshold
-        self._vocabulary = split.draft_head.vocabulary
-        self._first, self._left, self._position = checks[0], self._steps(), 0
+        self._session, self._k, self._draft, self._check = session, k, draft, check
+        self._threshold, self._vocabulary = how.confidence_threshold, split.draft_head.vocabulary
+        self._left, self._position = self._steps(), 0
+        self._first = next(self._left)
 
     def start(self, position: int) -> None:
         """Hands the first step to the device. The host looks at each draft, so others run when somebody waits."""
@@ -386,12 +409,10 @@ class _WhileConfident:
     def _steps(self) -> Iterator[_Whole]:
         """The drafts, as long as the exit is sure of them, and the verification."""
         drafted = 0
-        for draft in self._drafts:
-            yield draft
+        while drafted < self._k and (not drafted or self._is_sure(drafted - 1)):
+            yield self._draft(drafted)
             drafted += 1
-            if drafted < len(self._drafts) and not self._is_sure(drafted - 1):
-                break
-        yield self._checks[drafted]
+        yield self._check(drafted)
 
     def _is_sure(self, row: int) -> bool:
         return not self._threshold or self._session.draft_confidence(row, self._vocabulary) >= self._threshold

@@ -70,6 +70,9 @@ first round of it as much as to know what its rounds take: docs/benchmarks/exits
 _HOPE = 0.85
 """What the rounds of an exit may take of what is thought, while none was timed."""
 
+_TRIED, _COMPARED = 4, 4
+"""The most drafts of a round that is there to learn, and after how many rounds exits are compared: it takes a while."""
+
 _LOOK = 0.2
 """What it takes to put an exit's states through the head, as a share of a round without drafts, until it was timed."""
 
@@ -210,12 +213,15 @@ class Pace:
         self._looks: deque[float] = deque(maxlen=_ENOUGH)
         self._has_looked, self._best = False, 0.0
         self._worths: dict[int, float] = {}  # of knowing more of the exits that do not draft, in tokens
-        self._untested = 0
+        self._exit: Source | None = None  # the best one when they were last compared
+        self._chosen = self._untested = 0
+        self._unnoted: dict[Source, int] = dict.fromkeys(costs.sources, 0)  # tokens that came without its drafts
 
     def begin(self) -> None:
         """Another text begins."""
         for rate in (*self._accepted.values(), *self._goes_on.values()):
             rate.begin()
+        self._unnoted = dict.fromkeys(self._unnoted, 0)
 
     def chosen(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         """What should draft, and how many drafts at most: 0 is a plain round.
@@ -223,16 +229,25 @@ class Pace:
         Args:
             most: the most drafts that each source could give, with ties going to the first.
         """
+        if self._exit in most and self._chosen % _COMPARED:
+            most = {source: limit for source, limit in most.items() if source == self._exit or source == "ngram"}
+        self._chosen += 1
+        for source in most:
+            self._let_pass(source)
         costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
         paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
-        best = max(paces, key=lambda source: float(paces[source].max()))
+        tops: dict[Source, float] = {source: float(of_lengths.max()) for source, of_lengths in paces.items()}
+        best = max(tops, key=tops.__getitem__)
         k = int(paces[best].argmax())
         self._best, self._worths = float(paces[best][k]), {}
         exits = [source for source, limit in most.items() if source != "ngram" and limit]
+        if len(exits) > 1:
+            best_exit: Source = max(exits, key=tops.__getitem__)
+            self._exit = best_exit
         for source in exits if len(exits) > 1 else ():
             if source != best or not k:
                 worth, is_timed = self._worth(source, costs[source]), self._costs.timed(source)
-                own = 1 + int(paces[source][1:].argmax())
+                own = 1 + int(paces[source][1 : _TRIED + 1].argmax())
                 loss = float((self._best - paces[source][own]) * costs[source][own])
                 if loss < worth and (loss < self._look_ms * self._best or not is_timed):
                     return source, own
@@ -258,7 +273,11 @@ class Pace:
         take: what is gained where it turns out to be better than what seems best, for as long as that may hold.
         """
         timed = self._costs.timed(exit_layer)
-        paces = (_TOKENS[:, : len(costs)] / costs).max(1) / (1 if timed else _HOPE)
+        tokens = _TOKENS[:, : len(costs)]
+        if self._ends:  # where more are right, more are made
+            made = np.maximum(self._drafts(exit_layer, len(costs) - 1), tokens - 1)
+            costs = self._costs.of(exit_layer, made)
+        paces = (tokens / costs).max(1) / (1 if timed else _HOPE)
         gain = self._accepted[exit_layer].probabilities @ np.maximum(paces / self._best - 1, 0)
         return float(gain) * (_HORIZON if timed else _LONG_HORIZON)
 
@@ -273,14 +292,20 @@ class Pace:
         """Learns from a round: so many drafts at most, so many made and accepted, and its time."""
         self._costs.note(source, drafted, ms)
         self._untested = 0 if drafted else self._untested + accepted + 1
-        for one, rate in self._accepted.items():
+        for one in self._unnoted:
             if one != source and one != "ngram":
-                rate.note(0, 0, accepted + 1)
+                self._unnoted[one] += accepted + 1
         if source != "ngram":
             self._ends |= drafted < limit
             self._accepted[source].note(accepted, int(accepted < limit), accepted + 1)
             if drafted:
                 self._goes_on[source].note(drafted - 1, int(drafted < limit), accepted + 1)
+
+    def _let_pass(self, source: Source) -> None:
+        """Notes the tokens that came since anything was known of an exit's drafts."""
+        if self._unnoted[source]:
+            self._accepted[source].note(0, 0, self._unnoted[source])
+            self._unnoted[source] = 0
 
     def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
         """Learns from what the text would have drafted, whether it did or not, and the tokens that came."""
