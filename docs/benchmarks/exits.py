@@ -96,6 +96,7 @@ class Count:
 
 def chosen_time(text: Mapping[int, Array], case: Case, pace: Pace, random: np.random.Generator, count: Count) -> float:
     """The time of a text with exit and K chosen as it comes."""
+    pace.begin()
     costs, at, time = case.costs, 0, 0.0
     pace.begin()
     most: dict[Source, int] = dict.fromkeys(text, MAX_SPECULATIONS)

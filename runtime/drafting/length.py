@@ -59,8 +59,14 @@ _STIFFNESS, _TRUSTED = 10.0, 5.0
 measurements turns nothing upside down.
 """
 
-_KEPT, _ENOUGH, _OFTEN = 128, 15, 10
-"""Rounds that are remembered, how many of a kind count, and after how many costs are computed anew."""
+_ENOUGH, _OFTEN = 15, 10
+"""How many rounds of a kind count, and after how many rounds costs are computed anew."""
+
+_PLAIN = 2.0
+"""Rounds without drafts to know of at least: the line through all kinds would hang by long rounds alone."""
+
+_RECENT, _FADED = 128, 512
+"""How many rounds back is not long ago, and after how many more of other kinds those of a kind count half."""
 
 _HORIZON, _LONG_HORIZON = 3.0, 240.0
 """Tokens for which a look at what an exit would have drafted is worth as much as to know how often it is right, and a
@@ -134,7 +140,7 @@ class Rate:
 class RoundCosts:
     """What rounds take, in ms, by what drafts and how many drafts were made: of each kind, the median of the latest.
 
-    What was measured long ago does not count, as machines change and texts grow. The fewer rounds of a kind there are,
+    What was measured long ago counts less, as machines change and texts grow. The fewer rounds of a kind there are,
     the more its cost is that on the line through all kinds of what drafts. The first round of a kind is left out, as it
     binds memory and compiles.
 
@@ -146,7 +152,8 @@ class RoundCosts:
         self._slopes = dict(slopes)
         self._seen: set[tuple[Source, int]] = set()
         self._noted = 0
-        self._latest: deque[tuple[Source, int, float]] = deque(maxlen=_KEPT)
+        self._latest: dict[tuple[Source, int], deque[float]] = {}
+        self._noted_at: dict[tuple[Source, int], int] = {}
         self._curves = {source: 1 + slope * _LENGTHS for source, slope in slopes.items()}
 
     @property
@@ -158,8 +165,9 @@ class RoundCosts:
         """Remembers a round."""
         kind = (source if drafts else self.sources[0], drafts)  # without drafts, all are alike
         if kind in self._seen:
-            self._latest.append((*kind, ms))
+            self._latest.setdefault(kind, deque(maxlen=_ENOUGH)).append(ms)
             self._noted += 1
+            self._noted_at[kind] = self._noted
             if self._noted <= _OFTEN or self._noted % _OFTEN == 0:  # it takes a while
                 self._curves = {source: self._curve(source) for source in self._slopes}
         self._seen.add(kind)
@@ -169,25 +177,33 @@ class RoundCosts:
         costs: Array = np.interp(drafts, _LENGTHS, self._curves[source])
         return costs
 
+    @property
+    def plain_known(self) -> bool:
+        """Whether enough is known of rounds without drafts, which are worth one where it is not."""
+        plain = (self.sources[0], 0)
+        return plain in self._latest and self._counting(plain) >= _PLAIN
+
     def timed(self, source: Source) -> bool:
-        """Whether any of the rounds that are remembered has drafts of this source."""
-        return any(who == source and drafts for who, drafts, _ in self._latest)
+        """Whether a recent round had drafts of this source."""
+        since = self._noted - _RECENT
+        return any(who == source and drafts and at > since for (who, drafts), at in self._noted_at.items())
+
+    def _counting(self, kind: tuple[Source, int]) -> float:
+        """How many rounds of a kind count."""
+        return float(len(self._latest[kind]) * 0.5 ** ((self._noted - self._noted_at[kind]) / _FADED))
 
     def _curve(self, source: Source) -> Array:
         """The costs of rounds with 0, 1, ... drafts: a line a + b k, by least squares with b near its share of a, drawn
         to what was measured.
         """
-        by_length: dict[int, list[float]] = {}
-        for who, drafts, ms in self._latest:
-            if who == source or not drafts:
-                by_length.setdefault(drafts, []).append(ms)
+        kinds = [kind for kind in self._latest if kind[0] == source or not kind[1]]
         slope = self._slopes[source]
-        if not by_length:  # only another source's were
-            share = [ms / (1 + self._slopes[who] * drafts) for who, drafts, ms in self._latest]
+        if not kinds:  # only another source's were
+            share = [median(ms) / (1 + self._slopes[who] * drafts) for (who, drafts), ms in self._latest.items()]
             alone: Array = median(share) * (1 + slope * _LENGTHS)
             return alone
-        k, n = np.array(list(by_length)), np.array([min(len(ms), _ENOUGH) for ms in by_length.values()])
-        cost = np.array([median(ms[-_ENOUGH:]) for ms in by_length.values()])
+        k, cost = np.array([kind[1] for kind in kinds]), np.array([median(self._latest[kind]) for kind in kinds])
+        n = np.array(list(map(self._counting, kinds)))
         cross = n @ k - _STIFFNESS * slope
         sums = np.array([[n.sum() + _STIFFNESS * slope**2, cross], [cross, n @ k**2 + _STIFFNESS]])
         a, b = np.linalg.solve(sums, np.array([n @ cost, n @ (k * cost)]))
@@ -252,6 +268,8 @@ class Pace:
                 if loss < worth and (loss < self._look_ms * self._best or not is_timed):
                     return source, own
                 self._worths[source] = worth
+        if not self._costs.plain_known:
+            return best, 0
         if not k and exits and self._untested >= _UNTESTED:
             return exits[0], 1
         return best, k

@@ -26,7 +26,11 @@ def ms_of_text(right, costs, choose, learn=lambda *_: None):
 
 
 def new_pace():
-    return Pace(RoundCosts(SLOPES), lambda: 0.0)
+    """One that knows of plain rounds."""
+    pace = Pace(RoundCosts(SLOPES), lambda: 0.0)
+    for _ in range(4):
+        pace.note(EXIT, 0, 0, 0, 1.0)
+    return pace
 
 
 def paced(right, costs, pace=None):
@@ -101,7 +105,7 @@ def test_costs_are_those_of_the_latest_rounds():
 
 def test_what_drafts_is_what_is_right_more_often():
     for better in (EXIT, "ngram"):
-        pace = Pace(RoundCosts(SLOPES), lambda: 0.0)
+        pace = new_pace()
         for _ in range(40):
             for drafter in (EXIT, "ngram"):
                 right = 4 if drafter == better else 0
@@ -148,7 +152,7 @@ def test_a_look_counts_as_rounds_of_that_exit_would_have():
 
 
 def test_drafts_that_a_lack_of_confidence_ended_cost_no_more_than_were_made():
-    ended, whole = (Pace(RoundCosts(SLOPES), lambda: 0.0) for _ in range(2))
+    ended, whole = new_pace(), new_pace()
     for _ in range(40):
         ended.note(EXIT, 12, 2, 2, 1.6)
         whole.note(EXIT, 2, 2, 2, 1.6)
