@@ -389,30 +389,25 @@ class _WhileConfident:
     ) -> None:
         self._session, self._k, self._draft, self._check = session, k, draft, check
         self._threshold, self._vocabulary = how.confidence_threshold, split.draft_head.vocabulary
-        self._left, self._position = self._steps(), 0
-        self._first = next(self._left)
+        self._first, self._position = draft(0), 0
 
     def start(self, position: int) -> None:
-        """Hands the first step to the device. The host looks at each draft, so others run when somebody waits."""
-        self._position, self._left = position, self._steps()
-        self._first = next(self._left)
+        """Hands the first draft to the device. The host looks at each, so all else runs when somebody waits."""
+        self._position = position
         self._first.start(position)
 
     def wait(self) -> RoundResult:
-        """Runs the rest of the round."""
-        result = self._first.wait()
-        for step in self._left:
-            step.start(self._position)
-            result = step.wait()
-        return result
-
-    def _steps(self) -> Iterator[_Whole]:
-        """The drafts, as long as the exit is sure of them, and the verification."""
-        drafted = 0
-        while drafted < self._k and (not drafted or self._is_sure(drafted - 1)):
-            yield self._draft(drafted)
+        """Runs the rest of the round: drafts, as long as the exit is sure of them, and the verification."""
+        self._first.wait()
+        drafted = 1
+        while drafted < self._k and self._is_sure(drafted - 1):
+            self._run(self._draft(drafted))
             drafted += 1
-        yield self._check(drafted)
+        return self._run(self._check(drafted))
+
+    def _run(self, step: _Whole) -> RoundResult:
+        step.start(self._position)
+        return step.wait()
 
     def _is_sure(self, row: int) -> bool:
         return not self._threshold or self._session.draft_confidence(row, self._vocabulary) >= self._threshold
