@@ -18,6 +18,7 @@ import shutil
 import time
 import types
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from edgeskip.runtime.bundle.profiles import engine_profiles
 from edgeskip.runtime.bundle.store import engines_place, read_engines
 from edgeskip.runtime.decoding.model import Model
 from edgeskip.runtime.decoding.sampling import HostSampler
+from edgeskip.runtime.decoding.session import softmax_of
 from edgeskip.runtime.sampling import Sampling
 
 VERSION = "10.99.1"
@@ -66,6 +68,7 @@ class HostStream:
 
 
 STREAMS: dict[int, HostStream] = {}
+CONDITIONS: dict[int, bool] = {}
 
 
 class HostDevice:
@@ -73,6 +76,7 @@ class HostDevice:
 
     name = "host memory"
     compute_capability = 87
+    has_conditions = True
 
     def __init__(self, size=1 << 30):
         self.size, self.taken, self.captures, self.graphs = size, 0, 0, 0
@@ -136,15 +140,40 @@ class HostDevice:
 
     def captured(self, enqueue):
         self.captures, self.graphs = self.captures + 1, self.graphs + 1
+        operations = self._recorded(enqueue)
+        return lambda: [self.stream.submit(operation) for operation in operations]
+
+    def _recorded(self, enqueue):
         self.stream.recorded = []
         enqueue()
         operations, self.stream.recorded = self.stream.recorded, None
-        return lambda: [self.stream.submit(operation) for operation in operations]
+        return operations
 
     @contextmanager
     def captured_for_now(self, enqueue):
         yield self.captured(enqueue)
         self.graphs -= 1
+
+    def captured_while(self, stages, last):
+        self.captures, self.graphs = self.captures + 1, self.graphs + 1
+        first = len(CONDITIONS) + 1
+        handles = [*range(first, first + len(stages) - 1), 0]
+        cleared = dict.fromkeys(handles, False)
+        CONDITIONS.update(cleared)
+        parts = [self._recorded(partial(stage, handle)) for stage, handle in zip(stages, handles, strict=True)]
+        end = self._recorded(last)
+
+        def run():
+            CONDITIONS.update(cleared)
+            for part, handle in zip(parts, handles, strict=True):
+                for operation in part:
+                    operation()
+                if not CONDITIONS[handle]:
+                    break
+            for operation in end:
+                operation()
+
+        return lambda: self.stream.submit(run)
 
     def stopwatch(self):
         watch = types.SimpleNamespace(begin=0, end=0)
@@ -338,6 +367,15 @@ def draw(
     out[:] = matrix_at(macros, table, scales, int(ids.max()) + 1)[ids]
 
 
+def judge(macros, grid, block, logits, picked, threshold, made, parts, counter, vocabulary, number, following):
+    """The kernel of confidence.cu."""
+    kind = NUMBERS[macros["STORE"]]
+    found = array_at(logits, [int(vocabulary)], kind).astype(np.float32)
+    confidence = softmax_of(found, float(array_at(picked, [1], kind)[0]))
+    CONDITIONS[int(following)] = goes_on = not confidence < array_at(threshold, [1], np.float32)[0]
+    array_at(made, [1], np.int64)[0] = int(number) + goes_on
+
+
 def embed(macros, grid, block, token_ids, table, scales, embeddings):
     """The kernel of pick.cu for a prompt's tokens."""
     ids = array_at(token_ids, [grid[0]], np.int64)
@@ -371,7 +409,7 @@ def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, r
 NUMBERS = {"16": np.float16, "32": np.float32}
 KERNELS = {
     kernel.__name__: kernel
-    for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed, narrow, draw)
+    for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed, narrow, draw, judge)
 }
 
 

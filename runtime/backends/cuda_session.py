@@ -7,6 +7,12 @@ A round is enqueued as a whole on one stream:
 and the host waits once, for the ids. The first run of a round enqueues its calls one by one, which lets the backend
 settle its memory; the second captures the same sequence into one CUDA graph, and all later ones replay that.
 
+A round that ends early is captured in stages, of which each runs if the draft before it was probable enough:
+
+    .. first row, head, judgement, second row | head, judgement, third row | ... | head, last row | verification ..
+
+What a stage that does not run would have written is as stale as the rows of a draft that was wrong.
+
 Where picks depend on the history, rounds are short ones, up to a head: the host then reads back a row of logits at a
 time, picks, and writes the token in place of the head's own.
 """
@@ -17,12 +23,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cached_property, partial
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.engines import confidence
 from edgeskip.runtime.backends.engines.heads import Picked
 from edgeskip.runtime.backends.engines.products import Matrix
 from edgeskip.runtime.backends.engines.sampler import (
@@ -51,14 +60,19 @@ from edgeskip.runtime.decoding.session import (
     RowInputs,
     softmax_of,
 )
+from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
 PROMPT_STEP = 64
 """Rows of prompts are rounded up to a multiple of it, so that a few captured graphs serve all of them."""
 
-_IDS = ("draft_token_ids", "target_token_ids")
-_READ_BACK = (*_IDS, "target_token_logits")
+_MADE = "drafts_made"
+_COUNTS = ("draft_token_ids", "target_token_ids", _MADE)
+_READ_BACK = (*_COUNTS, "target_token_logits")
+
+Step = Callable[[], None]
+"""What enqueues something."""
 
 
 def is_frequent(rows: int) -> bool:
@@ -108,6 +122,7 @@ class CudaSession(MeasuredSession):
         buffers = buffer_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.prefill_chunk)
         caches = cache_sizes(manifest.architecture, self._graph_table, manifest.dtype, manifest.max_length)
         self._caches_bytes = sum(caches.values())
+        buffers[_MADE] = (ITEMSIZE["int64"], 1)
         self._workspace_bytes = sum(row_bytes * rows for row_bytes, rows in buffers.values())
         self._used_before = device.used_bytes() if loaded else 0
         self.planned_bytes = self._caches_bytes + self._workspace_bytes + (0 if loaded else weights_bytes)
@@ -124,6 +139,8 @@ class CudaSession(MeasuredSession):
             name: device.pinned((buffers[name][1],), np.int64) for name in ("position_ids", GIVEN, *told)
         }
         self._staging = device.pinned((max(size * rows for size, rows in buffers.values()),), np.uint8)
+        self._threshold, self._numbers = 0.0, device.pinned((HEAD_ROWS,), np.int64)
+        self._numbers[:] = np.arange(HEAD_ROWS)
         first, size = self._buffers["inputs_embeds"].address, buffers["inputs_embeds"][0]
         self._carry = [
             device.copier(first, self._address(View("target_embeds", row, 1)), size) for row in range(HEAD_ROWS)
@@ -164,35 +181,80 @@ class CudaSession(MeasuredSession):
 
     def _whole_round(self, round_: Round) -> _CudaRound:
         """A round that runs without the host; draws in it have the filters that were last asked for."""
-        calls = []
+        calls: list[list[Step]] = []
         for call in round_.calls:
-            calls.append(self._enqueued(call))
+            calls.append([self._enqueued(call)])
             if round_.picks == "draws" and self._graph_table[call.graph].head:
-                calls.append(self._drawn(call))
-        device, written, writes = self._device, {}, []
+                calls[-1].append(self._drawn(call))
+        device, written, writes = self._device, {}, list[Step]()
         for name in ("position_ids", *round_.row_inputs):
             written[name] = host = self._row_inputs[name][: round_.rows]
             writes.append(device.copier(self._buffers[name].address, host.ctypes.data, host.nbytes))
         first = self._buffers[_READ_BACK[0]].address
         read = device.copier(self._results.ctypes.data, first, self._results.nbytes)
-
-        def enqueue() -> None:
-            for step in (*writes, *calls, read):
-                step()
-
+        if round_.ends_early:
+            all_made = self._numbers[round_.num_drafts :]
+            counted = device.copier(self._buffers[_MADE].address, all_made.ctypes.data, ITEMSIZE["int64"])
+            whole = partial(_in_order, [*writes, counted, *chain(*calls), read])
+            ends = partial(_in_order, writes), read
+            return _EndingRound(self, round_, whole, written, partial(self._captured_in_stages, round_, calls, ends))
+        whole = partial(_in_order, [*writes, *chain(*calls), read])
         replayed = is_frequent(round_.rows) and all(is_frequent(call.rows) for call in round_.calls)
-        return _CudaRound(self, round_, enqueue, written, replayed=replayed)
+        return _CudaRound(self, round_, whole, written, replayed=replayed)
+
+    def _captured_in_stages(self, round_: Round, calls: Sequence[Sequence[Step]], ends: tuple[Step, Step]) -> Step:
+        """A round that ends early as one CUDA graph: the steps of each of its calls, and what begins and ends it."""
+        assert self._judge is not None
+        verified = next(at for at, call in enumerate(round_.calls) if call.verifies)
+        heads = [at for at in range(verified) if self._graph_table[round_.calls[at].graph].head]
+        begin, end = ends
+        stages, before = [], [begin]
+        for number, (at, (start, stop)) in enumerate(zip(heads, pairwise([0, *heads[1:], verified]), strict=True), 1):
+            head, outputs = self._graph_table[round_.calls[at].graph].head, dict(round_.calls[at].outputs)
+            assert head is not None
+            picked = self._address(outputs["logits"]), self._address(outputs["token_logits"])
+            judge = self._judge(picked, head.vocabulary, number)
+            drafting, next_row = [*before, *chain(*calls[start : at + 1])], [*chain(*calls[at + 1 : stop])]
+            stages.append(partial(_stage, drafting, judge, next_row))
+            before = []
+        return self._device.captured_while(stages, partial(_in_order, [*chain(*calls[verified:]), end]))
+
+    @cached_property
+    def _judge(self) -> confidence.Bind | None:
+        """What judges drafts, made when it is first asked for; None where the host has to."""
+        if not self._device.has_conditions:
+            return None
+        sizes = confidence.room()
+        self._scales = confidence.Scales(*(block.address for block in self._device.zeros([(n, 1) for n in sizes])))
+        self._workspace_bytes += sum(sizes)
+        self.planned_bytes += sum(sizes)
+        try:
+            return confidence.judge(self._device, self._dtype, self._scales, self._buffers[_MADE].address)
+        except BackendError:
+            return None
+
+    def ends_below(self, probability: float) -> bool:
+        """Whether drafts are judged here; if so, from now on by this probability, without anything captured anew."""
+        if self._judge is None:
+            return False
+        if probability != self._threshold:
+            self._device.stream.sync()  # a round that nobody waited for may still be reading
+            host = self._staging[: ITEMSIZE["fp32"]]
+            host.view(np.float32)[:] = self._threshold = probability
+            self._device.copier(self._scales.threshold, host.ctypes.data, host.nbytes)()
+            self._device.stream.sync()
+        return True
 
     def _results_of(self, round_: Round) -> dict[str, npt.NDArray[Any]]:
         """Where a round's results go in pinned memory, by buffer."""
-        rows = round_.num_drafts, round_.num_targets, round_.num_targets
+        rows = round_.num_drafts, round_.num_targets, 1, round_.num_targets
         return {name: self._result(View(name, 0, count)) for name, count in zip(_READ_BACK, rows, strict=True)}
 
     def _result(self, view: View) -> npt.NDArray[Any]:
         """Where these rows of what is read back after each round go."""
         start = self._address(view) - self._buffers[_READ_BACK[0]].address
         raw = self._results[start : start + view.rows * self._buffers[view.buffer].row_bytes]
-        return raw.view("int64" if view.buffer in _IDS else NUMBER_TYPES[self._dtype].numpy)
+        return raw.view("int64" if view.buffer in _COUNTS else NUMBER_TYPES[self._dtype].numpy)
 
     @property
     def captured_rounds(self) -> int:
@@ -392,7 +454,7 @@ class CudaSession(MeasuredSession):
         return arrays
 
     def _is_integer(self, buffer: str) -> bool:
-        return buffer in _IDS or buffer in self._row_inputs
+        return buffer in _COUNTS or buffer in self._row_inputs
 
     def _fetched(self, address: int, size: int) -> npt.NDArray[Any]:
         """Bytes of device memory, once all that was started is done; valid until the next copy."""
@@ -416,6 +478,19 @@ class CudaSession(MeasuredSession):
         return tuple(sizes[dim] for dim in tensor.shape)
 
 
+def _in_order(steps: Sequence[Step]) -> None:
+    for step in steps:
+        step()
+
+
+def _stage(drafting: Sequence[Step], judge: confidence.Judge, next_row: Sequence[Step], following: int) -> None:
+    """A stage of a round that ends early, with the handle of the one that may follow, 0 for none."""
+    _in_order(drafting)
+    if following:
+        judge(following)
+    _in_order(next_row)
+
+
 class _CudaRound:
     """A round bound to device memory, which runs without the host between its start and its end."""
 
@@ -430,7 +505,7 @@ class _CudaRound:
     ) -> None:
         self._session, self._round, self._enqueue, self._replayed = session, round_, enqueue, replayed
         self._rows, self._written = np.arange(round_.rows), written
-        self._drafts, self._targets, self._target_logits = session._results_of(round_).values()
+        self._drafts, self._targets, self._made, self._target_logits = session._results_of(round_).values()
         self._watch = session._device.stopwatch()
         self._runs = 0
         self._launch: Callable[[], None] | None = None
@@ -440,13 +515,16 @@ class _CudaRound:
         session = self._session
         if self._runs and self._replayed and self._launch is None and session._is_capturable(self._round):
             self._launch = session._device.captured(self._enqueue)
-        np.add(self._rows, position, out=self._written["position_ids"])
-        for name in self._round.row_inputs:
-            self._written[name][:] = row_inputs[name]
+        self._write(position, row_inputs)
         self._watch.start()
         (self._launch or self._enqueue)()
         self._watch.stop()
         self._runs += 1
+
+    def _write(self, position: int, row_inputs: RowInputs) -> None:
+        np.add(self._rows, position, out=self._written["position_ids"])
+        for name in self._round.row_inputs:
+            self._written[name][:] = row_inputs[name]
 
     def wait(self) -> RoundResult:
         """Waits for the device, and keeps the time that it took."""
@@ -455,6 +533,42 @@ class _CudaRound:
         session._captured_rounds += self._launch is not None and self._round.num_targets > 0
         logits = self._target_logits if session._dtype != "bf16" else session._widened(self._target_logits)
         return RoundResult(self._drafts.tolist(), self._targets.tolist(), logits.tolist())
+
+
+class _EndingRound(_CudaRound):
+    """A round that ends early. It runs as a whole once, so that it can be captured for its first result already."""
+
+    def __init__(
+        self,
+        session: CudaSession,
+        round_: Round,
+        whole: Step,
+        written: Mapping[str, npt.NDArray[Any]],
+        capture: Callable[[], Step],
+    ) -> None:
+        super().__init__(session, round_, whole, written, replayed=False)
+        self._capture = capture
+
+    def start(self, position: int, row_inputs: RowInputs = NOTHING) -> None:
+        """Launches the round as one graph, or enqueues all of it where that cannot be had."""
+        if self._launch is None and self._session._is_capturable(self._round):
+            self._write(position, row_inputs)
+            self._enqueue()  # its inputs stay what they are
+            self._launch = self._captured()
+        super().start(position, row_inputs)
+
+    def _captured(self) -> Step:
+        try:
+            return self._capture()
+        except BackendError:  # the driver refuses it: all drafts now, and in texts to come the host looks at each
+            self._session._judge = None
+            return self._session._device.captured(self._enqueue)
+
+    def wait(self) -> RoundResult:
+        """Waits for the device; what was not drafted is no result."""
+        result, made = super().wait(), int(self._made[0])
+        drafts, targets, logits = result.draft_ids, result.target_ids, result.target_logits
+        return RoundResult(drafts[:made], targets[: made + 1], logits[: made + 1])
 
 
 class _DrawnRound:

@@ -10,7 +10,7 @@ import gc
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,9 @@ ALIGNMENT = 256
 """Bytes; TensorRT refuses addresses that are not multiples of it."""
 
 INSTALL = install("cuda")
+
+LEAST_CUDA_FOR_CONDITIONS = (12, 4)
+"""The first CUDA whose driver has graphs with conditional nodes."""
 
 _KERNELS: dict[Any, Any] = {}
 
@@ -126,6 +129,11 @@ class CudaDevice:
         """The newest CUDA that the driver serves, as (13, 0)."""
         version = int(self._checked(self._driver.cuDriverGetVersion()))
         return version // 1000, version % 1000 // 10
+
+    @property
+    def has_conditions(self) -> bool:
+        """Whether the driver has graphs of which parts run under a condition."""
+        return self.driver_cuda_version >= LEAST_CUDA_FOR_CONDITIONS
 
     @property
     def is_integrated(self) -> bool:
@@ -290,6 +298,66 @@ class CudaDevice:
                 raise
         graph.upload(self.stream)
         return graph
+
+    def captured_while(self, stages: Sequence[Callable[[int], None]], last: Callable[[], None]) -> Callable[[], None]:
+        """Stages as one CUDA graph, which is kept, each but the first only if the one before it says so, and then what
+        comes last in any case; calling the result launches it. Each is within the condition of the one before it, so
+        that what does not run costs nothing.
+
+        A stage is called once, to enqueue it, with the handle that a kernel of its own gives to
+        `cudaGraphSetConditional` for the next one to run: 0 if it is the last.
+
+        Raises:
+            BackendError: the driver refuses such a graph.
+        """
+        driver, stream = self._driver, self.stream.handle
+        graph = self._checked(driver.cuGraphCreate(0))
+        self._owned.append(partial(driver.cuGraphDestroy, graph))
+        cleared = driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # to 0, at each launch
+        handles = [
+            self._checked(driver.cuGraphConditionalHandleCreate(graph, self._context, 0, cleared)) for _ in stages[1:]
+        ]
+        following = [*map(int, handles), 0]
+        with uncollected():
+            ends = tail = self._captured_into(graph, [], partial(stages[0], following[0]))
+            body = graph
+            for stage, handle, next_ in zip(stages[1:], handles, following[1:], strict=True):
+                node, inner = self._condition(body, tail, handle)
+                ends = [node] if body is graph else ends
+                body, tail = inner, self._captured_into(inner, [], partial(stage, next_))
+            self._captured_into(graph, ends, last)
+        executable = self._checked(driver.cuGraphInstantiate(graph, 0))
+        self._owned.append(partial(driver.cuGraphExecDestroy, executable))
+        self._checked(driver.cuGraphUpload(executable, stream))
+        return lambda: self._checked(driver.cuGraphLaunch(executable, stream))
+
+    def _captured_into(self, graph: Any, after: list[Any], enqueue: Callable[[], None]) -> list[Any]:
+        """Adds what `enqueue` puts on the stream to a graph, after some of its nodes: those that it ends with."""
+        driver, stream = self._driver, self.stream.handle
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._checked(driver.cuStreamBeginCaptureToGraph(stream, graph, after, None, len(after), mode))
+        try:
+            enqueue()
+            info = getattr(
+                driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo
+            )  # older bindings have both
+            ends = list(self._checked(info(stream))[3])
+        finally:
+            ended = driver.cuStreamEndCapture(stream)  # the stream is not left in the middle of a capture
+        self._checked(ended)
+        return ends
+
+    def _condition(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
+        """A node that runs the graph which comes with it, empty yet, if the handle's value is not 0."""
+        driver = self._driver
+        params = driver.CUgraphNodeParams()
+        params.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle, params.conditional.ctx = handle, self._context
+        params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        params.conditional.size = 1
+        add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
+        node = self._checked(add(graph, after, None, len(after), params))
+        return node, params.conditional.phGraph_out[0]
 
     def stopwatch(self) -> DeviceTimer:
         """Two events around what is enqueued between them."""

@@ -25,6 +25,7 @@ from edgeskip.runtime.decoding.rounds import (
     Round,
     draft_round,
     early_exit_round,
+    ending_round,
     given_round,
     head_round,
     hindsight_round,
@@ -330,6 +331,8 @@ def _at_exit(
         return _Whole(session, how, early_exit_round(split))
     if not (k and (how.confidence_threshold or how.picks == "history")):
         return _Whole(session, how, speculative_round(split, k))
+    if how.picks != "history" and not how.trusts_exit and session.ends_below(how.confidence_threshold):
+        return _Whole(session, how, ending_round(split, k))
     return _WhileConfident(session, how, split, k, partial(drafts, exit_layer), partial(checks, exit_layer))
 
 

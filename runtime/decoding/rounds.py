@@ -111,7 +111,9 @@ class Round:
 
     `row_inputs` are the buffers, besides the positions, that must be filled for each row. Unless heads pick the tokens,
     the session does, from their logits, as `Session.sample` told it. Where picks depend on the history, a host has to
-    see each draft before the next row: such a round has one head at most, as its last call.
+    see each draft before the next row: such a round has one head at most, as its last call. A round that `ends_early`
+    drafts no more after the first draft less probable than a threshold: its later rows are then whatever the workspace
+    held.
     """
 
     calls: tuple[Call, ...]
@@ -120,6 +122,7 @@ class Round:
     num_targets: int
     row_inputs: tuple[str, ...] = ()
     picks: Picks = "heads"
+    ends_early: bool = False
 
 
 def workspace(graphs: Iterable[Graph], chunk: int) -> dict[str, tuple[str | None, str, int]]:
@@ -149,6 +152,12 @@ def speculative_round(split: Split, num_speculations: int) -> Round:
     k = num_speculations
     drafting = tuple(call for row in range(k) for call in draft_round(split, row).calls)
     return _round(split, drafting + verification_round(split, k).calls, k)
+
+
+@cache
+def ending_round(split: Split, num_speculations: int) -> Round:
+    """The same, with as many of K drafts as the exit is sure of, for a session that looks at each by itself."""
+    return replace(speculative_round(split, num_speculations), ends_early=num_speculations > 1)
 
 
 @cache

@@ -24,7 +24,9 @@ NOTHING: RowInputs = {}
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave: K draft ids, the target ids, and the logits of the targets that were picked."""
+    """What a round gave: the ids of the drafts that were made, the target ids, and the logits of the targets that were
+    picked.
+    """
 
     draft_ids: list[int]
     target_ids: list[int]
@@ -63,10 +65,14 @@ class Session(ABC):
     """
 
     confidence_threshold = 0.0
-    """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 lets a round run as a
-    whole, for devices that should not wait for the host."""
+    """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 always drafts K, for
+    devices that cannot end a round and should not wait for the host."""
 
     _bound: dict[Round, BoundRound]
+
+    def ends_below(self, probability: float) -> bool:
+        """Whether the session itself ends rounds that end early: from now on with the first draft less probable."""
+        return False
 
     def prompt_rows(self, rows: int, position: int) -> int:
         """Rows of the call that does so many of a prompt best, from this position on; the caches have room for them."""
