@@ -127,6 +127,18 @@ def uniform(slope: float, drafter: Source, rate: float, tokens: int, texts: int)
     return f"{slope:.2f}  {tokens:4d} tokens  match {rate:.2f}  K = {fixed.argmin():2d}  {shown}"
 
 
+def another(slope: float, drafter: Source, before: float, rate: float, texts: int) -> str:
+    """The loss on the first text of another rate, of 500 tokens after 8 texts of 1500."""
+    costs, random, chosen, fixed = 1 + slope * LENGTHS, np.random.default_rng(8), 0.0, np.zeros(len(LENGTHS))
+    for _ in range(texts):
+        rights = [*(random.random(1500) < before for _ in range(8)), random.random(500) < rate]
+        chosen += chosen_times(rights, costs, drafter, random)[-1]
+        fixed += fixed_times(rights[-1:], costs)
+    return (
+        f"{slope:.2f}  match {before:.2f}, then {rate:.2f}  K = {fixed.argmin():2d}  {chosen / fixed.min() - 1:+5.1%}"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind that are measured")
@@ -143,3 +155,7 @@ if __name__ == "__main__":
         for length in TOKENS:
             for match in UNIFORM:
                 print(uniform(one, SLOPES[one], match, length, given.texts * max(TOKENS) // length), flush=True)
+    print("slope, match of eight texts and then of another, best fixed K there, and how much slower than it")
+    for one in given.slopes:
+        for before, after in ((0.1, 0.8), (0.8, 0.5), (0.95, 0.3)):
+            print(another(one, SLOPES[one], before, after, given.texts), flush=True)
