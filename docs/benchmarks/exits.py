@@ -1,12 +1,15 @@
 """What choosing exit and K for each round loses to the best pair known afterwards: on texts that are drawn.
 
-python docs/benchmarks/exits.py [--texts 8]
+python docs/benchmarks/exits.py [--texts 8] [--bundle FOLDER]
 
 A text says of each token whether a draft of each exit there would be right: a deeper exit is right more often, and
 mostly where a shallower one is; how often changes between segments, or does not. Costs are given. The choice knows
 neither rates nor costs, believes at first that a draft of any exit adds 0.35 of a round, measures times that scatter by
 3%, and pays for what it looks at. The best pair of exit and K is that of all texts of a kind together; the regret is
 how much more time the choice takes.
+
+With a bundle of several exits, its own texts are decoded once more in this way: what each exit would have drafted, and
+how sure it would have been, is read off, and the costs are the processor time of its calls, measured one by one.
 """
 
 from __future__ import annotations
@@ -14,18 +17,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import process_time_ns
 from typing import Any
 
 import numpy as np
 
+from edgeskip.exporter.graphs.probe import Probe
+from edgeskip.runtime.backends import cpu_session
+from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
+from edgeskip.runtime.bundle.weights import read_bytes
+from edgeskip.runtime.decoding.rounds import distinct_calls, speculative_round
 from edgeskip.runtime.drafting.drafters import Source
-from edgeskip.runtime.drafting.length import Pace, RoundCosts
+from edgeskip.runtime.drafting.length import Pace, RoundCosts, slopes_of
+from edgeskip.runtime.load import load
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
 TOKENS, SCATTER, ALIKE, BELIEVED = 1536, 0.03, 0.7, 0.35
 
 Array = Any
+
+Text = Mapping[int, tuple[Array, Array]]
+"""Of each exit: which of its drafts are right, and after which it would draft on."""
 
 
 @dataclass(frozen=True)
@@ -59,87 +72,124 @@ CASES: dict[str, Case] = {
 }
 
 
-def drawn_text(case: Case, random: np.random.Generator) -> dict[int, Array]:
-    """For each exit, whether its draft in place of each token would be right."""
+def drawn_text(case: Case, random: np.random.Generator) -> Text:
+    """A text of this kind, of exits that always draft on."""
     order = np.concatenate([random.permutation(len(case.segments)) for _ in range(-(-TOKENS // case.length))])
     which = np.repeat(order, case.length)[:TOKENS]
-    alike = random.random(TOKENS)
+    alike, sure = random.random(TOKENS), np.ones(TOKENS, bool)
     text = {}
     for exit_layer in case.slopes:
         rates = np.array([segment[exit_layer] for segment in case.segments])[which]
-        text[exit_layer] = np.where(random.random(TOKENS) < ALIKE, alike, random.random(TOKENS)) < rates
+        right = np.where(random.random(TOKENS) < ALIKE, alike, random.random(TOKENS)) < rates
+        text[exit_layer] = right, sure
     return text
 
 
-def accepted_at(right: Array, at: int, k: int) -> int:
-    """How many of the K drafts of a round that begins here are right."""
-    wrong = np.flatnonzero(~right[at : at + k])
-    return int(wrong[0]) if len(wrong) else min(k, len(right) - at)
+def round_at(drafting: tuple[Array, Array], at: int, k: int) -> tuple[int, int]:
+    """How many drafts a round of up to K makes that begins here, and how many of them are right."""
+    right, sure = drafting
+    unsure = np.flatnonzero(~sure[at : at + k - 1]) if k else ()
+    made = int(unsure[0]) + 1 if len(unsure) else k
+    wrong = np.flatnonzero(~right[at : at + made])
+    return made, int(wrong[0]) if len(wrong) else min(made, len(right) - at)
 
 
-def fixed_time(right: Array, costs: Array, k: int) -> float:
+def fixed_time(drafting: tuple[Array, Array], costs: Array, k: int) -> float:
     """The time of a text with K drafts in each round."""
     at, time = 0, 0.0
-    while at < len(right):
-        time += costs[k]
-        at += accepted_at(right, at, k) + 1
+    while at < len(drafting[0]):
+        made, accepted = round_at(drafting, at, k)
+        time += costs[made]
+        at += accepted + 1
     return time
 
 
 @dataclass
 class Count:
-    """Tokens, looks, and rounds by exit."""
+    """Looks, and rounds by exit."""
 
     rounds: dict[int, int]
     looks: int = 0
 
 
-def chosen_time(text: Mapping[int, Array], case: Case, pace: Pace, random: np.random.Generator, count: Count) -> float:
+def chosen_time(
+    text: Text, costs: Mapping[int, Array], look: float, pace: Pace, random: np.random.Generator, count: Count
+) -> float:
     """The time of a text with exit and K chosen as it comes."""
+    at, time = 0, 0.0
+    limits: dict[Source, int] = dict.fromkeys(text, MAX_SPECULATIONS)
     pace.begin()
-    costs, at, time = case.costs, 0, 0.0
-    pace.begin()
-    most: dict[Source, int] = dict.fromkeys(text, MAX_SPECULATIONS)
-    while at < TOKENS:
-        source, k = pace.chosen(most)
+    while at < len(next(iter(text.values()))[0]):
+        source, k = pace.chosen(limits)
         assert source != "ngram"
-        accepted = accepted_at(text[source], at, k)
-        time += costs[source][k]
-        pace.note(source, k, k, accepted, costs[source][k] * np.exp(SCATTER * random.standard_normal()))
+        made, accepted = round_at(text[source], at, k)
+        time += (cost := costs[source][made])
+        pace.note(source, k, made, accepted, cost * np.exp(SCATTER * random.standard_normal()))
         count.rounds[source if k else 0] = count.rounds.get(source if k else 0, 0) + 1
-        seen = slice(at, at + accepted + 1)
-        if (look := pace.worth_a_look()) is not None:
-            time += case.look
+        if (seen := pace.worth_a_look()) is not None:
+            time += look
             count.looks += 1
-            right = text[look][seen].tolist()
-            pace.looked(look, right, [True] * len(right), case.look)
+            right, sure = (part[at : at + accepted + 1].tolist() for part in text[seen])
+            pace.looked(seen, right, sure, look)
         at += accepted + 1
     return time
 
 
-def regret(name: str, case: Case, texts: int) -> str:
+def regret(name: str, texts: Sequence[Text], costs: Mapping[int, Array], look: float, costs_known: RoundCosts) -> str:
     """The best pair, and how much slower the choice is."""
-    drawn = [drawn_text(case, np.random.default_rng(seed)) for seed in range(texts)]
-    fixed = {
-        (e, k): sum(fixed_time(text[e], costs, k) for text in drawn)
-        for e, costs in case.costs.items()
-        for k in LENGTHS[:13].tolist()
-    }
+    pairs = [(e, k) for e in costs for k in LENGTHS[:13].tolist()]
+    fixed = {(e, k): sum(fixed_time(text[e], costs[e], k) for text in texts) for e, k in pairs}
     best = min(fixed, key=lambda pair: fixed[pair])
-    random, count = np.random.default_rng(99), Count({})
-    pace = Pace(RoundCosts(dict.fromkeys(case.slopes, BELIEVED)), lambda: 0.0)
-    time = sum(chosen_time(text, case, pace, random, count) for text in drawn)
+    random, count, pace = np.random.default_rng(99), Count({}), Pace(costs_known, lambda: 0.0)
+    time = sum(chosen_time(text, costs, look, pace, random, count) for text in texts)
     rounds = sum(count.rounds.values())
     shares = ", ".join(f"{e or 'plain'} {n / rounds:.0%}" for e, n in sorted(count.rounds.items()))
-    pair = f"E = {best[0]}, K = {best[1]}" if best[1] else "plain"
-    return (
-        f"{name:28s} {pair:16s} {time / fixed[best] - 1:+6.1%}   rounds: {shares}; a look in {count.looks / rounds:.0%}"
-    )
+    pair, looks = f"E = {best[0]}, K = {best[1]}" if best[1] else "plain", f"a look in {count.looks / rounds:.0%}"
+    return f"{name:28s} {pair:16s} {time / fixed[best] - 1:+6.1%}   rounds: {shares}; {looks}"
+
+
+def of_a_case(name: str, case: Case, texts: int) -> str:
+    """The regret on drawn texts."""
+    drawn = [drawn_text(case, np.random.default_rng(seed)) for seed in range(texts)]
+    return regret(name, drawn, case.costs, case.look, RoundCosts(dict.fromkeys(case.slopes, BELIEVED)))
+
+
+def of_a_bundle(folder: str, prompts: int) -> list[str]:
+    """The regret on a bundle's own texts, with the CPU's threshold and with none."""
+    vars(cpu_session)["perf_counter_ns"] = process_time_ns  # what other programs do does not count
+    with load(folder, device="cpu", threads=1) as model:
+        manifest, session = model.bundle.manifest, model.session
+        splits = {e: manifest.split(e) for e in (manifest.exit_layer, *manifest.other_exits)}
+        texts, probed = [], []
+        for prompt in load_prompts(None)[:prompts]:
+            texts.append(model.complete(prompt, mode="autoregressive", max_new_tokens=256))
+        with Probe(model.bundle) as probe:
+            probed = [probe.exits(text.prompt_token_ids, text.token_ids) for text in texts]
+        calls = distinct_calls(splits.values(), LENGTHS.tolist(), manifest.graphs)
+        ms = {call.key: session.time_call_ms(call, 256, 30) for call in calls}
+        costs = {
+            e: np.array([sum(ms[call.key] for call in speculative_round(split, k).calls) for k in LENGTHS.tolist()])
+            for e, split in splits.items()
+        }
+        slopes, threshold = slopes_of(splits.values(), read_bytes(model.bundle)), session.confidence_threshold
+    found = []
+    for limit in (threshold, 0.0):
+        of_texts = [
+            {e: (one.token_ids[e - 1, 1:] == text.token_ids[1:], one.confidences[e - 1, 1:] >= limit) for e in splits}
+            for text, one in zip(texts, probed, strict=True)
+        ]
+        name = f"{manifest.source}, threshold {limit:g}"
+        found.append(regret(name, of_texts, costs, ms[splits[manifest.exit_layer].head.graph, 2], RoundCosts(slopes)))
+    return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--texts", type=int, default=8, help="texts of each kind")
-    given = parser.parse_args().texts
-    for kind, one in CASES.items():
-        print(regret(kind, one, given), flush=True)
+    parser.add_argument("--bundle", help="a bundle of several exits, in place of texts that are drawn")
+    given = parser.parse_args()
+    if given.bundle:
+        print("\n".join(of_a_bundle(given.bundle, given.texts)))
+    else:
+        for kind, one in CASES.items():
+            print(of_a_case(kind, one, given.texts), flush=True)

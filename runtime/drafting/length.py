@@ -79,6 +79,9 @@ _HOPE = 0.85
 _TRIED, _COMPARED = 4, 4
 """The most drafts of a round that is there to learn, and after how many rounds exits are compared: it takes a while."""
 
+_MARGIN = 1.1
+"""How much better another exit must seem to take the place of the one that drafts."""
+
 _LOOK = 0.2
 """What it takes to put an exit's states through the head, as a share of a round without drafts, until it was timed."""
 
@@ -253,6 +256,8 @@ class Pace:
         costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
         paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
         tops: dict[Source, float] = {source: float(of_lengths.max()) for source, of_lengths in paces.items()}
+        if self._exit in tops:
+            tops[self._exit] *= _MARGIN
         best = max(tops, key=tops.__getitem__)
         k = int(paces[best].argmax())
         self._best, self._worths = float(paces[best][k]), {}
@@ -323,6 +328,7 @@ class Pace:
         """Notes the tokens that came since anything was known of an exit's drafts."""
         if self._unnoted[source]:
             self._accepted[source].note(0, 0, self._unnoted[source])
+            self._goes_on[source].note(0, 0, self._unnoted[source])
             self._unnoted[source] = 0
 
     def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
