@@ -205,7 +205,8 @@ class CudaSession(MeasuredSession):
     def _captured_in_stages(self, round_: Round, calls: Sequence[Sequence[Step]], ends: tuple[Step, Step]) -> Step:
         """A round that ends early as one CUDA graph: the steps of each of its calls, and what begins and ends it."""
         assert self._judge is not None
-        verified = next(at for at, call in enumerate(round_.calls) if call.verifies)
+        # drafts of a later exit go through layers whose rows are those of a verification too, one at a time
+        verified = next(at for at, call in enumerate(round_.calls) if call.verifies and call.rows > 1)
         heads = [at for at in range(verified) if self._graph_table[round_.calls[at].graph].head]
         begin, end = ends
         stages, before = [], [begin]

@@ -248,23 +248,23 @@ class Pace:
         Args:
             most: the most drafts that each source could give, with ties going to the first.
         """
-        if self._exit in most and self._chosen % _COMPARED:
+        exits = [source for source, limit in most.items() if source != "ngram" and limit]
+        if len(exits) < 2:
+            self._exit = None
+        elif self._exit in exits and self._chosen % _COMPARED:
+            exits = [self._exit]
             most = {source: limit for source, limit in most.items() if source == self._exit or source == "ngram"}
         self._chosen += 1
         for source in most:
             self._let_pass(source)
         costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
         paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
-        tops: dict[Source, float] = {source: float(of_lengths.max()) for source, of_lengths in paces.items()}
-        if self._exit in tops:
-            tops[self._exit] *= _MARGIN
-        best = max(tops, key=tops.__getitem__)
+        if len(exits) > 1:
+            self._exit = max(exits, key=lambda one: paces[one][1:].max() * (_MARGIN if one == self._exit else 1))
+        rivals = [source for source in paces if self._exit in (None, source) or source == "ngram"]
+        best: Source = max(rivals, key=lambda source: float(paces[source].max()))
         k = int(paces[best].argmax())
         self._best, self._worths = float(paces[best][k]), {}
-        exits = [source for source, limit in most.items() if source != "ngram" and limit]
-        if len(exits) > 1:
-            best_exit: Source = max(exits, key=tops.__getitem__)
-            self._exit = best_exit
         for source in exits if len(exits) > 1 else ():
             if source != best or not k:
                 worth, is_timed = self._worth(source, costs[source]), self._costs.timed(source)

@@ -2,7 +2,7 @@
 // NVRTC; numbers.cuh and best.cuh are put before it.
 //
 // The probability is 1 / sum of exp(logit - picked), so no largest logit has to be found first: if the picked one is far below
-// it, the sum overflows to infinity, and the probability is 0. Where it is not a number, drafting goes on, as on a CPU.
+// it, the sum overflows to infinity, and the probability is 0. Where it is not a number, drafting goes on.
 //
 // Each block adds up a part of the row; the last of them to end adds up the parts, always in one order.
 

@@ -71,6 +71,16 @@ def test_another_threshold_captures_nothing_anew(model, monkeypatch):
     assert all(more > fewer for more, fewer in pairwise(drafted))
 
 
+def test_rounds_of_a_later_exit_end_early_too(bundles, tmp_path):
+    bundle = bundles("llama-gqa", exit_layer=3, other_exits=(1,))
+    with standin_model(bundle, tmp_path / "b", HostDevice()) as model:
+        for prompt in PROMPTS:
+            plain = model.complete(prompt, mode="autoregressive", max_new_tokens=30)
+            ours = model.complete(prompt, num_speculations=5, confidence_threshold=0.3, max_new_tokens=30)
+            assert ours.token_ids == plain.token_ids
+            assert ours.statistics.captured_rounds == ours.statistics.rounds
+
+
 def test_a_driver_without_conditions_leaves_it_to_the_host(bundles, tmp_path, monkeypatch):
     monkeypatch.setattr(HostDevice, "has_conditions", False)
     with standin_model(bundles("llama-tied", exit_layer=3), tmp_path / "b", HostDevice()) as model:

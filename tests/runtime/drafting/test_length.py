@@ -140,6 +140,20 @@ def test_the_exit_is_the_one_that_who_knows_all_would_take(rates, best):
     assert ms < 1.05 * fixed
 
 
+def test_the_exit_of_another_text_has_no_say_where_there_is_nothing_to_choose():
+    """Drafts of the text are right now and then and cost little; an exit that drafted best stands for plain rounds."""
+    pace = Pace(RoundCosts({3: 0.3, 5: 0.45, "ngram": 0.05}), lambda: 0.0)
+    for _ in range(60):
+        exit_layer, k = pace.chosen({3: 4, 5: 4})
+        pace.note(exit_layer, k, k, k, 4 + k)
+    right, ms = np.random.default_rng(0).random(4000) < 0.13, {k: 4 * (1 + 0.05 * k) for k in range(5)}
+    for kept in right:
+        source, k = pace.chosen({3: 0, "ngram": 4})
+        pace.note(source, k, k, min(k, int(kept)), ms[k])
+        pace.compare([1] * 4, [1, 2] if kept else [2])
+    assert pace.chosen({3: 0, "ngram": 4})[0] == "ngram"
+
+
 def test_a_look_counts_as_rounds_of_that_exit_would_have():
     by_looks, by_rounds = (Pace(RoundCosts({3: 0.3, 5: 0.45}), lambda: 0.0) for _ in range(2))
     for _ in range(30):
