@@ -148,4 +148,5 @@ def test_commands_say_which_tokens_are_drafted(texts, checkpoints, tmp_path):
     shown = run("inspect", tmp_path / "b").output
     assert "token ids are numbered by how frequent tokens are, and not those of the checkpoint" in shown
     assert "150 tokens, greedy" in shown
-    assert "draft_head weights" in run("plan", tmp_path / "b", "-d", "h100", "--dtype", "fp16").output
+    on_h100 = run("plan", tmp_path / "b", "-d", "h100", "--dtype", "fp16", "--weights", "int8", "--head", "int8")
+    assert "draft_head weights" in on_h100.output
