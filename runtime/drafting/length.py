@@ -260,7 +260,10 @@ class Pace:
         costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
         paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
         if len(exits) > 1:
-            self._exit = max(exits, key=lambda one: paces[one][1:].max() * (_MARGIN if one == self._exit else 1))
+            best_exit: Source = max(
+                exits, key=lambda one: float(paces[one][1:].max()) * (_MARGIN if one == self._exit else 1)
+            )
+            self._exit = best_exit
         rivals = [source for source in paces if self._exit in (None, source) or source == "ngram"]
         best: Source = max(rivals, key=lambda source: float(paces[source].max()))
         k = int(paces[best].argmax())
