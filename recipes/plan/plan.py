@@ -568,9 +568,8 @@ def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dial
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
     hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
     values, sums = 3 * ffn + 4 * hidden, 0  # of a row within a layer, less attention
-    if ENGINE_DIALECTS[
-        dialect
-    ].in_parts:  # what lies between the parts and between products, and the attention's partial sums
+    # in parts: what lies between these and between products, and the attention's partial sums
+    if ENGINE_DIALECTS[dialect].in_parts:
         values += qkv + 2 * attended + 2 * hidden
         tiles = tiling(a, capacity, HEAD_ROWS, 1)
         sums = math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4 + HEAD_ROWS * ffn * ITEMSIZE[dtype]

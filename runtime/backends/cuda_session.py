@@ -195,10 +195,10 @@ class CudaSession(MeasuredSession):
         if round_.ends_early:
             all_made = self._numbers[round_.num_drafts :]
             counted = device.copier(self._buffers[_MADE].address, all_made.ctypes.data, ITEMSIZE["int64"])
-            whole = partial(_in_order, [*writes, counted, *chain(*calls), read])
-            ends = partial(_in_order, writes), read
+            whole = partial(in_order, [*writes, counted, *chain(*calls), read])
+            ends = partial(in_order, writes), read
             return _EndingRound(self, round_, whole, written, partial(self._captured_in_stages, round_, calls, ends))
-        whole = partial(_in_order, [*writes, *chain(*calls), read])
+        whole = partial(in_order, [*writes, *chain(*calls), read])
         replayed = is_frequent(round_.rows) and all(is_frequent(call.rows) for call in round_.calls)
         return _CudaRound(self, round_, whole, written, replayed=replayed)
 
@@ -218,7 +218,7 @@ class CudaSession(MeasuredSession):
             drafting, next_row = [*before, *chain(*calls[start : at + 1])], [*chain(*calls[at + 1 : stop])]
             stages.append(partial(_stage, drafting, judge, next_row))
             before = []
-        return self._device.captured_while(stages, partial(_in_order, [*chain(*calls[verified:]), end]))
+        return self._device.captured_while(stages, partial(in_order, [*chain(*calls[verified:]), end]))
 
     @cached_property
     def _judge(self) -> confidence.Bind | None:
@@ -479,17 +479,18 @@ class CudaSession(MeasuredSession):
         return tuple(sizes[dim] for dim in tensor.shape)
 
 
-def _in_order(steps: Sequence[Step]) -> None:
+def in_order(steps: Sequence[Step]) -> None:
+    """Enqueues one after another."""
     for step in steps:
         step()
 
 
 def _stage(drafting: Sequence[Step], judge: confidence.Judge, next_row: Sequence[Step], following: int) -> None:
     """A stage of a round that ends early, with the handle of the one that may follow, 0 for none."""
-    _in_order(drafting)
+    in_order(drafting)
     if following:
         judge(following)
-    _in_order(next_row)
+    in_order(next_row)
 
 
 class _CudaRound:

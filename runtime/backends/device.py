@@ -338,9 +338,8 @@ class CudaDevice:
         self._checked(driver.cuStreamBeginCaptureToGraph(stream, graph, after, None, len(after), mode))
         try:
             enqueue()
-            info = getattr(
-                driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo
-            )  # older bindings have both
+            # older bindings have both
+            info = getattr(driver, "cuStreamGetCaptureInfo_v3", driver.cuStreamGetCaptureInfo)
             ends = list(self._checked(info(stream))[3])
         finally:
             ended = driver.cuStreamEndCapture(stream)  # the stream is not left in the middle of a capture

@@ -82,7 +82,9 @@ class OrtCudaSession(CudaSession):
             self._shared = {name: self._values(ort, name) for name, graph in self._graph_table.items() if graph.head}
             options = partial(_cuda_options, ort, manifest, self._shared)
             self._graphs = OrtGraphs(ort, bundle, dialect, options, [_cuda_provider(device)])
-            self._read_rows = self._row_reader(max(manifest.prefill_chunk, HEAD_ROWS))
+            most = max(manifest.prefill_chunk, HEAD_ROWS)
+            self._read_by_ids(most)
+            self._read_rows = self._row_reader(most)
             self._warm_up(manifest.prefill_chunk)
         except BaseException as error:
             short = _is_out_of_memory(error, device)
@@ -123,15 +125,20 @@ class OrtCudaSession(CudaSession):
         self._device.stream.sync()  # a round that nobody waited for may still be reading
         return self._read_rows(rows, self._buffers[buffer].address)
 
-    def _row_reader(self, most: int) -> Callable[[TokenRows, int], None] | None:
-        """What copies up to so many rows of the embedding table to the device as they are stored, and puts them in the
-        dtype at an address; None if it is not quantized, or the kernel does not read it. A table in the dtype is there.
+    def _read_by_ids(self, most: int) -> None:
+        """Lets the device read up to so many rows of the embedding table by their ids, if it has the table in the dtype
+        and the kernel reads that here.
         """
-        matrix, manifest = self._as_stored(), self._bundle.manifest
-        if EMBEDDINGS in self._tables and manifest.has_products(self._device.compute_capability):
+        if EMBEDDINGS in self._tables and self._bundle.manifest.has_products(self._device.compute_capability):
             (ids,) = self._device.zeros([(ITEMSIZE["int64"], most)])
             self._token_ids = ids.address
             self._embed = embedder(self._device, self._token_table(), self._dims["H"], self._dtype)
+
+    def _row_reader(self, most: int) -> Callable[[TokenRows, int], None] | None:
+        """What copies up to so many rows of the embedding table to the device as they are stored, and puts them in the
+        dtype at an address; None if it is not quantized, or the kernel does not read it.
+        """
+        matrix = self._as_stored()
         if matrix is None:
             return None
         stored = self._host_table.stored(slice(0, 1))

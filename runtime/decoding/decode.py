@@ -253,6 +253,7 @@ class _Rounds:
         self._splits = splits = {split.exit_layer: split for split in (how.split, *how.others)}
         self._at_exit = cache(partial(_at_exit, session, how, splits, *_steps_of_rounds(session, how, splits)))
         self._given = cache(partial(_given, session, how))
+        self._looks = cache(lambda exit_layer, rows: _Whole(session, how, hindsight_round(splits[exit_layer], rows)))
         if how.pace is not None:
             how.pace.begin()
         self._drafts: list[int] = []
@@ -296,7 +297,7 @@ class _Rounds:
         if exit_layer is None:
             return
         split, begun_ms, begun, rows = self._splits[exit_layer], pace.clock_ms(), perf_counter(), len(kept)
-        look = _Whole(self._session, how, hindsight_round(split, rows))
+        look = self._looks(exit_layer, rows)
         look.start(position)
         right = [draft == token for draft, token in zip(look.wait().draft_ids, kept, strict=True)]
         sure = [True] * rows

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from edgeskip.runtime.backends.cuda_session import Step, in_order
 from edgeskip.runtime.backends.engines.attention import Attention, Operands
 from edgeskip.runtime.backends.engines.heads import Picked, embedder, picker, room
 from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
@@ -22,9 +23,6 @@ from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES, kind_of
 from edgeskip.runtime.decoding.rounds import Call
-
-Step = Callable[[], None]
-"""What enqueues a kernel or an engine."""
 
 _BEFORE, _AFTER = ("self_attn.qkv_proj",), ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The matrices of a layer that come before its attention, and those that come after it."""
@@ -86,12 +84,7 @@ class LayersSession(TrtSession):
             steps = self._head(call)
         else:
             steps = self._by_products(call) if self._is_few(call) else self._by_engines(call)
-
-        def enqueue() -> None:
-            for step in steps:
-                step()
-
-        return enqueue
+        return partial(in_order, steps)
 
     def _head(self, call: Call) -> list[Step]:
         """A head: its logits, and what is picked from them."""
