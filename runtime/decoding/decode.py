@@ -43,6 +43,10 @@ from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
 
 
+class NotFiniteError(BackendError):
+    """Logits of a token that is wanted are not finite; the session was cleared."""
+
+
 @dataclass(frozen=True)
 class Lookup:
     """Drafts that the text has, and what makes rows of them.
@@ -135,7 +139,7 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
         start: rows of the prompt that the caches hold already, less than T: only the rest runs.
 
     Raises:
-        BackendError: the model's logits are not finite.
+        NotFiniteError: the model's logits are not finite, or something in the caches was not.
     """
     length = len(embeddings)
     rows, places = _chunks(length, chunk, start)
@@ -152,16 +156,17 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     head.start(places[-1], how.picker.row_inputs(places[-1], row + 1))  # the same positions as the last chunk's
     chunk_round.wait()
     result = head.wait()
+    _check_finite(session, result.target_logits, length)
     logprobs = _logprobs(session, how, result.target_ids, trusted=0)
     session.carry(0)
-    return _step(session, result, result.target_ids, length, logprobs)
+    return Step(tuple(result.target_ids), 0, logprobs)
 
 
 def score(session: Session, how: Decoding, embeddings: Rows, chunk: int) -> Iterator[npt.NDArray[Any]]:
     """The logits [V] in fp32 that the whole model gives after each token of a text, [T,H] embedding rows.
 
     Raises:
-        BackendError: the model's logits are not finite.
+        NotFiniteError: the model's logits are not finite, or something in the caches was not.
     """
     length, done = len(embeddings), 0
     rows, places = _chunks(length, chunk, 0)
@@ -199,7 +204,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         end: no round starts here or later, if the caller knows how far it will go.
 
     Raises:
-        BackendError: the model's logits are not finite.
+        NotFiniteError: the model's logits are not finite, or something in the caches was not.
     """
     rounds = _Rounds(session, how)
     end = capacity if end is None else min(end, capacity)
@@ -217,12 +222,13 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         trusted = _trusted(result)
         accepted = count_accepted(result.draft_ids[trusted:], result.target_ids)
         kept = [*result.draft_ids[:trusted], *result.target_ids[: accepted + 1]]
+        _check_finite(session, result.target_logits[: accepted + 1], position + len(kept))
         logprobs = _logprobs(session, how, kept, trusted)  # before the next round writes others
         session.carry(accepted)
         rounds.note(position, len(result.draft_ids), kept)
         position += len(kept)
         under_way = started()
-        step = _step(session, result, kept, position, logprobs)
+        step = Step(tuple(kept), len(result.draft_ids), logprobs, trusted=trusted)
         yield replace(step, drafter="ngram") if source == "ngram" else replace(step, exit_layer=source)
 
 
@@ -432,15 +438,6 @@ def count_accepted(draft_ids: list[int], target_ids: list[int]) -> int:
     return len(draft_ids)
 
 
-def _step(
-    session: Session, result: RoundResult, kept: Sequence[int], position: int, logprobs: tuple[TokenLogprob, ...]
-) -> Step:
-    """What a round gives out: the tokens that are kept, the last of which is the one at `position`."""
-    trusted = _trusted(result)
-    _check_finite(session, result.target_logits[: len(kept) - trusted], position)
-    return Step(tuple(kept), len(result.draft_ids), logprobs, trusted=trusted)
-
-
 def _trusted(result: RoundResult) -> int:
     """The first drafts of a round, which have no target."""
     return len(result.draft_ids) + 1 - len(result.target_ids)
@@ -452,7 +449,7 @@ def _check_finite(session: Session, logits: Iterable[float], position: int) -> N
     """
     if not all(map(math.isfinite, logits)):
         session.clear()
-        raise BackendError(
+        raise NotFiniteError(
             f"the token at position {position}",
             "the model's logits are not finite, so nothing can be picked from them",
             fix="export with --dtype fp32 or bf16, whose numbers reach farther than fp16's, or check the weights",

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, Split, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle
 from edgeskip.runtime.bundle.weights import TokenRows, embedding_table, read_bytes
-from edgeskip.runtime.decoding.decode import Decoding, Lookup, Step, decode, prefill, score
+from edgeskip.runtime.decoding.decode import Decoding, Lookup, NotFiniteError, Step, decode, prefill, score
 from edgeskip.runtime.decoding.held_rows import HeldRows
 from edgeskip.runtime.decoding.rounds import MODES, Mode
 from edgeskip.runtime.decoding.sampling import GREEDY, TokenLogprob, picks_of, token_logprob
@@ -335,8 +335,15 @@ class Model:
         with self._in_use():
             self.forget()
             how, embeddings = Decoding(self.split), TokenRows(self.embeddings, ids)
-            rows = score(self.session, how, embeddings, self.bundle.manifest.prefill_chunk)
-            return tuple(token_logprob(row, token, logprobs) for row, token in zip(rows, ids[1:], strict=False))
+
+            def scored() -> tuple[TokenLogprob, ...]:
+                rows = score(self.session, how, embeddings, self.bundle.manifest.prefill_chunk)
+                return tuple(token_logprob(row, token, logprobs) for row, token in zip(rows, ids[1:], strict=False))
+
+            try:
+                return scored()
+            except NotFiniteError:  # which may come of what another text has left
+                return scored()
 
     def encode(self, prompt: Prompt, *, most: int | None = None, tools: Sequence[Any] = ()) -> list[int]:
         """Token ids of a prompt; with `most`, the first so many of a text, which may then be of any length. `tools` are
@@ -492,8 +499,30 @@ class Model:
         return request.split.exit_layer if request.exits_always else self.bundle.manifest.architecture.num_layers
 
     def _steps(self, request: _Request, cached: int) -> Generator[Step, None, None]:
-        """Steps of a prompt whose first `cached` rows are there."""
-        manifest, new_tokens, ids = self.bundle.manifest, request.max_new_tokens, request.prompt_ids
+        """Steps of a prompt whose first `cached` rows are there.
+
+        Where logits are not finite, that may come of what lies behind in the caches, from a wrong draft or another
+        text: attention may multiply hidden rows by 0. So what there is of the text is run once more by itself, and its
+        next token is no longer drafted.
+        """
+        ids, failed = list(request.prompt_ids), 0
+        if picks_of(request.sampling, request.mask) != "heads":
+            self.session.sample(request.sampling, request.prompt_ids, request.mask)
+        while True:
+            try:
+                for step in self._rounds(request, tuple(ids), cached):
+                    ids += step.token_ids
+                    yield step
+                return
+            except NotFiniteError:
+                if failed == len(ids):
+                    raise
+                failed, cached = len(ids), 0
+                self.forget()
+
+    def _rounds(self, request: _Request, ids: Sequence[int], cached: int) -> Iterator[Step]:
+        """Steps after so much of a text, whose first `cached` rows are there."""
+        manifest, new_tokens, before = self.bundle.manifest, request.max_new_tokens, len(ids)
         depth = self._depth(request)
         embeddings, split, exits = TokenRows(self.embeddings, ids), request.split, request.mode == "early-exit"
         looks_up = request.draft != "exit" and request.mode == "self-speculative"
@@ -510,15 +539,13 @@ class Model:
             pace=self._pace if request.paced else None,
             others=request.others,
         )
-        if how.picks != "heads":
-            self.session.sample(request.sampling, ids, request.mask)
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], depth)
         yield step
         if how.lookup is not None:  # not before the first token, which would wait for it
             how.lookup.text.add((*ids, *step.token_ids))
-        end = None if new_tokens is None else len(ids) + new_tokens - 1
-        for following in decode(self.session, how, len(ids), manifest.max_length, end=end):
+        end = None if new_tokens is None else len(request.prompt_ids) + new_tokens - 1
+        for following in decode(self.session, how, before, manifest.max_length, end=end):
             # the rows of a round are those of the token that it began with, and of the drafts that it accepted
             self.held.add((step.token_ids[-1], *following.token_ids[:-1]), depth)
             step = following

@@ -264,10 +264,8 @@ OVERFLOWS = 200
 """A token that only the first gate and the first product of an MLP make much of."""
 
 
-@pytest.fixture(scope="module")
-def overflowing(tmp_path_factory):
-    """A bundle of a model whose logits are finite unless a text has a certain token: its product is beyond fp32."""
-    model = make_model("llama-gqa")
+def with_overflow(model):
+    """A model whose logits are finite unless a text has a certain token: its product is beyond fp32."""
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 0
         model.model.embed_tokens.weight[OVERFLOWS, 0] = 1
@@ -276,9 +274,17 @@ def overflowing(tmp_path_factory):
                 linear.weight[0] = 0
             for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 linear.weight[:, 0] = 1e25 if layer is model.model.layers[0] else 0
-    folder = tmp_path_factory.mktemp("overflowing")
+    return model
+
+
+def exported(model, folder):
     checkpoint = open_checkpoint(str(save_checkpoint(model, folder / "checkpoint")))
     return export_bundle(checkpoint, folder / "bundle", ExportSettings(exit_layer=2, prefill_chunk=8))
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    return exported(with_overflow(make_model("llama-gqa")), tmp_path_factory.mktemp("overflowing"))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +308,60 @@ def test_a_text_with_logits_that_are_not_finite_is_refused_and_leaves_nothing(ru
         with pytest.raises(BackendError, match="not finite"):
             model.score([*healthy, OVERFLOWS, 20])
         assert model.complete(healthy, max_new_tokens=8).token_ids == wanted
+
+
+DRAFTED = 9
+"""The dimension that an exit drafts the overflowing token by; a bias after it takes that away again."""
+
+
+@pytest.fixture(scope="module")
+def overdrafting(tmp_path_factory):
+    """A bundle of a model with the same token, which its exit drafts at every place and its last layer never picks."""
+    model = with_overflow(make_model("llama-mlp-bias"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, DRAFTED] = 8
+        model.lm_head.weight[OVERFLOWS, DRAFTED] = 40
+        model.model.norm.weight[DRAFTED] = 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[DRAFTED] = 0
+            layer.mlp.down_proj.weight[DRAFTED] = 0
+            layer.mlp.down_proj.bias[DRAFTED] = -8 if layer is model.model.layers[2] else 0
+    return exported(model, tmp_path_factory.mktemp("overdrafting"))
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        Backend("cpu", "cpu", "fp32", 1e-4),
+        Backend("cpu", "standard", "fp32", 1e-4),
+        Backend("host", "engines", "fp32", 1e-4),
+        pytest.param(Backend("cuda", "standard", "fp32", 1e-4), marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("picking", [{}, {"temperature": 0.3, "seed": 4, "frequency_penalty": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "drafting",
+    [
+        {"confidence_threshold": 0, "num_speculations": 4},
+        {"draft": "auto"},
+        {"mode": "early-exit", "confidence_threshold": 0.999},
+    ],
+    ids=str,
+)
+def test_wrong_drafts_that_overflow_spoil_no_text(drafting, picking, runs, overdrafting):
+    prompt, more = [5, 6, 7, 8, 9], {"max_new_tokens": 12, "logprobs": 0, **picking}
+    with runs.load(overdrafting) as model:
+        plain = model.complete(prompt, mode="autoregressive", **more)
+        scores = model.score([*prompt, *plain.token_ids])
+        ours = model.complete(prompt, **drafting, **more)
+        assert ours.token_ids == plain.token_ids
+        assert [one.logprob for one in ours.logprobs] == pytest.approx(
+            [one.logprob for one in plain.logprobs], abs=1e-3
+        )
+        for _ in model.generate(prompt, **drafting, **more):
+            break  # what is under way has such a draft, and nobody sees what it gives
+        assert model.score([*prompt, *plain.token_ids]) == scores
 
 
 def test_statistics_count_what_the_rounds_did(backend, bundles):
