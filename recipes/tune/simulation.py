@@ -36,7 +36,7 @@ class Drafts:
 
     Of an exit: which of its drafts are right, and its probability for each [m]. Of the text itself, by n-grams: how
     many of its drafts are right after the token before each, MAX_SPECULATIONS at most, or `NOTHING` [m]. `room` is the
-    number of cache rows after the prompt.
+    number of cache rows after the prompt or, if that is less, of new tokens that were asked for.
     """
 
     right: npt.NDArray[np.bool_]
@@ -51,7 +51,8 @@ class Rounds:
     `by_ngram[d]` had d drafts of the text, which is empty where those were not asked for. The rest is counted as in
     `Statistics`.
 
-    The last round of a text may draft beyond its end; the statistics leave that out, `by_drafts` and `by_ngram` do not.
+    Where EOS ends a text, its last round may draft beyond that; the statistics leave that out, `by_drafts` and
+    `by_ngram` do not.
     """
 
     by_drafts: tuple[int, ...]

@@ -206,7 +206,7 @@ def tune(
         copy_rates.append(session.copy_bytes_per_second())
         others_share, weights = watch.others_share(), read_bytes(bundle)
     probed = _probe(bundle, device, texts, manifest.draft_vocabulary, progress)
-    drafts = _drafts_by_exit(probed, texts, manifest)
+    drafts = _drafts_by_exit(probed, texts, manifest, settings.max_new_tokens)
     own, threshold = (manifest.exit_layer, manifest.num_speculations), settings.confidence_threshold or 0.0
     scale = statistics.median(
         text.speculative_ms / rounds_ms(measured, simulate([one], own[1], threshold))
@@ -217,7 +217,8 @@ def tune(
     weighing = _Weighing(_costs(measured, manifest), scale, threshold, measured.plain_ms_per_token)
     all_rows: tuple[Pair, ...] = ()
     if manifest.draft_vocabulary is not None:
-        others = _drafts_by_exit(_probe(bundle, device, texts, None, progress), texts, manifest)
+        probed_whole = _probe(bundle, device, texts, None, progress)
+        others = _drafts_by_exit(probed_whole, texts, manifest, settings.max_new_tokens)
         without = replace(weighing, costs=_costs(without_draft_head(measured), manifest))
         all_rows = without.pairs(others, grid)
     rates = [
@@ -335,23 +336,26 @@ def _probe(
     return found
 
 
-def _drafts_by_exit(probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest) -> dict[int, list[Drafts]]:
+def _drafts_by_exit(
+    probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest, max_new_tokens: int
+) -> dict[int, list[Drafts]]:
     """What each exit drafts for each text, beside what the text does."""
     copied = [copied_drafts(text.prompt_ids, text.token_ids) for text in texts]
+    rooms = [min(manifest.max_length - len(text.prompt_ids), max_new_tokens) for text in texts]
     return {
         exit_layer: [
-            replace(drafts_of_exit(exits, text, exit_layer, manifest.max_length), copied=copies)
-            for exits, text, copies in zip(probed, texts, copied, strict=True)
+            replace(drafts_of_exit(exits, text, exit_layer, room), copied=copies)
+            for exits, text, room, copies in zip(probed, texts, rooms, copied, strict=True)
         ]
         for exit_layer in range(1, manifest.architecture.num_layers)
     }
 
 
-def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, capacity: int) -> Drafts:
-    """The part of a probed text that concerns one exit layer."""
+def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, room: int) -> Drafts:
+    """The part of a probed text that concerns one exit layer; `room` as in `Drafts`."""
     row = exit_layer - 1
     right = exits.token_ids[row, 1:] == np.array(text.token_ids[1:])
-    return Drafts(right, exits.confidences[row, 1:], capacity - len(text.prompt_ids))
+    return Drafts(right, exits.confidences[row, 1:], room)
 
 
 def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:

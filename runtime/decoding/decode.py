@@ -105,9 +105,9 @@ class Decoding:
 class Step:
     """The tokens of one round: accepted drafts, then one of the whole model (or of the exit, in early-exit mode).
 
-    `drafted` is the number of drafts that were made, by `drafter`, at `exit_layer` if that is an exit, and `trusted`
-    that of the first of them, which were taken untested; `logprobs`, if they were asked for, has an entry for each
-    token.
+    `drafted` is the number of drafts that were made and could be of use, by `drafter`, at `exit_layer` if that is an
+    exit, and `trusted` that of the first of them, which were taken untested; `logprobs`, if they were asked for, has an
+    entry for each token.
     """
 
     token_ids: tuple[int, ...]
@@ -201,7 +201,9 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         how: how to decode.
         position: n, rows in the caches.
         capacity: C, rows that the caches hold; nothing is written past them.
-        end: no round starts here or later, if the caller knows how far it will go.
+        end: the position of the last token that is wanted, if the caller knows it. No round starts there or later. The
+            last one drafts no more than is of use, or, where such a round would have to be captured first, its rest is
+            left out of its step; trusted drafts may go beyond.
 
     Raises:
         NotFiniteError: the model's logits are not finite, or something in the caches was not.
@@ -210,25 +212,30 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
     end = capacity if end is None else min(end, capacity)
 
     def started() -> _Started | None:
-        if position >= end:
+        wanted = end - position
+        if wanted <= 0:
             return None
-        round_ = rounds.next(drafts_that_fit(how.num_speculations, capacity - position))
+        room = capacity - position
+        if session.any_length:  # the last draft is never trusted, so what is wanted comes before it
+            room = min(room, wanted + (3 if how.trusts_exit else 1))
+        round_ = rounds.next(drafts_that_fit(how.num_speculations, room))
         round_.start(position)
         return round_
 
     under_way = started()
     while under_way:
         result, source = under_way.wait(), rounds.source
-        trusted = _trusted(result)
+        trusted, drafted = _trusted(result), len(result.draft_ids)
         accepted = count_accepted(result.draft_ids[trusted:], result.target_ids)
         kept = [*result.draft_ids[:trusted], *result.target_ids[: accepted + 1]]
         _check_finite(session, result.target_logits[: accepted + 1], position + len(kept))
         logprobs = _logprobs(session, how, kept, trusted)  # before the next round writes others
         session.carry(accepted)
-        rounds.note(position, len(result.draft_ids), kept)
+        rounds.note(position, drafted, kept)
+        wanted = capacity if how.trusts_exit else end - position
         position += len(kept)
         under_way = started()
-        step = Step(tuple(kept), len(result.draft_ids), logprobs, trusted=trusted)
+        step = Step(tuple(kept[:wanted]), min(drafted, wanted - 1), logprobs[:wanted], trusted=trusted)
         yield replace(step, drafter="ngram") if source == "ngram" else replace(step, exit_layer=source)
 
 

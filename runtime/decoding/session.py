@@ -68,6 +68,10 @@ class Session(ABC):
     """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 always drafts K, for
     devices that cannot end a round and should not wait for the host."""
 
+    any_length = False
+    """Whether a round of any length is ready at once. A device that captures rounds saves nothing by one that is of use
+    only at the end of a text."""
+
     _bound: dict[Round, BoundRound]
 
     def ends_below(self, probability: float) -> bool:

@@ -30,7 +30,7 @@ def repeating(tmp_path_factory):
         texts, probed = decoded(model, PROMPTS, None)
         drafts = []
         for exits, text in zip(probed, texts, strict=True):
-            own = drafts_of_exit(exits, text, 3, CAPACITY)
+            own = drafts_of_exit(exits, text, 3, CAPACITY - len(text.prompt_ids))
             drafts.append(Drafts(own.right, own.confidences, own.room, copied_drafts(text.prompt_ids, text.token_ids)))
         yield model, texts, drafts
 

@@ -69,7 +69,9 @@ def assert_simulated(model, prompts, new_tokens, k, threshold):
     """Each text by itself; returns drafts made, simulated and real."""
     made = []
     for text, exits in zip(*decoded(model, prompts, new_tokens), strict=True):
-        drafts = drafts_of_exit(exits, text, model.bundle.manifest.exit_layer, model.bundle.manifest.max_length)
+        capacity = model.bundle.manifest.max_length
+        room = min(capacity - len(text.prompt_ids), new_tokens or capacity)
+        drafts = drafts_of_exit(exits, text, model.bundle.manifest.exit_layer, room)
         found = simulate([drafts], k, threshold)
         real = model.complete(
             text.prompt_ids, num_speculations=k, confidence_threshold=threshold, max_new_tokens=new_tokens

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from functools import cache
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,9 +132,72 @@ def test_every_number_of_new_tokens_ends_exactly_there(k, backend, bundles):
             cut = model.complete(prompt, num_speculations=k, confidence_threshold=0, max_new_tokens=count)
             assert_same_but_for_ties(model, prompt, cut.token_ids, whole.token_ids[:count])
             assert cut.stop_reason == "max_new_tokens"
-            assert sum(n * (a + 1) for a, n in enumerate(cut.statistics.acceptance_histogram)) >= count - 1
+            assert sum(n * (a + 1) for a, n in enumerate(cut.statistics.acceptance_histogram)) == count - 1
             assert cut.statistics.new_tokens == count
             assert cut.statistics.drafted <= k * cut.statistics.rounds
+
+
+def draft_calls(session, monkeypatch):
+    """How many tokens heads draft, in rounds of those lengths that are run from now on."""
+    lengths = []
+
+    def bind(round_, real=session.bind):
+        bound = real(round_)
+        drafts = sum(("token_ids", "draft_token_ids") in [(n, v.buffer) for n, v in c.outputs] for c in round_.calls)
+
+        def start(*given):
+            lengths.append(drafts)
+            bound.start(*given)
+
+        return SimpleNamespace(start=start, wait=bound.wait)
+
+    monkeypatch.setattr(session, "bind", bind)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "further",
+    [{"confidence_threshold": 0}, {"confidence_threshold": 1e-6}, {"frequency_penalty": 0.1}, {"draft": "auto"}],
+    ids=str,
+)
+def test_the_last_round_drafts_no_more_than_the_text_can_take(further, bundles, monkeypatch):
+    prompt, settings = prompts(1)[0], {"num_speculations": 6, "confidence_threshold": 1e-6, **further}
+    with edgeskip.load(bundles("llama-gqa", exit_layer=3).folder, device="cpu") as model:
+        made = draft_calls(model.session, monkeypatch)
+        for count in range(1, 12):
+            made.clear()
+            cut = model.complete(prompt, max_new_tokens=count, **settings).statistics
+            copied = cut.by_drafter.get("ngram")
+            assert sum(made) == cut.drafted - (copied.drafted if copied else 0)
+            assert cut.drafted <= sum(range(count - 1))  # one less than the tokens that are wanted, round after round
+
+
+def test_trusted_drafts_are_those_of_a_longer_text(bundles, monkeypatch):
+    """The last draft of a round is never trusted: that must not be one that the text can take."""
+    with edgeskip.load(bundles("llama-gqa", exit_layer=3).folder, device="cpu") as model:
+        made = draft_calls(model.session, monkeypatch)
+        how = {"mode": "early-exit", "confidence_threshold": 0.02}
+        for prompt in prompts(3):
+            whole = model.complete(prompt, max_new_tokens=24, **how)
+            assert whole.statistics.trusted
+            for count in range(1, 24):
+                made.clear()
+                cut = model.complete(prompt, max_new_tokens=count, **how)
+                assert cut.token_ids == whole.token_ids[:count]
+                assert sum(made[-count:]) <= count + 2
+
+
+def test_a_device_that_captures_rounds_gets_no_shorter_ones_for_the_end_of_a_text(bundles):
+    bundle, host = bundles("llama-gqa", exit_layer=3), Backend("host", "engines", "fp32", 1e-4)
+    with host.load(bundle) as model, edgeskip.load(bundle.folder, device="cpu") as judge:
+        how = {"num_speculations": bundle.manifest.num_speculations, "confidence_threshold": 0}
+        for prompt in prompts(3):
+            for count in range(2, 12):
+                ours, wanted = (one.complete(prompt, max_new_tokens=count, **how) for one in (model, judge))
+                assert ours.token_ids == wanted.token_ids
+                told = ("drafted", "accepted", "tested", "rounds", "acceptance_histogram")
+                assert all(getattr(ours.statistics, n) == getattr(wanted.statistics, n) for n in told)
+        assert {round_.num_drafts for round_ in model.session._bound} == {0, how["num_speculations"]}
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 95, 96])
