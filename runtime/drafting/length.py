@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -33,8 +34,9 @@ RATES: Array = np.array([0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.87, 0.9
 _LENGTHS: Array = np.arange(MAX_SPECULATIONS + 1)
 _POWERS: Array = RATES[:, None] ** _LENGTHS
 _TOKENS: Array = _POWERS.cumsum(1)
+_MADE: Array = _TOKENS - _POWERS
 
-CHANGES: Array = np.array([[1 / 20], [1 / 100], [1 / 1000]])
+CHANGES = 1 / 20, 1 / 100, 1 / 1000
 """How probable it is that the rate is another after a token, by speed."""
 
 _LEAST_SHARE = 0.003
@@ -104,40 +106,71 @@ class Rate:
     """
 
     def __init__(self) -> None:
-        self._common = np.full(len(RATES), _BEGUN / len(RATES))  # times that each rate was that of
-        self._weights = np.full((len(CHANGES), len(RATES)), 1 / len(CHANGES) / len(RATES))
+        speeds, rates = len(CHANGES), len(RATES)
+        # by rate: how probable it is, at each speed; and of so many times, how often it was the one
+        self._known, self._times = np.full((speeds + 1, rates), 1 / speeds / rates), _BEGUN
+        self._known[-1] = _BEGUN / rates
+        self._told = np.full((speeds + 2, rates), 1 / rates)  # the same after the latest; and each rate alike
 
     def begin(self) -> None:
         """Another text begins."""
-        self._weights = self._weights.sum(1, keepdims=True) * self._prior(_OTHER_TEXT)
+        self._told[:-1] = self._known
+        self._drift([0.0] * len(CHANGES), self._known[:-1].sum(1).tolist(), _OTHER_TEXT)
 
     def note(self, happened: int, failed: int, tokens: int) -> None:
         """Learns of so many times that it happened and failed, over so many tokens."""
-        weights = self._weights
-        if happened or failed:
-            weights = weights * RATES**happened * (1 - RATES) ** failed
-            weights /= weights.sum()
-            times = happened + failed
-            self._common = self._common * (1 - 1 / _REMEMBERED) ** times + times * weights.sum(0)
-            speeds = weights.sum(1, keepdims=True)
-            weights *= (1 - _LEAST_SHARE) + _LEAST_SHARE / len(CHANGES) / speeds
-        kept = (1 - CHANGES) ** tokens
-        self._weights = kept * weights + (1 - kept) * weights.sum(1, keepdims=True) * self._prior(_OTHER)
+        np.multiply(self._known, _likelihoods(happened, failed), self._told[:-1])
+        speeds: list[float] = self._told.dot(_EACH_RATE).tolist()[: len(CHANGES)]
+        kept, times, total = _kept(tokens), happened + failed, sum(speeds)
+        if not times:
+            self._drift(kept, [(1 - k) * speed for k, speed in zip(kept, speeds, strict=True)], _OTHER)
+            return
+        shares = [(1 - _LEAST_SHARE) * speed / total + _LEAST_SHARE / len(CHANGES) for speed in speeds]
+        scales = [k * share / speed for k, share, speed in zip(kept, shares, speeds, strict=True)]
+        lost = [(1 - k) * share for k, share in zip(kept, shares, strict=True)]
+        faded = (1 - 1 / _REMEMBERED) ** times
+        self._times = faded * self._times + times
+        self._drift(scales, lost, _OTHER, faded, times / total)
 
-    def _prior(self, other: float) -> Array:
-        prior: Array = (1 - other) * self._common / self._common.sum() + other / len(RATES)
-        return prior
+    def _drift(
+        self, scales: Sequence[float], lost: Sequence[float], other: float, faded: float = 1.0, new: float = 0.0
+    ) -> None:
+        """What is known next: at each speed, so many times what was told, and what is lost, to rates that are common
+        or in part to any. All is linear in what was told, and one product: each step that has an array takes a while.
+        """
+        common, speeds = (1 - other) / self._times, len(scales)
+        product = [[gone * common * new] * speeds + [gone * common * faded, gone * other] for gone in lost]
+        for speed, scale in enumerate(scales):
+            product[speed][speed] += scale
+        self._known = np.array([*product, [new] * speeds + [faded, 0.0]]).dot(self._told)
 
     @property
     def probabilities(self) -> Array:
         """Those of RATES."""
-        found: Array = self._weights.sum(0)
+        found: Array = _EACH_SPEED.dot(self._known)
         return found
 
     def runs(self, most: int) -> Array:
         """The probabilities that it happens 0, 1, ... `most` times in a row: [most + 1], the first of them 1."""
-        found: Array = self.probabilities @ _POWERS[:, : most + 1]
+        found: Array = self.probabilities.dot(_POWERS)[: most + 1]
         return found
+
+
+_EACH_RATE, _EACH_SPEED = np.ones(len(RATES)), np.array([*[1.0] * len(CHANGES), 0.0])
+
+
+@lru_cache(1 << 12)
+def _likelihoods(happened: int, failed: int) -> Array:
+    """Of so many times by rate, at each speed; and a row of ones."""
+    found: Array = np.ones((len(CHANGES) + 1, len(RATES)))
+    found[:-1] = RATES**happened * (1 - RATES) ** failed
+    return found
+
+
+@lru_cache(1 << 12)
+def _kept(tokens: int) -> list[float]:
+    """How probable it is that the rate is still the same after so many tokens, by speed."""
+    return [(1 - change) ** tokens for change in CHANGES]
 
 
 class RoundCosts:
@@ -157,7 +190,8 @@ class RoundCosts:
         self._noted = 0
         self._latest: dict[tuple[Source, int], deque[float]] = {}
         self._noted_at: dict[tuple[Source, int], int] = {}
-        self._curves = {source: 1 + slope * _LENGTHS for source, slope in slopes.items()}
+        self._drafted_at: dict[Source, int] = {}
+        self._curves: dict[Source, Array] = {}
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -171,14 +205,22 @@ class RoundCosts:
             self._latest.setdefault(kind, deque(maxlen=_ENOUGH)).append(ms)
             self._noted += 1
             self._noted_at[kind] = self._noted
+            if drafts:
+                self._drafted_at[source] = self._noted
             if self._noted <= _OFTEN or self._noted % _OFTEN == 0:  # it takes a while
-                self._curves = {source: self._curve(source) for source in self._slopes}
+                self._curves.clear()
         self._seen.add(kind)
 
     def of(self, source: Source, drafts: Array) -> Array:
         """The costs [n] of rounds with so many drafts, which may be means; in some unit while none was measured."""
-        costs: Array = np.interp(drafts, _LENGTHS, self._curves[source])
+        costs: Array = np.interp(drafts, _LENGTHS, self.curve(source))
         return costs
+
+    def curve(self, source: Source) -> Array:
+        """The costs of rounds with 0, 1, ... drafts, in the same unit."""
+        if source not in self._curves:
+            self._curves[source] = self._curve(source)
+        return self._curves[source]
 
     @property
     def plain_known(self) -> bool:
@@ -188,8 +230,8 @@ class RoundCosts:
 
     def timed(self, source: Source) -> bool:
         """Whether a recent round had drafts of this source."""
-        since = self._noted - _RECENT
-        return any(who == source and drafts and at > since for (who, drafts), at in self._noted_at.items())
+        at = self._drafted_at.get(source)
+        return at is not None and at > self._noted - _RECENT
 
     def _counting(self, kind: tuple[Source, int]) -> float:
         """How many rounds of a kind count."""
@@ -203,16 +245,19 @@ class RoundCosts:
         slope = self._slopes[source]
         if not kinds:  # only another source's were
             share = [median(ms) / (1 + self._slopes[who] * drafts) for (who, drafts), ms in self._latest.items()]
-            alone: Array = median(share) * (1 + slope * _LENGTHS)
+            alone: Array = (median(share) if share else 1.0) * (1 + slope * _LENGTHS)
             return alone
-        k, cost = np.array([kind[1] for kind in kinds]), np.array([median(self._latest[kind]) for kind in kinds])
-        n = np.array(list(map(self._counting, kinds)))
-        cross = n @ k - _STIFFNESS * slope
-        sums = np.array([[n.sum() + _STIFFNESS * slope**2, cross], [cross, n @ k**2 + _STIFFNESS]])
-        a, b = np.linalg.solve(sums, np.array([n @ cost, n @ (k * cost)]))
-        curve = a + max(b, 0.0) * _LENGTHS
-        curve[k] += n / (n + _TRUSTED) * (cost - curve[k])
-        bounded: Array = np.maximum(curve, cost.min() / 10)
+        rounds = [(kind[1], self._counting(kind), median(self._latest[kind])) for kind in kinds]
+        n, nk, nkk, nc, nkc = _STIFFNESS * slope**2, -_STIFFNESS * slope, _STIFFNESS, 0.0, 0.0
+        for k, count, cost in rounds:
+            n, nk, nkk = n + count, nk + count * k, nkk + count * k * k
+            nc, nkc = nc + count * cost, nkc + count * k * cost
+        whole = n * nkk - nk * nk
+        a, b = (nkk * nc - nk * nkc) / whole, max((n * nkc - nk * nc) / whole, 0.0)
+        curve = [a + b * k for k in range(len(_LENGTHS))]
+        for k, count, cost in rounds:
+            curve[k] += count / (count + _TRUSTED) * (cost - curve[k])
+        bounded: Array = np.array(curve).clip(min(cost for _, _, cost in rounds) / 10)
         return bounded
 
 
@@ -255,19 +300,23 @@ class Pace:
             exits = [self._exit]
             most = {source: limit for source, limit in most.items() if source == self._exit or source == "ngram"}
         self._chosen += 1
-        for source in most:
-            self._let_pass(source)
-        costs = {source: self._costs.of(source, self._drafts(source, limit)) for source, limit in most.items()}
-        paces = {source: self._tokens(source, limit) / costs[source] for source, limit in most.items()}
+        self._worths = {}
+        costs, paces = {}, {}
+        for source, limit in most.items():
+            if self._unnoted[source]:
+                self._let_pass(source)
+            costs[source] = self._costs_of(source, limit)
+            paces[source] = self._tokens(source, limit) / costs[source]
         if len(exits) > 1:
             best_exit: Source = max(
                 exits, key=lambda one: float(paces[one][1:].max()) * (_MARGIN if one == self._exit else 1)
             )
             self._exit = best_exit
+        lengths = {source: int(pace.argmax()) for source, pace in paces.items()}
         rivals = [source for source in paces if self._exit in (None, source) or source == "ngram"]
-        best: Source = max(rivals, key=lambda source: float(paces[source].max()))
-        k = int(paces[best].argmax())
-        self._best, self._worths = float(paces[best][k]), {}
+        best: Source = max(rivals, key=lambda one: float(paces[one][lengths[one]]))
+        k = lengths[best]
+        self._best = float(paces[best][k])
         for source in exits if len(exits) > 1 else ():
             if source != best or not k:
                 worth, is_timed = self._worth(source, costs[source]), self._costs.timed(source)
@@ -284,15 +333,19 @@ class Pace:
 
     def _tokens(self, source: Source, limit: int) -> Array:
         """Tokens that rounds limited to 0, 1, ... drafts are expected to have."""
-        tokens: Array = self._accepted[source].runs(limit).cumsum()
-        return tokens
+        tokens: Array = self._accepted[source].probabilities.dot(_TOKENS)
+        return tokens[: limit + 1]
+
+    def _costs_of(self, source: Source, limit: int) -> Array:
+        """What rounds limited to 0, 1, ... drafts are expected to take."""
+        if source == "ngram" or not self._ends:
+            return self._costs.curve(source)[: limit + 1]
+        return self._costs.of(source, self._drafts(source, limit))
 
     def _drafts(self, source: Source, limit: int) -> Array:
-        """Drafts that rounds limited to 0, 1, ... are expected to have."""
-        if source == "ngram" or not self._ends:
-            return _LENGTHS[: limit + 1]
-        made = self._goes_on[source].runs(limit)
-        return np.concatenate([[0.0], made[:-1].cumsum()])
+        """Drafts that rounds limited to 0, 1, ... are expected to have, where a lack of confidence ends them."""
+        made: Array = self._goes_on[source].probabilities.dot(_MADE)
+        return made[: limit + 1]
 
     def _worth(self, exit_layer: int, costs: Array) -> float:
         """What it is worth, in tokens, to know how often an exit is right and, unless some were timed, what its rounds
@@ -312,7 +365,7 @@ class Pace:
         """What it takes to look what an exit would have drafted."""
         if self._looks:
             return median(self._looks)
-        return _LOOK * float(self._costs.of(self._costs.sources[0], _LENGTHS[:1])[0])
+        return _LOOK * float(self._costs.curve(self._costs.sources[0])[0])
 
     def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
         """Learns from a round: so many drafts at most, so many made and accepted, and its time."""
@@ -324,15 +377,15 @@ class Pace:
         if source != "ngram":
             self._ends |= drafted < limit
             self._accepted[source].note(accepted, int(accepted < limit), accepted + 1)
-            if drafted:
+            if drafted and self._ends:
                 self._goes_on[source].note(drafted - 1, int(drafted < limit), accepted + 1)
 
     def _let_pass(self, source: Source) -> None:
         """Notes the tokens that came since anything was known of an exit's drafts."""
-        if self._unnoted[source]:
-            self._accepted[source].note(0, 0, self._unnoted[source])
+        self._accepted[source].note(0, 0, self._unnoted[source])
+        if self._ends:
             self._goes_on[source].note(0, 0, self._unnoted[source])
-            self._unnoted[source] = 0
+        self._unnoted[source] = 0
 
     def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
         """Learns from what the text would have drafted, whether it did or not, and the tokens that came."""
@@ -367,4 +420,5 @@ class Pace:
             at += 2 if right[at] and not sure[at] else 1  # the token after the last draft is no draft
         self._ends |= bool(ended)
         self._accepted[exit_layer].note(accepted, failed, 0)
-        self._goes_on[exit_layer].note(went_on, ended, 0)
+        if self._ends:
+            self._goes_on[exit_layer].note(went_on, ended, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgeskip.runtime.drafting import length
 from edgeskip.runtime.drafting.length import MAX_SPECULATIONS, Pace, Rate, RoundCosts
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
@@ -90,6 +91,32 @@ def test_a_rate_follows_what_happens():
         once, twice = rate.runs(2)[1:]
         assert once == pytest.approx(wanted, abs=0.12)
         assert once**2 <= twice <= once
+
+
+def test_a_rate_is_learned_by_bayes_rule():
+    """The same step by step: what was seen, then a drift to what is common and in part to any rate."""
+    rate, random = Rate(), np.random.default_rng(4)
+    kept_each, rates, least = 1 - np.array(length.CHANGES)[:, None], len(length.RATES), length._LEAST_SHARE
+    common, weights = np.full(rates, length._BEGUN / rates), np.ones((len(kept_each), rates))
+
+    def drift(weights, kept, other):
+        prior = (1 - other) * common / common.sum() + other / rates
+        return kept * weights + (1 - kept) * weights.sum(1, keepdims=True) * prior
+
+    weights /= weights.sum()
+    for step in range(300):
+        happened, failed, tokens = random.integers(0, [8, 2, 9])
+        if step % 100 == 0:
+            rate.begin()
+            weights = drift(weights, 0 * kept_each, length._OTHER_TEXT)
+        rate.note(int(happened), int(failed), int(tokens))
+        if times := happened + failed:
+            weights = weights * length.RATES**happened * (1 - length.RATES) ** failed
+            weights /= weights.sum()
+            common = (1 - 1 / length._REMEMBERED) ** times * common + times * weights.sum(0)
+            weights = weights * (1 - least + least / len(kept_each) / weights.sum(1, keepdims=True))
+        weights = drift(weights, kept_each**tokens, length._OTHER)
+        assert rate.probabilities == pytest.approx(weights.sum(0), rel=1e-9)
 
 
 def test_costs_are_those_of_the_latest_rounds():
