@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pydoc
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 import edgeskip
 import edgeskip.runtime
+from edgeskip.runtime.decoding.model import GenerationSettings
+from edgeskip.runtime.errors import EdgeskipError
+from edgeskip.runtime.sampling import SamplingSettings
 
 ROOT = Path(edgeskip.runtime.__file__).resolve().parents[1]
 
@@ -38,3 +45,64 @@ def test_a_clone_without_links_reads_the_folders_at_its_top(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "orin-nano-8gb" in run.stdout
     assert run.stdout.splitlines()[-1] == f"edgeskip.runtime.load {tmp_path / 'exporter' / '__init__.py'}"
+
+
+WRONG = (None, True, -1, 1 << 70, 0.5, math.nan, "", "nope", b"x", [], ["x"], {"a": 1}, np.int64(3))
+SETTINGS = (*GenerationSettings.__annotations__, *SamplingSettings.__annotations__, "grammar", "exit_layer", "other")
+
+
+def takers(model, folder):
+    """What takes a value of each name, as a function of name and value."""
+    few, greeting = {"max_new_tokens": 2}, [{"role": "user", "content": "Hi"}]
+    chat = edgeskip.Chat(model, **few)
+
+    def loaded(name, value):
+        edgeskip.load(**{"bundle": model.bundle.folder, "device": "cpu", name: value}).close()
+
+    def remembered(name, value):
+        setattr(model.held if name == "most_saved_bytes" else model, name, value)
+        for start in (20, 60):
+            model.complete([*range(start, start + 30)], **few)
+
+    def filed(name, value):
+        getattr(chat, name)(folder / value if isinstance(value, str) else value)
+
+    return {
+        loaded: ("bundle", "backend", "device", "threads", "dialect", "exit_layer", "progress"),
+        remembered: ("draft", "exit_layer", "sampling", "most_saved_bytes"),
+        filed: ("save", "load"),
+        (lambda _, value: edgeskip.add_engines(value)): ("bundle",),
+        (lambda _, value: edgeskip.Model(value, value)): ("bundle",),
+        (lambda name, value: model.complete(**{"prompt": [5], **few, name: value})): ("prompt", *SETTINGS),
+        (lambda name, value: model.score(**{"prompt": [5, 6], name: value})): ("prompt", "logprobs"),
+        (lambda name, value: model.encode(**{"prompt": greeting, name: value})): ("prompt", "most", "tools"),
+        (lambda name, value: edgeskip.Chat(**{"model": model, name: value})): (
+            "model",
+            "system",
+            "messages",
+            *SETTINGS,
+        ),
+        (lambda _, value: chat.ask(value)): ("text",),
+        (lambda name, value: getattr(edgeskip.Grammar, name)(value)): ("from_json_schema", "from_regex", "from_lark"),
+        (lambda name, value: edgeskip.Grammar(**{"kind": "regex", "source": "a", name: value})): ("kind", "source"),
+        (lambda name, value: edgeskip.Sampling(**{name: value})): tuple(SamplingSettings.__annotations__),
+    }
+
+
+def outcome(take, name, value):
+    """What it raises, if anything."""
+    try:
+        take(name, value)
+    except Exception as error:
+        return error
+
+
+def test_a_value_of_a_wrong_type_is_told_in_one_line(chat_bundles, tmp_path):
+    with edgeskip.load(chat_bundles(192).folder, device="cpu") as model:
+        before = model.draft, model.exit_layer, model.sampling
+        for take, names in takers(model, tmp_path).items():
+            for name in names:
+                refused = [error for error in map(partial(outcome, take, name), WRONG) if error]
+                model.draft, model.exit_layer, model.sampling = before
+                assert refused, name
+                assert not [e for e in refused if not isinstance(e, EdgeskipError) or "\n" in str(e)], name

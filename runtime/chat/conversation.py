@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeskip.runtime.decoding.chat import check_message, check_takes_chats, expect_chats
 from edgeskip.runtime.decoding.model import Generation, Model, Piece
-from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.errors import RequestError, reason
 from edgeskip.runtime.files import write_file
 from edgeskip.runtime.reading import read_json
 
@@ -41,6 +41,8 @@ class Chat:
     """
 
     def __init__(self, model: Model, *, system: str | None = None, messages: Sequence[Message] = (), **settings: Any):
+        if not isinstance(model, Model):
+            raise RequestError("model", f"{model!r:.60}", wanted="what edgeskip.load returns")
         check_takes_chats(model.bundle)
         if not (system is None or isinstance(system, str)):
             raise RequestError("system", f"{system!r:.60}", wanted="a text")
@@ -94,9 +96,14 @@ class Chat:
         """Writes the conversation to a JSON file.
 
         Raises:
-            OSError: it cannot be written.
+            RequestError: it cannot be written.
         """
-        write_file(Path(path), json.dumps({"system": self.system, "messages": self.messages}, indent=2) + "\n")
+        place = _file(path)
+        written = json.dumps({"system": self.system, "messages": self.messages}, indent=2)
+        try:
+            write_file(place, f"{written}\n")
+        except (OSError, ValueError) as error:
+            raise RequestError(place, f"cannot be written ({reason(error)})", fix="give another file") from None
 
     def load(self, path: Path | str) -> None:
         """Goes on with a conversation that was saved.
@@ -104,7 +111,7 @@ class Chat:
         Raises:
             RequestError: the file cannot be read, or is not a conversation.
         """
-        place = Path(path)
+        place = _file(path)
         data = read_json(place, RequestError)
         if not isinstance(data, dict) or set(data) != {"system", "messages"}:
             raise RequestError(place, "not a conversation", wanted="a file that was saved from one")
@@ -134,3 +141,9 @@ class Chat:
     def _encoded(self, messages: list[Message], most: int | None = None) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return self.model.encode([*system, *messages], most=most)
+
+
+def _file(path: Path | str) -> Path:
+    if not isinstance(path, str | Path) or path == "":
+        raise RequestError("file", f"{path!r:.60}", wanted="a path")
+    return Path(path)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from edgeskip.runtime.chat.conversation import Chat
 from edgeskip.runtime.decoding.model import Generation, Piece
-from edgeskip.runtime.errors import EdgeskipError, RequestError, reason
+from edgeskip.runtime.errors import EdgeskipError, RequestError
 from edgeskip.runtime.terminal import print_pieces, print_statistics, shown
 
 HELP = {
@@ -160,18 +160,11 @@ def _command(chat: Chat, line: str, notes: Console) -> str:
         if name == "/load":
             chat.load(file)
         else:
-            _save(chat, file)
+            chat.save(file)
         notes.print(f"{len(chat.messages)} messages", style="dim")
     else:
         raise RequestError(name, "no such command", wanted=", ".join(usage.split()[0] for usage in HELP))
     return ""
-
-
-def _save(chat: Chat, file: str) -> None:
-    try:
-        chat.save(file)
-    except (OSError, ValueError) as error:
-        raise RequestError(file, f"cannot be written ({reason(error)})", fix="give another file") from None
 
 
 def _stats(chat: Chat, generation: Generation | None, notes: Console) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from edgeskip.runtime.decoding.session import Session
+from edgeskip.runtime.errors import RequestError
 
 LEAST_SAVED = 16
 """Tokens: fewer are computed sooner than they are copied there and back."""
@@ -38,8 +39,6 @@ class HeldRows:
     Early exit computes no rows of the layers after the exit, and leaves those that are there: each run of layers, up to
     an exit or the last layer, is counted apart.
 
-    `most_saved_bytes` is the host memory for saved rows; what was used least recently goes first.
-
     Args:
         session: whose caches.
         depths: the layers that a text may run through: up to each exit, and all.
@@ -49,7 +48,22 @@ class HeldRows:
         self._session = session
         self._held: dict[int, list[int]] = {depth: [] for depth in depths}
         self._saved: list[SavedRows] = []  # used least recently first
-        self.most_saved_bytes = 0
+        self._most_saved_bytes = 0.0
+
+    @property
+    def most_saved_bytes(self) -> float:
+        """Host memory for saved rows; what was used least recently goes first. None is taken by default.
+
+        Raises:
+            RequestError: it is set to less than 0, or to what is no number.
+        """
+        return self._most_saved_bytes
+
+    @most_saved_bytes.setter
+    def most_saved_bytes(self, most: float) -> None:
+        if isinstance(most, bool) or not (isinstance(most, int | float) and most >= 0):
+            raise RequestError("most saved bytes", f"{most!r:.60}", wanted="a number from 0")
+        self._most_saved_bytes = most
 
     @property
     def saved_bytes(self) -> int:
@@ -64,7 +78,7 @@ class HeldRows:
         saved are brought back if they have more in common with the prompt, which runs through `depth` layers.
         """
         shared = min(_common(held, token_ids) for held in self._to(depth))
-        if self.most_saved_bytes:
+        if self._most_saved_bytes:
             found = [(_common(saved.token_ids, token_ids), saved) for saved in self._saved]
             best, saved = max(found, key=lambda one: one[0], default=(0, None))
             self._save(shared)
@@ -106,7 +120,7 @@ class HeldRows:
         token_ids = tuple(first[:length])
         self._saved = [s for s in self._saved if _common(s.token_ids, token_ids) < len(s.token_ids)]
         self._saved.append(SavedRows(token_ids, self._session.read_caches(length)))
-        while self.saved_bytes > self.most_saved_bytes:
+        while self.saved_bytes > self._most_saved_bytes:
             self._saved.pop(0)
 
     def _bring_back(self, saved: SavedRows) -> None:

@@ -114,6 +114,9 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: ExitChoice | None = None) -> None:
+        if not (isinstance(bundle, Bundle) and isinstance(session, MeasuredSession)):
+            found = f"of a {type(bundle).__name__} and a {type(session).__name__}"
+            raise RequestError("model", found, wanted="a bundle and a session", fix="edgeskip.load makes one")
         self.bundle, self.session = bundle, session
         self.sampling = bundle.manifest.sampling
         self.draft: Draft = "exit"
@@ -262,6 +265,8 @@ class Model:
         if logprobs is not None:
             _check_logprobs(logprobs)
         grammar = further.pop("grammar", None)
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError("sampling", f"{self.sampling!r:.60}", wanted="an edgeskip.Sampling")
         picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
         trusted = MAX_SPECULATIONS if confidence_threshold else 0
         k = {"self-speculative": most, "autoregressive": 0, "early-exit": trusted}[mode]

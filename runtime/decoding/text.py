@@ -47,7 +47,11 @@ def encode_prompt(
         raise RequestError("tools", "beside a prompt that is no chat", fix="give messages, or leave them out")
     if isinstance(prompt, str):
         ids = encode(tokenizer, prompt, manifest.max_length, add_special_tokens=True, most=most) if prompt else []
-    elif isinstance(prompt, (bytes, Mapping)) or not hasattr(prompt, "__getitem__"):
+    elif (
+        isinstance(prompt, (bytes, Mapping))
+        or not hasattr(prompt, "__getitem__")
+        or getattr(prompt, "shape", None) == ()  # one number, as NumPy has it
+    ):
         raise RequestError(
             "prompt", f"of type {type(prompt).__name__}", wanted="a text, token ids or a list of messages"
         )

@@ -88,6 +88,31 @@ def test_what_no_turn_could_have_is_refused_at_once(settings, error, chat_bundle
         edgeskip.Chat(model, **settings)
 
 
+@pytest.mark.parametrize("model", [3, None, "a folder"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(RequestError, match=f"model: {model!r}; wanted what edgeskip.load returns"):
+        edgeskip.Chat(model)
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (3, "file: 3; wanted a path"),
+        (None, "file: None; wanted a path"),
+        (b"a", "file: b'a'; wanted a path"),
+        ("", "file: ''; wanted a path"),
+        ("\0", "cannot be"),
+        (".", "cannot be written|is a folder"),
+    ],
+)
+def test_what_is_no_file_is_refused(path, error, model):
+    chat = edgeskip.Chat(model, system="S")
+    for write_or_read in (chat.save, chat.load):
+        with pytest.raises(RequestError, match=error):
+            write_or_read(path)
+    assert chat.system == "S"
+
+
 def test_the_oldest_turns_make_room(model, caplog):
     chat = edgeskip.Chat(model, system="S", max_new_tokens=24)
     dropped = []
