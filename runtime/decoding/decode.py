@@ -266,7 +266,10 @@ class _Rounds:
         self._splits = splits = {split.exit_layer: split for split in (how.split, *how.others)}
         self._at_exit = cache(partial(_at_exit, session, how, splits, *_steps_of_rounds(session, how, splits)))
         self._given = cache(partial(_given, session, how))
-        self._looks = cache(lambda exit_layer, rows: _Whole(session, how, hindsight_round(splits[exit_layer], rows)))
+        by_heads = replace(how, picks="heads") if how.picks == "history" else how  # a host picks after it
+        self._looks = cache(
+            lambda exit_layer, rows: _Whole(session, by_heads, hindsight_round(splits[exit_layer], rows))
+        )
         if how.pace is not None:
             how.pace.begin()
         self._drafts: list[int] = []
@@ -303,20 +306,20 @@ class _Rounds:
 
     def _look(self, pace: Pace, position: int, kept: Sequence[int]) -> None:
         """Looks what an exit that did not draft would have drafted, where that pays."""
-        how = self._how
-        if how.picks == "history":
-            return  # what a look picks would be taken for it
-        exit_layer = pace.worth_a_look()
+        how, session, exit_layer = self._how, self._session, pace.worth_a_look()
         if exit_layer is None:
             return
         split, begun_ms, begun, rows = self._splits[exit_layer], pace.clock_ms(), perf_counter(), len(kept)
+        vocabulary, threshold = split.draft_head.vocabulary, how.confidence_threshold
         look = self._looks(exit_layer, rows)
         look.start(position)
-        right = [draft == token for draft, token in zip(look.wait().draft_ids, kept, strict=True)]
-        sure = [True] * rows
-        if how.confidence_threshold:
-            vocabulary = split.draft_head.vocabulary
-            sure = [self._session.draft_confidence(r, vocabulary) >= how.confidence_threshold for r in range(rows)]
+        drafts, sure = look.wait().draft_ids, [True] * rows
+        if how.picks == "history":
+            picked = [*session.picks_again(rows, vocabulary, position + 1)]
+            drafts, sure = [token for token, _ in picked], [probability >= threshold for _, probability in picked]
+        elif threshold:
+            sure = [session.draft_confidence(row, vocabulary) >= threshold for row in range(rows)]
+        right = [draft == token for draft, token in zip(drafts, kept, strict=True)]
         ms = max(pace.clock_ms() - begun_ms, 1e3 * (perf_counter() - begun))  # the host's part counts too
         pace.looked(exit_layer, right, sure, ms)
 

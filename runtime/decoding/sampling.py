@@ -119,6 +119,10 @@ class HostSampler:
         self._tokens[position] = token = self._picked(lambda: logits, position)
         return token
 
+    def pick_again(self, logits: Array, position: int) -> int:
+        """The token that `pick` would have picked at a position of the text, which stays as it is."""
+        return self._picked(lambda: logits, position)
+
     def pick_rows(
         self, read: Callable[[int], Array], own: Array, first: int, drafts: Sequence[int] | Array
     ) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgeskip.runtime.bundle.weights import Rows
 from edgeskip.runtime.decoding.rounds import Call, Round, View
+from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import Sampling
 
@@ -73,6 +74,7 @@ class Session(ABC):
     only at the end of a text."""
 
     _bound: dict[Round, BoundRound]
+    _sampler: HostSampler
 
     def ends_below(self, probability: float) -> bool:
         """Whether the session itself ends rounds that end early: from now on with the first draft less probable."""
@@ -121,6 +123,14 @@ class Session(ABC):
     @abstractmethod
     def draft_confidence(self, row: int, vocabulary: int) -> float:
         """The probability that the exit gave to the token it drafted in this row, from a head with this many logits."""
+
+    def picks_again(self, rows: int, vocabulary: int, position: int) -> Iterator[tuple[int, float]]:
+        """What a host picks from the first rows of the latest draft logits, of a head with so many, for positions from
+        this one on, and the probability of each: after the tokens that the text has there, which stay what they are.
+        """
+        for row, logits in enumerate(self.read_draft_logits(rows)[:, :vocabulary]):
+            token = self._sampler.pick_again(logits, position + row)
+            yield token, softmax_of(logits, float(logits[token]))
 
     @abstractmethod
     def read_caches(self, rows: int) -> dict[str, npt.NDArray[Any]]:

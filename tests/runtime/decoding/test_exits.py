@@ -9,14 +9,19 @@ import pytest
 import torch
 from tests.conftest import run_round
 from tests.runtime.decoding.test_decode import assert_same_but_for_ties
+from tests.standin import make_device, standin_model
 
+from edgeskip import Grammar
 from edgeskip.runtime.backends import cpu_session
 from edgeskip.runtime.bench.measure import TIE_GAP, tie_gap
 from edgeskip.runtime.decoding import model as decoding_model
 from edgeskip.runtime.decoding.decode import Decoding, prefill
 from edgeskip.runtime.decoding.rounds import hindsight_round, speculative_round
+from edgeskip.runtime.decoding.sampling import penalized
+from edgeskip.runtime.decoding.session import softmax_of
 from edgeskip.runtime.drafting.length import Pace
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.load import load
 from edgeskip.runtime.sampling import GREEDY
 
@@ -139,6 +144,59 @@ def test_a_look_shows_what_an_exit_would_have_drafted(draft_vocabulary, bundles,
             assert confidence == pytest.approx(float(logits[2].softmax(0).max()), rel=1e-4)
             kept.append(result.target_ids)
     assert kept[0][0] == kept[1][0]
+
+
+class Looking(Pace):
+    """Drafts from the first exit, and looks at the other one after each round."""
+
+    def begin(self):
+        super().begin()
+        self.seen = []
+
+    def chosen(self, most):
+        return 1, min(2, most[1])
+
+    def worth_a_look(self):
+        return 3
+
+    def looked(self, exit_layer, right, sure, ms):
+        assert exit_layer == 3
+        self.seen += zip(right, sure, strict=True)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "host"])
+@pytest.mark.parametrize("draft_vocabulary", [None, 250])
+@pytest.mark.parametrize(
+    "settings", [{"grammar": Grammar.from_regex("[a-y]{24}\\.")}, {}], ids=["grammar", "penalties"]
+)
+def test_a_look_picks_as_the_text_does(settings, draft_vocabulary, kind, bundles, reference, monkeypatch, tmp_path):
+    """By penalties and a grammar, after what the text has, which it does not change."""
+    monkeypatch.setattr(decoding_model, "Pace", Looking)
+    penalties = {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.4}
+    bundle, judge = bundles("llama-gqa", draft_vocabulary=draft_vocabulary, **EXITS), reference("llama-gqa")
+    if kind == "cpu":
+        model = load(bundle.folder, device="cpu")
+    else:
+        model = standin_model(bundle, tmp_path / "b", make_device(kind))
+    with model:
+        prompt, threshold, found = prompts(1)[0], 0.1, []
+        how = {"max_new_tokens": 24, **penalties, **settings}
+        plain = model.complete(prompt, mode="autoregressive", **how)
+        ours = model.complete(prompt, exit_layer="auto", confidence_threshold=threshold, **how)
+        assert ours.token_ids == plain.token_ids
+        mask = TokenMask(settings["grammar"], model._token_table) if settings else None
+        for at in range(1, len(ours.token_ids)):
+            text = np.array([*prompt, *ours.token_ids[:at]])
+            with torch.no_grad():
+                states = judge(torch.tensor(text[None]), output_hidden_states=True).hidden_states[3]
+                logits = judge.lm_head(judge.model.norm(states))[0, -1, :draft_vocabulary].numpy()
+            told = penalized(ours.sampling, logits, text, len(prompt))
+            if mask and (allowed := mask.allowed(text[len(prompt) :])) is not None:
+                told = np.where(allowed[: len(told)], told, np.float32(-np.inf))
+            token = int(told.argmax())
+            found.append((token == ours.token_ids[at], softmax_of(logits, float(logits[token])) >= threshold))
+        assert model._pace.seen == found
+        assert {right for right, _ in found} == {sure for _, sure in found} == {True, False}
 
 
 @pytest.mark.parametrize(
