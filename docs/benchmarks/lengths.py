@@ -1,6 +1,6 @@
 """What choosing K for each round gains: the choice itself, on texts that are drawn, with costs that are given.
 
-python docs/benchmarks/lengths.py [--texts 12]
+python docs/benchmarks/lengths.py [--texts 12] [--ahead]
 
 A text says of each token whether a draft there would be right. Mixed texts have segments of match 0.3, 0.6 and 0.95,
 in any order. Who is clairvoyant knows the rate of each segment, and the costs, and never whether a draft will be right.
@@ -8,19 +8,23 @@ The choice knows neither, and measures times that scatter by 3%: from nothing, w
 learned, after as many texts of the kind as are measured. Between them stands the bound: Bayes' rule over the three
 rates, by who knows these, how long segments are and the costs, but not when one begins, nor which. The best fixed K is
 that of all texts together, known afterwards.
+
+With --ahead, it is as on a GPU: while a round runs, the next one is chosen, without knowing what comes of this one, and
+from a few lengths.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.drafting.drafters import Source
-from edgeskip.runtime.drafting.length import Pace, RoundCosts
+from edgeskip.runtime.drafting.length import FEW_LENGTHS, Pace, RoundCosts, nearest_length
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
 MIXED, UNIFORM, SEGMENTS, SCATTER = (0.3, 0.6, 0.95), (0.1, 0.3, 0.5, 0.6, 0.8, 0.95), 12, 0.03
@@ -52,9 +56,50 @@ def time_of(right: Array, costs: Array, k_at: Callable[[int], int], learn: Calla
     return time
 
 
-def chosen_times(texts: Sequence[Array], costs: Array, drafter: Source, random: np.random.Generator) -> list[float]:
+class Ahead(Pace):
+    """Chooses while a round runs, from a few lengths."""
+
+    def __init__(self, costs: RoundCosts, clock_ms: Callable[[], float]) -> None:
+        super().__init__(costs, clock_ms)
+        self._untold: list[Callable[[], None]] = []
+        self._next: tuple[Source, int] | None = None
+
+    def begin(self) -> None:
+        """Another text begins."""
+        self._learn()
+        super().begin()
+        self._next = None
+
+    def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
+        """Keeps it for later."""
+        self._untold.append(partial(super().note, source, limit, drafted, accepted, ms))
+
+    def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
+        """Keeps it for later."""
+        self._untold.append(partial(super().compare, drafts, kept))
+
+    def chosen(self, most: Mapping[Source, int]) -> tuple[Source, int]:
+        """What was chosen one round before."""
+        now = self._next or self._few(most)
+        self._learn()
+        self._next = self._few(most)
+        return now
+
+    def _few(self, most: Mapping[Source, int]) -> tuple[Source, int]:
+        source, k = super().chosen(most)
+        return source, nearest_length(k, FEW_LENGTHS, most[source])
+
+    def _learn(self) -> None:
+        for news in self._untold:
+            news()
+        self._untold.clear()
+
+
+def chosen_times(
+    kind: type[Pace], texts: Sequence[Array], costs: Array, drafter: Source, random: np.random.Generator
+) -> list[float]:
     """With K chosen as the texts come, one after another."""
-    pace = Pace(RoundCosts({EXIT: 0.3, "ngram": 0.05}), lambda: 0.0)
+    pace = kind(RoundCosts({EXIT: 0.3, "ngram": 0.05}), lambda: 0.0)
     most: dict[Source, int] = {EXIT: 0, drafter: MAX_SPECULATIONS}
 
     def learn(k: int, accepted: int, run: int) -> None:
@@ -93,15 +138,17 @@ def fixed_times(texts: Sequence[Array], costs: Array) -> Array:
     return np.sum([[time_of(right, costs, lambda _, k=k: k) for k in LENGTHS] for right in texts], 0)
 
 
-def both(texts: Sequence[Array], costs: Array, drafter: Source) -> tuple[float, float]:
+def both(kind: type[Pace], texts: Sequence[Array], costs: Array, drafter: Source) -> tuple[float, float]:
     """The time of the second half of the texts, each from nothing and after the first half."""
     measured = texts[len(texts) // 2 :]
-    alone = sum(chosen_times([right], costs, drafter, np.random.default_rng(n))[0] for n, right in enumerate(measured))
-    learned = chosen_times(texts, costs, drafter, np.random.default_rng(len(texts)))
+    alone = sum(
+        chosen_times(kind, [right], costs, drafter, np.random.default_rng(n))[0] for n, right in enumerate(measured)
+    )
+    learned = chosen_times(kind, texts, costs, drafter, np.random.default_rng(len(texts)))
     return alone, sum(learned[len(texts) // 2 :])
 
 
-def mixed(slope: float, drafter: Source, segment: int, texts: int) -> str:
+def mixed(kind: type[Pace], slope: float, drafter: Source, segment: int, texts: int) -> str:
     """The gains on mixed texts."""
     costs, random = 1 + slope * LENGTHS, np.random.default_rng(segment)
     best = {rate: int((np.cumsum(rate**LENGTHS) / costs).argmax()) for rate in MIXED}
@@ -113,26 +160,26 @@ def mixed(slope: float, drafter: Source, segment: int, texts: int) -> str:
         for right, one in zip(rights[texts:], rates[texts:], strict=True)
     )
     bound = sum(bound_time(right, costs, drafter, segment) for right in rights[texts:])
-    shares = [(fixed.min() - time) / (fixed.min() - knowing) for time in (bound, *both(rights, costs, drafter))]
+    shares = [(fixed.min() - time) / (fixed.min() - knowing) for time in (bound, *both(kind, rights, costs, drafter))]
     shown = "  ".join(f"{share:4.0%}" for share in shares)
     return f"{slope:.2f}  {segment:3d} tokens  K = {fixed.argmin():2d}  {fixed.min() / knowing - 1:5.1%}  {shown}"
 
 
-def uniform(slope: float, drafter: Source, rate: float, tokens: int, texts: int) -> str:
+def uniform(kind: type[Pace], slope: float, drafter: Source, rate: float, tokens: int, texts: int) -> str:
     """The loss on texts of one rate."""
     costs, random = 1 + slope * LENGTHS, np.random.default_rng(tokens)
     rights = [random.random(tokens) < rate for _ in range(2 * texts)]
     fixed = fixed_times(rights[texts:], costs)
-    shown = "  ".join(f"{time / fixed.min() - 1:+5.1%}" for time in both(rights, costs, drafter))
+    shown = "  ".join(f"{time / fixed.min() - 1:+5.1%}" for time in both(kind, rights, costs, drafter))
     return f"{slope:.2f}  {tokens:4d} tokens  match {rate:.2f}  K = {fixed.argmin():2d}  {shown}"
 
 
-def another(slope: float, drafter: Source, before: float, rate: float, texts: int) -> str:
+def another(kind: type[Pace], slope: float, drafter: Source, before: float, rate: float, texts: int) -> str:
     """The loss on the first text of another rate, of 500 tokens after 8 texts of 1500."""
     costs, random, chosen, fixed = 1 + slope * LENGTHS, np.random.default_rng(8), 0.0, np.zeros(len(LENGTHS))
     for _ in range(texts):
         rights = [*(random.random(1500) < before for _ in range(8)), random.random(500) < rate]
-        chosen += chosen_times(rights, costs, drafter, random)[-1]
+        chosen += chosen_times(kind, rights, costs, drafter, random)[-1]
         fixed += fixed_times(rights[-1:], costs)
     return (
         f"{slope:.2f}  match {before:.2f}, then {rate:.2f}  K = {fixed.argmin():2d}  {chosen / fixed.min() - 1:+5.1%}"
@@ -143,19 +190,23 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--texts", type=int, default=12, help="texts of each kind that are measured")
     parser.add_argument("--slopes", type=float, nargs="+", default=list(SLOPES), choices=SLOPES, help="only these")
+    parser.add_argument("--ahead", action="store_true", help="choose one round ahead, as on a GPU")
     given = parser.parse_args()
+    pace_of = Ahead if given.ahead else Pace
     print(
         "slope, segments, best fixed K, a clairvoyant's gain over it, and shares of that: bound, from nothing, learned"
     )
     for one in given.slopes:
         for length in (64, 128, 256):
-            print(mixed(one, SLOPES[one], length, given.texts), flush=True)
+            print(mixed(pace_of, one, SLOPES[one], length, given.texts), flush=True)
     print("slope, tokens, match of the whole text, best fixed K, and how much slower than it: from nothing, learned")
     for one in given.slopes:
         for length in TOKENS:
             for match in UNIFORM:
-                print(uniform(one, SLOPES[one], match, length, given.texts * max(TOKENS) // length), flush=True)
+                print(
+                    uniform(pace_of, one, SLOPES[one], match, length, given.texts * max(TOKENS) // length), flush=True
+                )
     print("slope, match of eight texts and then of another, best fixed K there, and how much slower than it")
     for one in given.slopes:
         for before, after in ((0.1, 0.8), (0.8, 0.5), (0.95, 0.3)):
-            print(another(one, SLOPES[one], before, after, given.texts), flush=True)
+            print(another(pace_of, one, SLOPES[one], before, after, given.texts), flush=True)

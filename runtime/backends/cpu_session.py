@@ -47,7 +47,6 @@ class OrtCpuSession(MeasuredSession):
 
     device = "cpu"
     confidence_threshold = 0.5  # a wasted draft costs as much as a right one, and looking costs next to nothing
-    any_length = True
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, dialect: str = "cpu") -> None:
         manifest = bundle.manifest

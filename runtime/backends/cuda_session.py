@@ -95,6 +95,7 @@ class CudaSession(MeasuredSession):
     """
 
     device = "cuda"
+    is_asynchronous = True
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ from edgeskip.runtime.decoding.rounds import (
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
 from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
 from edgeskip.runtime.drafting.drafters import Draft, Drafter, Source
-from edgeskip.runtime.drafting.length import Pace
+from edgeskip.runtime.drafting.length import FEW_LENGTHS, FEW_LIMITS, Pace, nearest_length
 from edgeskip.runtime.drafting.ngram import NgramIndex
 from edgeskip.runtime.errors import BackendError, RequestError
 
@@ -157,7 +157,7 @@ def prefill(session: Session, how: Decoding, embeddings: Rows, chunk: int, start
     chunk_round.wait()
     result = head.wait()
     _check_finite(session, result.target_logits, length)
-    logprobs = _logprobs(session, how, result.target_ids, trusted=0)
+    logprobs = _logprobs(session, how, result.target_ids)
     session.carry(0)
     return Step(tuple(result.target_ids), 0, logprobs)
 
@@ -194,7 +194,8 @@ def _chunks(length: int, chunk: int, start: int) -> tuple[int, list[int]]:
 
 def decode(session: Session, how: Decoding, position: int, capacity: int, *, end: int | None = None) -> Iterator[Step]:
     """Rounds after a prefill of `position` rows, until the caches are full. Each is handed to the device before the
-    tokens of the one before it are given out, so that what the caller does with them costs no time.
+    tokens of the one before it are given out, so that neither what the caller does with them nor the choice of the next
+    round costs time.
 
     Args:
         session: the session, prefilled.
@@ -216,7 +217,7 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         if wanted <= 0:
             return None
         room = capacity - position
-        if session.any_length:  # the last draft is never trusted, so what is wanted comes before it
+        if not session.is_asynchronous:  # the last draft is never trusted, so what is wanted comes before it
             room = min(room, wanted + (3 if how.trusts_exit else 1))
         round_ = rounds.next(drafts_that_fit(how.num_speculations, room))
         round_.start(position)
@@ -229,12 +230,13 @@ def decode(session: Session, how: Decoding, position: int, capacity: int, *, end
         accepted = count_accepted(result.draft_ids[trusted:], result.target_ids)
         kept = [*result.draft_ids[:trusted], *result.target_ids[: accepted + 1]]
         _check_finite(session, result.target_logits[: accepted + 1], position + len(kept))
-        logprobs = _logprobs(session, how, kept, trusted)  # before the next round writes others
-        session.carry(accepted)
+        logprobs = _logprobs(session, how, kept, trusted, result.first_target)  # before the next round writes others
+        session.carry(result.first_target + accepted)
         rounds.note(position, drafted, kept)
         wanted = capacity if how.trusts_exit else end - position
         position += len(kept)
         under_way = started()
+        rounds.catch_up()
         step = Step(tuple(kept[:wanted]), min(drafted, wanted - 1), logprobs[:wanted], trusted=trusted)
         yield replace(step, drafter="ngram") if source == "ngram" else replace(step, exit_layer=source)
 
@@ -243,12 +245,14 @@ def _bound(session: Session, how: Decoding, round_: Round) -> BoundRound:
     return session.bind(replace(round_, picks=how.picks))
 
 
-def _logprobs(session: Session, how: Decoding, token_ids: Sequence[int], trusted: int) -> tuple[TokenLogprob, ...]:
+def _logprobs(
+    session: Session, how: Decoding, token_ids: Sequence[int], trusted: int = 0, first_target: int = 0
+) -> tuple[TokenLogprob, ...]:
     """By the logits that each token was picked from: those of the exit for the trusted ones, which come first."""
     if how.logprobs is None:
         return ()
     at_exit = session.read_draft_logits(trusted) if trusted else ()
-    logits = (*at_exit, *session.read_logits(len(token_ids) - trusted))
+    logits = (*at_exit, *session.read_logits(first_target + len(token_ids) - trusted)[first_target:])
     return tuple(token_logprob(row, token, how.logprobs) for row, token in zip(logits, token_ids, strict=True))
 
 
@@ -258,8 +262,21 @@ class _Started(Protocol):
     def wait(self) -> RoundResult: ...
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What drafts a round, how many drafts at most, and the exit to look at after it, if any."""
+
+    source: Source
+    num_drafts: int
+    looks_at: int | None = None
+
+
 class _Rounds:
-    """Chooses the rounds to run, and binds each when it is first wanted."""
+    """Chooses the rounds to run, and binds each when it is first wanted.
+
+    A device that works by itself is never kept waiting for a choice: while it runs a round, the next one is chosen, by
+    all that was known before. Elsewhere a round is chosen when it is wanted, by the one before it too.
+    """
 
     def __init__(self, session: Session, how: Decoding) -> None:
         self._session, self._how = session, how
@@ -270,58 +287,104 @@ class _Rounds:
         self._looks = cache(
             lambda exit_layer, rows: _Whole(session, by_heads, hindsight_round(splits[exit_layer], rows))
         )
+        self._ends = _ends_rounds(session, how)
+        self._drafts: list[int] = []
+        self._begun_ms = 0.0
+        self._choice = _Choice(how.split.exit_layer, 0)
+        self._ahead = self._choice, self._choice  # where the text has no drafts, and where it has
+        self._untold: list[Callable[[], None]] = []
         if how.pace is not None:
             how.pace.begin()
-        self._drafts: list[int] = []
-        self._k, self._begun_ms = 0, 0.0
-        self.source: Source = how.split.exit_layer
+            self.catch_up()
+
+    @property
+    def source(self) -> Source:
         """What drafts in the round that was chosen last."""
+        return self._choice.source
 
     def next(self, most: int) -> _Started:
         """The next round, of so many drafts at most."""
         how, lookup = self._how, self._how.lookup
         self._drafts = lookup.text.drafts(most) if lookup else []
-        at_exit = 0 if how.draft == "ngram" else most
-        if how.pace is not None:
-            limits: dict[Source, int] = dict.fromkeys(self._splits, at_exit)
-            self.source, self._k = how.pace.chosen(limits | {"ngram": len(self._drafts)} if lookup else limits)
-            self._begun_ms = how.pace.clock_ms()
+        if how.pace is None:
+            source: Source = "ngram" if self._drafts else how.split.exit_layer
+            self._choice = _Choice(source, len(self._drafts) or (0 if how.draft == "ngram" else most))
+        elif self._session.is_asynchronous:
+            choice = self._ahead[bool(self._drafts)]
+            there = len(self._drafts) if choice.source == "ngram" else most
+            self._choice = replace(choice, num_drafts=self._length(choice.source, choice.num_drafts, there))
         else:
-            self.source = "ngram" if self._drafts else how.split.exit_layer
-            self._k = len(self._drafts) or at_exit
-        if self.source == "ngram" and lookup is not None:
-            return self._given(self._k).of((lookup.text.last, *self._drafts[: self._k]))
-        return self._at_exit(self.source, self._k)
+            self._choice = self._chosen(how.pace, most, len(self._drafts))
+        if how.pace is not None:
+            self._begun_ms = how.pace.clock_ms()
+        k = self._choice.num_drafts
+        if self.source == "ngram":
+            assert lookup is not None
+            return self._given(k).of((lookup.text.last, *self._drafts[:k]))
+        return self._at_exit(self.source, k)
 
     def note(self, position: int, drafted: int, kept: Sequence[int]) -> None:
         """What has become of it: its first position, the drafts that it made, and the tokens that came."""
         pace, lookup = self._how.pace, self._how.lookup
         if pace is not None:
-            pace.note(self.source, self._k, drafted, len(kept) - 1, pace.clock_ms() - self._begun_ms)
+            source, k, ms = self.source, self._choice.num_drafts, pace.clock_ms() - self._begun_ms
+            self._untold.append(partial(pace.note, source, k, drafted, len(kept) - 1, ms))
             if lookup is not None:
-                pace.compare(self._drafts, kept)
-            self._look(pace, position, kept)
+                self._untold.append(partial(pace.compare, self._drafts, kept))
+            if self._choice.looks_at is not None:
+                self._untold.append(partial(pace.looked, *self._look(pace, self._choice.looks_at, position, kept)))
+            if not self._session.is_asynchronous:
+                self._tell()
         if lookup is not None:
             lookup.text.add(kept)
 
-    def _look(self, pace: Pace, position: int, kept: Sequence[int]) -> None:
-        """Looks what an exit that did not draft would have drafted, where that pays."""
-        how, session, exit_layer = self._how, self._session, pace.worth_a_look()
-        if exit_layer is None:
+    def catch_up(self) -> None:
+        """While a device runs a round: learns of those before it, and chooses the next one."""
+        pace, most = self._how.pace, self._how.num_speculations
+        if pace is None or not self._session.is_asynchronous:
             return
-        split, begun_ms, begun, rows = self._splits[exit_layer], pace.clock_ms(), perf_counter(), len(kept)
-        vocabulary, threshold = split.draft_head.vocabulary, how.confidence_threshold
-        look = self._looks(exit_layer, rows)
+        self._tell()
+        choice = self._chosen(pace, most, most if self._how.lookup else 0)
+        self._ahead = (self._chosen(pace, most, 0) if choice.source == "ngram" else choice), choice
+
+    def _tell(self) -> None:
+        for news in self._untold:
+            news()
+        self._untold.clear()
+
+    def _chosen(self, pace: Pace, most: int, copies: int) -> _Choice:
+        """What promises most, of so many drafts of an exit and of the text."""
+        limits: dict[Source, int] = dict.fromkeys(self._splits, 0 if self._how.draft == "ngram" else most)
+        source, k = pace.chosen(limits | {"ngram": copies} if self._how.lookup else limits)
+        return _Choice(source, self._length(source, k, most), pace.worth_a_look())
+
+    def _length(self, source: Source, k: int, most: int) -> int:
+        """The drafts of a round for which K were chosen, of so many at most."""
+        if not self._session.is_asynchronous:
+            return k
+        few = FEW_LIMITS if self._ends and source != "ngram" else FEW_LENGTHS
+        return nearest_length(k, (*few, self._how.num_speculations), most)
+
+    def _look(
+        self, pace: Pace, exit_layer: int, position: int, kept: Sequence[int]
+    ) -> tuple[int, list[bool], list[bool], float]:
+        """What an exit that did not draft would have drafted in place of these tokens, for `Pace.looked`."""
+        how, session = self._how, self._session
+        vocabulary, threshold = self._splits[exit_layer].draft_head.vocabulary, how.confidence_threshold
+        begun_ms, rows = pace.clock_ms(), len(kept)
+        looked_at = next(k + 1 for k in FEW_LIMITS if k >= rows - 1) if session.is_asynchronous else rows
+        look = self._looks(exit_layer, looked_at)
         look.start(position)
+        begun = perf_counter()  # to bind and capture is done once
         drafts, sure = look.wait().draft_ids, [True] * rows
         if how.picks == "history":
             picked = [*session.picks_again(rows, vocabulary, position + 1)]
             drafts, sure = [token for token, _ in picked], [probability >= threshold for _, probability in picked]
         elif threshold:
             sure = [session.draft_confidence(row, vocabulary) >= threshold for row in range(rows)]
-        right = [draft == token for draft, token in zip(drafts, kept, strict=True)]
+        right = [draft == token for draft, token in zip(drafts, kept, strict=False)]
         ms = max(pace.clock_ms() - begun_ms, 1e3 * (perf_counter() - begun))  # the host's part counts too
-        pace.looked(exit_layer, right, sure, ms)
+        return exit_layer, right, sure, ms
 
 
 _Steps = Callable[[int, int], "_Whole"]
@@ -333,6 +396,11 @@ def _steps_of_rounds(session: Session, how: Decoding, splits: Mapping[int, Split
     checking = trusting_round if how.trusts_exit else verification_round
     drafts = cache(lambda exit_layer, row: _Whole(session, how, draft_round(splits[exit_layer], row)))
     return drafts, cache(lambda exit_layer, k: _Whole(session, how, checking(splits[exit_layer], k)))
+
+
+def _ends_rounds(session: Session, how: Decoding) -> bool:
+    """Whether the device ends rounds by itself."""
+    return how.picks != "history" and how.confidence_threshold > 0 and session.ends_below(how.confidence_threshold)
 
 
 def _at_exit(
@@ -350,8 +418,8 @@ def _at_exit(
         return _Whole(session, how, early_exit_round(split))
     if not (k and (how.confidence_threshold or how.picks == "history")):
         return _Whole(session, how, speculative_round(split, k))
-    if how.picks != "history" and not how.trusts_exit and session.ends_below(how.confidence_threshold):
-        return _Whole(session, how, ending_round(split, k))
+    if _ends_rounds(session, how):
+        return (_Trusting if how.trusts_exit else _Whole)(session, how, ending_round(split, k))
     return _WhileConfident(session, how, split, k, partial(drafts, exit_layer), partial(checks, exit_layer))
 
 
@@ -367,11 +435,29 @@ class _Whole:
     def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
         self._bound = _bound(session, how, round_)
         self._rows, self._picker = round_.rows, how.picker
-        self.wait = self._bound.wait
 
     def start(self, position: int) -> None:
         """Hands the round to the device."""
         self._bound.start(position, self._picker.row_inputs(position, self._rows))
+
+    def wait(self) -> RoundResult:
+        """Waits for it."""
+        return self._bound.wait()
+
+
+class _Trusting(_Whole):
+    """A round that the device ends, of whose drafts only the last one is compared with the whole model's token."""
+
+    def __init__(self, session: Session, how: Decoding, round_: Round) -> None:
+        super().__init__(session, how, round_)
+        self._ends = partial(_ends_rounds, session, how)
+
+    def wait(self) -> RoundResult:
+        """Waits for it, and leaves out what is not compared; all is, if the device did not end it after all."""
+        result = super().wait()
+        trusted = max(len(result.draft_ids) - 1, 0) if self._ends() else 0
+        targets, logits = result.target_ids[trusted:], result.target_logits[trusted:]
+        return RoundResult(result.draft_ids, targets, logits, first_target=trusted)
 
 
 class _Given:

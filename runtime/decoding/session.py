@@ -26,12 +26,13 @@ NOTHING: RowInputs = {}
 @dataclass(frozen=True)
 class RoundResult:
     """What a round gave: the ids of the drafts that were made, the target ids, and the logits of the targets that were
-    picked.
+    picked. `first_target` is the first target's row.
     """
 
     draft_ids: list[int]
     target_ids: list[int]
     target_logits: list[float]
+    first_target: int = 0
 
 
 def softmax_of(logits: npt.NDArray[Any], picked: float) -> float:
@@ -69,9 +70,9 @@ class Session(ABC):
     """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 always drafts K, for
     devices that cannot end a round and should not wait for the host."""
 
-    any_length = False
-    """Whether a round of any length is ready at once. A device that captures rounds saves nothing by one that is of use
-    only at the end of a text."""
+    is_asynchronous = False
+    """Whether a round that was started runs by itself, so that the host can do something else. Each kind of round is
+    captured then when it comes again, so there should be few: none is shorter just because the text ends."""
 
     _bound: dict[Round, BoundRound]
     _sampler: HostSampler

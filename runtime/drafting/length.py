@@ -88,6 +88,17 @@ _LOOK = 0.2
 """What it takes to put an exit's states through the head, as a share of a round without drafts, until it was timed."""
 
 
+FEW_LENGTHS, FEW_LIMITS = (0, 1, 2, 3, 4, 6, 8, 12, 16), (0, 3, 7, 16)
+"""Drafts of a round to choose from on a device that captures each kind of round: so many, or at most so many where the
+device ends rounds by itself.
+"""
+
+
+def nearest_length(k: int, lengths: Iterable[int], most: int) -> int:
+    """The length that is nearest to K, of those up to `most`."""
+    return min((length for length in lengths if length <= most), key=lambda length: abs(length - k))
+
+
 def slopes_of(splits: Iterable[Split], weights: Mapping[GraphName, int]) -> dict[Source, float]:
     """What a draft adds to a round, as a share of one without, by what drafts, until some were measured: of an exit,
     what it reads of the weights, given in bytes by graph.

@@ -59,6 +59,30 @@ def test_drafts_and_texts_are_those_of_a_host_that_looks_at_each_draft(further, 
     assert len(captured) <= 5  # K is less at the end of the caches
 
 
+@pytest.mark.parametrize("further", [{"temperature": 0}, DRAWN], ids=["greedy", "drawn"])
+def test_early_exit_trusts_the_drafts_that_a_host_would_trust(further, model, monkeypatch):
+    kind, dtype, trusted, alike = type(model.session), model.bundle.manifest.dtype, 0, 0
+    captured = captures(monkeypatch, type(model.session._device))
+    for threshold in (0.1, 0.2, 0.5, 1.0):
+        for prompt in PROMPTS:
+            how = {"mode": "early-exit", "confidence_threshold": threshold, "max_new_tokens": 40, "logprobs": 0}
+            ours = model.complete(prompt, **how, **further)
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, "ends_below", lambda *_: False)
+                wanted = model.complete(prompt, **how, **further)
+            assert ours.statistics.captured_rounds == ours.statistics.rounds
+            if ours.token_ids == wanted.token_ids:
+                alike += 1
+                found, judged = ([one.logprob for one in made.logprobs] for made in (ours, wanted))
+                assert found == pytest.approx(judged, abs=TIE_GAP[dtype])
+                for name in ("drafted", "accepted", "rounds", "tested", "trusted"):
+                    assert getattr(ours.statistics, name) == getattr(wanted.statistics, name)
+            trusted += ours.statistics.trusted
+    assert alike > (3 if dtype == "bf16" else 8)
+    assert trusted > 20
+    assert len(captured) <= 8  # K is less at the end of the caches
+
+
 def test_another_threshold_captures_nothing_anew(model, monkeypatch):
     captured = captures(monkeypatch, type(model.session._device))
     drafted = [
@@ -103,3 +127,16 @@ def test_a_capture_that_the_driver_refuses_costs_no_token_and_leaves_it_to_the_h
             ours = model.complete(PROMPTS[0], confidence_threshold=0.9, **how)
             assert ours.token_ids == wanted.token_ids
             assert ours.statistics.drafted == wanted.statistics.drafted
+
+
+def test_where_that_is_refused_early_exit_trusts_no_draft_that_nobody_judged(bundles, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise BackendError("CUDA", "CUDA_ERROR_NOT_SUPPORTED")
+
+    bundle, how = bundles("llama-tied", exit_layer=3), {"max_new_tokens": 30}
+    early = how | {"mode": "early-exit", "confidence_threshold": 0.2}
+    monkeypatch.setattr(HostDevice, "captured_while", refuse)
+    with standin_model(bundle, tmp_path / "b", HostDevice()) as model:
+        plain, tested = model.complete(PROMPTS[0], mode="autoregressive", **how), model.complete(PROMPTS[0], **early)
+        assert (tested.token_ids, tested.statistics.trusted) == (plain.token_ids, 0)
+        assert model.complete(PROMPTS[0], **early).statistics.trusted > 0
