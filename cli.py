@@ -90,7 +90,7 @@ class _Group(click.Group):
             sys.unraisablehook = _not_raised
         try:
             _check_surroundings()
-            with _until_unread(ctx):
+            with _until_unread(ctx), _not_imported():
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
@@ -152,6 +152,20 @@ def _until_unread(ctx: click.Context) -> Iterator[None]:
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         ctx.exit(128 + signal.SIGPIPE)  # as for programs that this signal ends
+
+
+@contextmanager
+def _not_imported() -> Iterator[None]:
+    """Raises a signal's exception again where a library that was being imported made a failure of it."""
+    try:
+        yield
+    except (EdgeskipError, ImportError) as error:
+        link: BaseException | None = error
+        while link is not None:
+            if isinstance(link, ImportError) and isinstance(link.__cause__, (KeyboardInterrupt, SystemExit)):
+                raise link.__cause__ from None
+            link = link.__cause__ or link.__context__
+        raise
 
 
 def _of_the_system(error: OSError) -> EdgeskipError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -75,3 +76,20 @@ def test_a_signal_within_a_destructor_ends_the_run_too(number):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     said = "edgeskip: interrupted\n" if number == signal.SIGINT else ""
     assert (out.returncode, out.stderr) == (ENDS[number], said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_library_is_imported_is_no_failure_of_it(number, bundles, tmp_path):
+    """Libraries in C++ make an ImportError of whatever ends their initialization."""
+    (tmp_path / "onnxruntime.py").write_text(
+        "import os\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "except BaseException as error:\n"
+        "    raise ImportError('initialization failed') from error\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "edgeskip", "generate", bundles("llama-gqa").folder, "-p", "a", "-n", "4"]
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    said = "edgeskip: interrupted\n" if number == signal.SIGINT else ""
+    assert (out.returncode, out.stdout, out.stderr) == (ENDS[number], "", said)
