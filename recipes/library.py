@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from edgeskip.exporter.quantization.budget import planned_formats
 from edgeskip.exporter.quantization.choice import QuantizationChoice
-from edgeskip.recipes.deployment import DEVICES, Device, ExportRecipe, load_device, recipe_shape
+from edgeskip.recipes.deployment import DEVICES, Device, ExportRecipe, checkpoint_source, load_device, recipe_shape
 from edgeskip.recipes.plan.plan import PlanSettings
 from edgeskip.recipes.plan.recommend import recommend
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.train.schema import TrainingRecipe
-from edgeskip.runtime.bundle.graphs import check_exit_layers
+from edgeskip.runtime.bundle.graphs import check_draft_vocabulary, check_exit_layers
 from edgeskip.runtime.errors import EdgeskipError, RecipeError, RequestError
 
 _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
@@ -34,8 +35,9 @@ def shipped_recipes() -> Iterator[Shipped]:
     """All of them, by kind and name."""
     for kind, folder in FOLDERS.items():
         for path in sorted(folder.glob("*.toml")):
-            first = path.read_text(encoding="utf-8").partition("\n")[0]
-            yield Shipped(kind, path.stem, path, first.lstrip("# ").partition(". ")[0] if first.startswith("#") else "")
+            lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+            comment = " ".join(line.lstrip("# ") for line in lines)
+            yield Shipped(kind, path.stem, path, comment.partition(". ")[0].removesuffix("."))
 
 
 def recipe_file(name: str) -> Path:
@@ -79,7 +81,7 @@ def validate(path: Path) -> Kind:
     table = read_table(path)
     kind: Kind = "training" if "run" in table else "device" if "bandwidth_gb_per_s" in table else "model"
     recipe = read_recipe(path, _CLASSES[kind])
-    if isinstance(recipe, ExportRecipe) and (recipe.shape or (path.parent / recipe.checkpoint).is_dir()):
+    if isinstance(recipe, ExportRecipe) and (recipe.shape or Path(checkpoint_source(recipe, path)).is_dir()):
         try:
             architecture = recipe_shape(recipe, path).architecture
             layers = architecture.num_layers
@@ -91,6 +93,7 @@ def validate(path: Path) -> Kind:
                 bits=recipe.bits,
             )
             planned_formats(architecture, recipe.dtype or "fp16", choice)
+            check_draft_vocabulary(recipe.draft_vocabulary, architecture.vocab_size)
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
         exits = (recipe.exit_layer, *recipe.other_exits)

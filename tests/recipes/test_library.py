@@ -104,6 +104,8 @@ def test_bad_recipes_are_one_line(text, message, tmp_path):
 def test_every_shipped_recipe_is_valid_and_titled(recipe):
     assert validate(recipe.path) == recipe.kind
     assert len(recipe.title) > 10
+    comment = " ".join(recipe.path.read_text().replace("#", "").split())
+    assert comment.startswith((f"{recipe.title}. ", f"{recipe.title} name = "))  # a sentence, whole
 
 
 def test_every_figure_of_a_device_has_a_source():
@@ -267,12 +269,16 @@ def test_the_block_size_is_what_suits_the_device(backends, wanted, tmp_path):
         ('weights = "int4"\nblock_size = 32.0', "block_size: found 32.0; wanted 32 or 64 or 128"),
         ('layers = ["0-1"]', "layers[0]: found '0-1'; wanted a layer or a range"),
         ('layers = ["0-12=int8"]', "layers: '0-12=int8'; wanted layers in order, of 0 to 11"),
+        ("draft_vocabulary = 4096", "draft vocabulary: 4096; wanted 128 to 4095 rows: the vocabulary has 4096"),
+        ("other_exits = [2]", "other_exits: found exit layer 2 twice"),
         ('head = "int4"\nblock_size = 128\nweights = "int4"', "down_proj.weight: 704 columns, which blocks of 128"),
     ],
 )
-def test_formats_of_a_recipe_are_checked_with_it(change, message, tmp_path):
+@pytest.mark.parametrize("checkpoint", ["model", "python-10m"])
+def test_a_recipe_is_checked_with_its_checkpoint(checkpoint, change, message, tmp_path):
+    """One that lies beside it, and one that ships."""
     shutil.copytree(FOLDERS["model"] / "checkpoints" / "python-10m", tmp_path / "model")
-    write(tmp_path, r=f'checkpoint = "model"\nexit_layer = 2\nsource = "me"\n{change}\n')
+    write(tmp_path, r=f'checkpoint = "{checkpoint}"\nexit_layer = 2\nsource = "me"\n{change}\n')
     done = run("recipes", "validate", tmp_path / "r.toml")
     assert done.exit_code == 7
     assert message in done.output
