@@ -81,7 +81,8 @@ def export_bundle(
     progress: Progress = lambda *_: None,
     warn: Warn = lambda _: None,
 ) -> Bundle:
-    """Splits a checkpoint and writes the bundle; `warn` gets a line where the dtype may not hold the numbers.
+    """Splits a checkpoint and writes the bundle; `warn` gets a line where the dtype may not hold the numbers, and
+    where `auto` has no bits to give.
 
     Raises:
         RequestError: an exit layer, length, speculation length or format that the model cannot have.
@@ -97,7 +98,7 @@ def export_bundle(
             settings = replace(settings, calibration=None)
     exits = tuple(sorted((settings.exit_layer, *settings.other_exits)))
     heads = heads_of(architecture.vocab_size, settings.draft_vocabulary, settings.picker)
-    quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress)
+    quantization = plan_quantization(checkpoint, settings, settings.dtype, exits, progress, warn)
     formats = quantization.formats
     layout = plan_weights(checkpoint, settings.dtype, capacity, formats)
     graphs = graph_table(architecture.num_layers, exits, heads)

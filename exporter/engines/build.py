@@ -45,7 +45,7 @@ from edgeskip.runtime.bundle.engines import (
 )
 from edgeskip.runtime.bundle.formats import is_quantized
 from edgeskip.runtime.bundle.graphs import Graph, dimensions
-from edgeskip.runtime.bundle.layers import LEAST_SM, files_of
+from edgeskip.runtime.bundle.layers import LEAST_SM, files_of, has_products
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress, verify_hashes
 from edgeskip.runtime.bundle.profiles import EngineProfile, engine_profiles
 from edgeskip.runtime.bundle.store import Outcome, engines_place, limit_bytes, make_room, whole_engines
@@ -202,7 +202,9 @@ def _check_formats(bundle: Bundle, compute_capability: int) -> None:
         return
     wanted = f"SM {LEAST_SM} or later, fp16 or bf16, and hidden, intermediate and attention sizes in steps of 16"
     found = f"quantized weights, in {manifest.dtype} and for SM {compute_capability}"
-    raise RequestError(bundle.folder, found, wanted=wanted, fix="export the checkpoint without --weights")
+    in_fp16 = has_products(manifest.architecture, "fp16", manifest.formats.values(), compute_capability)
+    fix = f"export the checkpoint {'with --dtype fp16' if in_fp16 else 'without --weights'}"
+    raise RequestError(bundle.folder, found, wanted=wanted, fix=fix)
 
 
 def _check_heads(bundle: Bundle, dialect: str) -> None:

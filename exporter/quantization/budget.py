@@ -27,7 +27,7 @@ def planned_formats(architecture: Architecture, dtype: DType, choice: Quantizati
     check_is_auto(choice)
     if choice.weights == "auto":
         matrices, names = matrices_to_choose(architecture, dtype, choice, formats)
-        formats |= wider_matrices(matrices, _added(matrices, names, dtype), bits_of(choice), dtype)
+        formats |= wider_matrices(matrices, _added(matrices, names, dtype), bits_of(choice, dtype), dtype)
     return formats
 
 
@@ -37,9 +37,9 @@ def check_is_auto(choice: QuantizationChoice) -> None:
         raise RequestError("bits", f"{choice.bits:g}, for weights that are not `auto`", fix="leave it out")
 
 
-def bits_of(choice: QuantizationChoice) -> float:
+def bits_of(choice: QuantizationChoice, dtype: DType) -> float:
     """Those that are asked for."""
-    return DEFAULT_BITS if choice.bits is None else choice.bits
+    return DEFAULT_BITS[dtype] if choice.bits is None else choice.bits
 
 
 def matrices_to_choose(
@@ -55,7 +55,7 @@ def matrices_to_choose(
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.layer is not None and tensor.is_matrix}
     free = free_layers(architecture, choice.layers)
     names = [name for name, tensor in matrices.items() if tensor.layer in free and name not in choice.formats]
-    check_bits(matrices, names, bits_of(choice), dtype)
+    check_bits(matrices, names, bits_of(choice, dtype), dtype)
     return matrices, names
 
 

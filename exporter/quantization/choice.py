@@ -27,8 +27,10 @@ LayersChoice = Annotated[str, Pattern(_LAYERS.pattern, LAYERS_TEXT)]
 Method = Literal["search", "gptq"]
 """How numbers and scales are found."""
 
-DEFAULT_BITS = 5.0
-"""Of a weight on average, for `auto`."""
+DEFAULT_BITS: Mapping[DType, float] = {"fp32": 5.5, "fp16": 5.0, "bf16": 5.0}
+"""Of a weight on average, for `auto`: half a bit more than 4 bits take with a scale in the dtype for each 32."""
+
+BITS_TEXT = f"{DEFAULT_BITS['fp16']:g}, in fp32 {DEFAULT_BITS['fp32']:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class QuantizationChoice:
         head: that of the tables of tokens; by default int8 where `weights` are quantized, and else the dtype.
         layers: formats of single layers or ranges, such as `0-3=int8`.
         block_size: numbers that share a scale, in 4 bits.
-        bits: of a weight with its share of the scales, at most, on average over the layers; for `auto`, by default 5.
+        bits: of a weight with its share of the scales, at most, on average over the layers; for `auto`. By default
+            5, and 5.5 in fp32, where scales take twice as much.
         quantizer: how numbers and scales are found.
         calibration: a file or folder of texts, for `auto` and `gptq`; by default those that ship with edgeskip.
         formats: formats of single tensors by name, before all of these.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from edgeskip.exporter.checkpoint import Checkpoint, TensorReader
+from edgeskip.exporter.index import Warn
 from edgeskip.exporter.quantization.budget import bits_of, check_is_auto, matrices_to_choose, wider_matrices
 from edgeskip.exporter.quantization.calibrated.calibration import Calibration, read_calibration
 from edgeskip.exporter.quantization.choice import QuantizationChoice, chosen_formats, free_layers
@@ -35,6 +36,7 @@ def plan_quantization(
     dtype: DType,
     exit_layers: tuple[int, ...],
     progress: Progress = lambda *_: None,
+    warn: Warn = lambda _: None,
 ) -> QuantizationPlan:
     """Decides on formats and on what finds the numbers, and measures matrices where that is asked for.
 
@@ -44,6 +46,7 @@ def plan_quantization(
         dtype: the bundle's.
         exit_layers: those that it can draft from.
         progress: told of measuring and, later, of quantizing.
+        warn: gets a line where `auto` has no room to choose.
 
     Raises:
         RequestError: formats, layers or bits that the model cannot have, another format for what comes quantized, or
@@ -62,7 +65,11 @@ def plan_quantization(
     if problem := formats_problem(formats, tensors, dtype):
         raise RequestError("formats", problem)
     if choice.weights == "auto" and calibration is not None:
-        formats |= _wider(checkpoint, choice, formats, dtype, calibration, exit_layers, progress)
+        wider = _wider(checkpoint, choice, formats, dtype, calibration, exit_layers, progress)
+        formats |= wider
+        if not wider:
+            scales = f"with its scales in {dtype}, one in 4 takes as much"
+            warn(f"{bits_of(choice, dtype):g} bits have room for no matrix in 8 bits: {scales}; give more --bits")
     quantizer: Quantizer = Search()
     if choice.quantizer == "gptq" and calibration is not None:
         if not formats:
@@ -155,4 +162,4 @@ def _wider(
     with TensorReader(checkpoint) as reader:
         tensors = bundle_tensors(checkpoint.architecture, 0, dtype, formats)
         effects = allocation.matrix_effects(Decoder(reader, tensors, dtype, few, exit_layers), names, progress)
-    return wider_matrices(matrices, effects, bits_of(choice), dtype)
+    return wider_matrices(matrices, effects, bits_of(choice, dtype), dtype)

@@ -628,7 +628,8 @@ def _software_problems(
     if dialect is not None and is_quantized(formats) and not has_products(architecture, settings.dtype, formats, sm):
         found = f"quantized weights in {settings.dtype} on SM {sm}, which kernels of ours do not read"
         wanted = f"SM {LEAST_SM} or later, fp16 or bf16, and sizes in steps of 16"
-        yield Problem("build", f"{found}; wanted {wanted}", "give --weights dtype")
+        other = "--dtype fp16" if has_products(architecture, "fp16", formats, sm) else "--weights dtype"
+        yield Problem("build", f"{found}; wanted {wanted}", f"give {other}")
     if dialect is not None and (wanted := dtype_problem(settings.dtype, sm, dialect)):
         yield Problem("build", f"{settings.dtype} on SM {sm}; wanted {wanted}", "give --dtype fp16")
     if dialect is not None and (wanted := heads_problem(architecture, dialect)):

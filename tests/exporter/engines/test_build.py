@@ -435,6 +435,15 @@ def test_quantized_bundles_have_engines_of_layers_only(dialect, bundles):
     assert nothing_is_stored()
 
 
+@pytest.mark.parametrize(("sm", "fix"), [(86, "with --dtype fp16"), (75, "without --weights")])
+def test_a_quantized_bundle_in_fp32_is_refused_with_what_would_do(sm, fix, bundles):
+    with pytest.raises(
+        RequestError, match=f"quantized weights, in fp32 and for SM {sm}.*; export the checkpoint {fix}"
+    ):
+        build(bundles("llama-gqa", weights="int4"), sm, dialect="layers")
+    assert nothing_is_stored()
+
+
 def test_engines_of_a_quantized_bundle_are_those_of_the_plain_one(bundles):
     (made,) = build(bundles("llama-gqa", dtype="fp16", weights="int4"), 86)
     assert made.build.dialect == "layers"

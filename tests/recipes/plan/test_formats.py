@@ -111,6 +111,22 @@ def test_kernels_that_do_not_read_the_formats_are_a_problem():
     assert recommend(EIGHT_B, old, PlanSettings(4)).compared[-1].weights == "fp16"  # nothing else is offered
 
 
+@pytest.mark.parametrize(("sm", "fix"), [(89, "give --dtype fp16"), (75, "give --weights dtype")])
+def test_a_dtype_that_kernels_do_not_read_is_what_is_to_be_changed(sm, fix):
+    card = replace(load_device("rtx-4060"), compute_capability=sm)
+    settings = PlanSettings(4, dtype="fp32", formats=weights_formats(ONE_B, card, "int4"))
+    problems = make_plan("", ONE_B, card, settings).problems
+    assert [one.fix for one in problems if "quantized weights in fp32" in one.found] == [fix]
+
+
+def test_the_bits_of_auto_are_counted_in_the_dtype():
+    asked = ("plan", "llama3.2-1b", "-d", "rtx-4060", "--weights", "auto", "--bits", "4.3")
+    assert CliRunner().invoke(main, asked).exit_code == 0
+    refused = CliRunner().invoke(main, (*asked, "--dtype", "fp32"))
+    assert refused.exit_code == 5
+    assert "bits: 4.3; wanted 4.5 to" in refused.stderr
+
+
 # The recommendation
 
 

@@ -63,6 +63,21 @@ def test_an_export_keeps_the_bits_and_leaves_chosen_layers_alone(quantizer, bund
     assert len(bundle.manifest.quantization.calibration_sha256) == 64
 
 
+def test_without_bits_the_same_matrices_get_8_in_each_dtype(bundles):
+    """A scale of 32 bits for 32 numbers leaves 5 bits no room, so fp32 takes half a bit more."""
+    of_dtype = {dtype: bundles("llama-gqa", weights="auto", dtype=dtype).manifest.formats for dtype in ("fp32", "fp16")}
+    wider = [{name for name in MATRICES if formats[name] == "int8"} for formats in of_dtype.values()]
+    assert wider[0] == wider[1]
+    assert wider[0]
+
+
+def test_bits_that_leave_nothing_to_choose_are_warned_of(checkpoints, tmp_path):
+    settings, told = ExportSettings(2, "fp32", weights="auto", bits=5.0), []
+    export_bundle(open_checkpoint(str(checkpoints("llama-gqa"))), tmp_path / "b", settings, warn=told.append)
+    assert len(told) == 1
+    assert "5 bits have room for no matrix in 8 bits: with its scales in fp32, one in 4 takes as much; give" in told[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
