@@ -87,7 +87,7 @@ def print_statistics(generation: Generation, console: Console) -> None:
         )
     elif s.acceptance_rate is not None:
         console.print(
-            f"[dim]{s.tokens_per_round:.2f} tokens per round with {s.num_speculations} drafts; "
+            f"[dim]{s.tokens_per_round:.2f} tokens per round with at most {s.num_speculations} drafts; "
             f"acceptance {s.acceptance_rate:.0%}, match {s.match_rate:.0%}; {histogram(s)}[/dim]"
         )
     if len(s.by_exit) > 1:
@@ -99,10 +99,11 @@ def print_statistics(generation: Generation, console: Console) -> None:
 
 
 def histogram(s: Statistics) -> str:
-    """Rounds by accepted drafts, as bars: `0 ▂ 1 ▁ 2 ▃ 3 █`."""
-    most = max(s.acceptance_histogram, default=0) or 1
-    bars = " ▁▂▃▄▅▆▇█"
-    return "accepted " + " ".join(f"{a}{bars[-(-n * 8 // most)]}" for a, n in enumerate(s.acceptance_histogram))
+    """Rounds by accepted drafts, up to as many as any round had, as bars: `0 ▂ 1 ▁ 2 ▃ 3 █`."""
+    longest = max((len(one.rounds_by_length) for one in s.by_drafter.values()), default=1)
+    rounds = s.acceptance_histogram[:longest]
+    most, bars = max(rounds, default=0) or 1, " ▁▂▃▄▅▆▇█"
+    return "accepted " + " ".join(f"{a}{bars[-(-n * 8 // most)]}" for a, n in enumerate(rounds))
 
 
 def table(first: str, *others: str) -> Table:

@@ -129,7 +129,10 @@ def test_generate_prints_the_text_on_stdout_and_the_statistics_on_stderr(bundle)
     assert result.stdout == wanted.text + "\n"
     assert re.match(r"ONNX Runtime \S+, CPU, cpu dialect, fp32; MB: weights 0.7, caches 0.1", result.stderr)
     assert re.search(r"\n20 tokens, \d+ tokens/s, first after \d+ ms; ended by max_new_tokens\n", result.stderr)
-    assert re.search(r"tokens per round with 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
+    assert re.search(r"tokens per round with at most 4 drafts; acceptance \d+%, match \d+%; accepted 0", result.stderr)
+    longest = len(wanted.statistics.by_drafter["exit"].rounds_by_length) - 1
+    accepted = result.stderr.rpartition("; accepted ")[2].splitlines()[0]
+    assert re.findall(r"\d+", accepted) == [str(n) for n in range(longest + 1)]
 
 
 def test_draws_are_shown_with_their_seed_and_can_be_drawn_again(bundle):
@@ -205,7 +208,15 @@ def test_json_is_one_object_with_the_documented_keys(bundle):
 
 @pytest.mark.parametrize(
     "words",
-    [["generate", "", "-p", "a"], ["bench", "{bundle}", "--prompts", ""], ["export", "c", "b", "--calibration", ""]],
+    [
+        ["generate", "", "-p", "a"],
+        ["bench", "{bundle}", "--prompts", ""],
+        ["export", "c", "b", "--calibration", ""],
+        ["pack", "{bundle}", ""],
+        ["tune", "{bundle}", "--recipe", ""],
+        ["synth", "", "c", "-e", "1", "--match-rate", "1"],
+        ["synth", "llama3.2-1b", "", "-e", "1", "--match-rate", "1"],
+    ],
 )
 def test_an_empty_path_is_not_the_current_folder(words, bundle, monkeypatch):
     monkeypatch.chdir(bundle)
@@ -483,13 +494,16 @@ def test_a_bundle_of_several_exits_through_the_verbs(checkpoints, texts, tmp_pat
     assert "exit layer: 2; wanted 1, 3: the bundle is cut there; export with this exit layer" in refused.stderr
     plan = json.loads(succeed("plan", bundle, "-d", "h100", "--dtype", "fp16", "--json").stdout)
     assert (plan["exit_layer"], plan["other_exits"]) == (3, [1])
-    grid = ["-e", 3, "-e", 1, "-e", "auto", "-k", 2, "-k", 3, "-n", 8, "--repeats", 1]
+    assert drafting in succeed("export", checkpoints("llama-gqa"), tmp_path / "c", "-e", 3, "-e", 1).stderr
+    grid = ["-e", "3,1", "-e", "auto", "-k", 2, "-k", 3, "-n", 8, "--repeats", 1]
     bench = succeed("bench", bundle, "--prompts", texts, *grid, "--json")
     report = json.loads(bench.stdout)
     found = [(row["exit_layer"], row["num_speculations"]) for row in report["rows"]]
     assert found == [(None, 0), (3, 2), (3, 3), (1, 2), (1, 3), (None, 16)]
     table = succeed("bench", bundle, "--prompts", texts, "-e", "auto", "-n", 8, "--repeats", 1).stdout
     assert "E = auto, K = auto, from the first rounds of a text to the last: K " in table
+    assert re.search(r"\nadaptive +auto +auto +\d", table)
+    assert re.search(r"\nauto +auto +exit \d +\d", table)
     assert {stage["graph"] for stage in report["stages"]} == {"draft", "middle_1_3", "verify", "head"}
 
 

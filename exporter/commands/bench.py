@@ -16,6 +16,7 @@ from edgeskip.runtime.commands.options import (
     device_option,
     draft_option,
     drawing_options,
+    exit_layers_option,
     first,
     html_option,
     json_option,
@@ -46,14 +47,10 @@ if TYPE_CHECKING:
     help="Speculation lengths to measure, auto among them; can be given more than once.  [default: 1 to 8]",
 )
 @draft_option
-@click.option(
-    "--exit-layer",
-    "-e",
-    "exit_layers",
-    multiple=True,
-    type=Choice(),
-    help="Exits to measure, of those that the bundle has; can be given more than once; auto chooses exit and K for "
-    "each round.  [default: its first]",
+@exit_layers_option(
+    "Exits to measure, of those that the bundle has, as 3,5,auto; auto chooses exit and K for each round.  [default: "
+    "its first]",
+    auto=True,
 )
 @threshold_option
 @max_new_tokens_option
@@ -74,7 +71,7 @@ def bench(
     bundle: Path,
     grid: tuple[Any, ...],
     draft: Any,
-    exit_layers: tuple[Any, ...],
+    exit_layers: tuple[Any, ...] | None,
     confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
@@ -112,8 +109,8 @@ def bench(
         GREEDY.changed(**drawing),
         first(draft, BenchSettings.draft),
         "auto" in grid,
-        tuple(one for one in exit_layers if one != "auto"),
-        "auto" in exit_layers,
+        tuple(one for one in exit_layers or () if one != "auto"),
+        "auto" in (exit_layers or ()),
     )
     texts = load_prompts(prompts)[:num_prompts]
     with (

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
-from edgeskip.runtime.commands.options import bundle_argument, say
+from edgeskip.runtime.commands.options import Place, bundle_argument, say
 from edgeskip.runtime.errors import BundleError
 
 
 @click.command()
 @bundle_argument
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Place(path_type=Path))
 @click.option(
     "--sm", "wanted", type=int, multiple=True, help="Only engines for this SM, 87 for 8.7; can be given more than once."
 )

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from edgeskip.runtime.commands.options import (
+    Place,
     require,
     threads_option,
 )
 
 
 @click.command()
-@click.option("--keep", type=click.Path(path_type=Path), help="Export to this folder and keep it.")
+@click.option("--keep", type=Place(path_type=Path), help="Export to this folder and keep it.")
 @threads_option
 def demo(keep: Path | None, threads: int) -> None:
     """See it work: export the model that ships with edgeskip, decode it both ways, compare."""

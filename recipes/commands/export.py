@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import click
 
-from edgeskip.exporter.quantization.choice import DEFAULT_BITS, FormatChoice, Method, WeightsChoice
+from edgeskip.exporter.quantization.choice import BITS_TEXT, FormatChoice, Method, WeightsChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import ExitLayers, Place, first, require, say
+from edgeskip.runtime.commands.options import Place, exit_layers_option, first, require, say
 
 
 @click.command()
@@ -26,12 +26,8 @@ from edgeskip.runtime.commands.options import ExitLayers, Place, first, require,
     shell_complete=names_of("device"),
     help="Plan for this device, by name or file, and fit its memory.",
 )
-@click.option(
-    "--exit-layer",
-    "-e",
-    "exit_layers",
-    type=ExitLayers(),
-    help="E: layers[:E] draft, the rest verify; of several, as 3,5, the first is the default.  [default: the recipe's]",
+@exit_layers_option(
+    "E: layers[:E] draft, the rest verify; of several, as 3,5, the first is the default.  [default: the recipe's]"
 )
 @click.option(
     "--dtype",
@@ -65,7 +61,7 @@ from edgeskip.runtime.commands.options import ExitLayers, Place, first, require,
 @click.option(
     "--bits",
     type=float,
-    help=f"For auto: bits of a weight on average, scales counted.  [default: the recipe's, or {DEFAULT_BITS:g}]",
+    help=f"For auto: bits of a weight on average, scales counted.  [default: the recipe's, or {BITS_TEXT}]",
 )
 @click.option(
     "--head",
@@ -171,7 +167,7 @@ def export(
             weights = recommended.weights
             say(f"{device.name}: {recommended.reason}")
         choice = QuantizationChoice(weights=weights, head=head, layers=layers, block_size=size, bits=bits)
-        formats = planned_formats(opened.architecture, "fp16", choice)
+        formats = planned_formats(opened.architecture, first(dtype, device.dtype), choice)
         wanted = replace(wanted, formats=formats | stored_formats(opened))
         fitted, problems = fit(opened.architecture, device, wanted)
         dtype, max_length = fitted.dtype, fitted.max_length

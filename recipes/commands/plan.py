@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 import click
 
-from edgeskip.exporter.quantization.choice import DEFAULT_BITS, FormatChoice, WeightsChoice
+from edgeskip.exporter.quantization.choice import BITS_TEXT, FormatChoice, WeightsChoice
 from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.commands.options import ExitLayers, first, json_option
+from edgeskip.runtime.commands.options import Place, exit_layers_option, first, json_option
 from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
 
 
@@ -29,12 +29,8 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     required=True,
     help="A device, by name or file; `edgeskip recipes list` shows them.",
 )
-@click.option(
-    "--exit-layer",
-    "-e",
-    "exit_layers",
-    type=ExitLayers(),
-    help="E; of several, as 3,5, times are those of the first.  [default: the recipe's, or a quarter of the layers]",
+@exit_layers_option(
+    "E; of several, as 3,5, times are those of the first.  [default: the recipe's, or a quarter of the layers]"
 )
 @click.option(
     "--num-speculations",
@@ -62,7 +58,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     help="The format of the layers' matrices.  [default: the recipe's or the bundle's, else the least loss that fits]",
 )
 @click.option(
-    "--bits", type=float, help=f"For auto: bits of a weight on average.  [default: the recipe's, or {DEFAULT_BITS:g}]"
+    "--bits", type=float, help=f"For auto: bits of a weight on average.  [default: the recipe's, or {BITS_TEXT}]"
 )
 @click.option("--head", type=click.Choice(get_args(FormatChoice)), help="That of head and token embeddings.")
 @click.option("--layers", multiple=True, metavar="LAYERS=FORMAT", help="Another format for some layers, as 0-3=int8.")
@@ -82,7 +78,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     "--calibrate",
     "reports",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="What `edgeskip bench --json` wrote on this device, for any model; can be given more than once.",
 )
 @json_option
@@ -172,7 +168,7 @@ def plan(
     if weights or head or layers:
         size = first(size, fitting_block_size(a, device))
         choice = QuantizationChoice(weights=weights, head=head, layers=layers, block_size=size, bits=bits)
-        formats = planned_formats(a, "fp16", choice)
+        formats = planned_formats(a, first(dtype, device.dtype), choice)
     elif formats is None:
         recommended = recommend(a, device, settings, size, measured)
         formats = recommended.formats

@@ -10,7 +10,7 @@ import click
 
 from edgeskip.recipes.commands.options import names_of
 from edgeskip.recipes.reader import FOLDERS
-from edgeskip.runtime.commands.options import say
+from edgeskip.runtime.commands.options import Place, say
 from edgeskip.runtime.errors import EdgeskipError, RecipeError, reason
 from edgeskip.runtime.printable import printable
 from edgeskip.runtime.reading import kind_of, read_text
@@ -60,7 +60,7 @@ def show(recipe: str) -> None:
 
 @recipes.command()
 @click.argument("recipe", shell_complete=names_of(*FOLDERS))
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=Place(path_type=Path), required=False)
 def copy(recipe: str, file: Path | None) -> None:
     """Copy a RECIPE to a FILE of your own, to change it.  [default: its own name, here]"""
     from edgeskip.recipes.library import recipe_file

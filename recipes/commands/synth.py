@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.commands.options import require, say
+from edgeskip.runtime.commands.options import Place, require, say
 from edgeskip.runtime.errors import CheckpointError
 
 
 @click.command()
-@click.argument("shape")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("shape", type=Place())
+@click.argument("checkpoint", type=Place(path_type=Path))
 @click.option("--exit-layer", "-e", type=int, required=True, help="E: the later layers, layers[E:], are damped.")
 @click.option(
     "--match-rate",
@@ -53,6 +54,9 @@ def synth(
     device: Any,
 ) -> None:
     """Make a CHECKPOINT with random weights to measure speed with; SHAPE is a published one or a config.json."""
+    given = click.get_current_context().get_parameter_source("segment_tokens")
+    if given is ParameterSource.COMMANDLINE and len(match_rate) < 2:
+        raise click.UsageError("--segment-tokens is for several match rates: repeat --match-rate, or leave it out")
     require("synth")
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
     from edgeskip.runtime.files import check_destination

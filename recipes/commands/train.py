@@ -10,11 +10,11 @@ from edgeskip.runtime.commands.options import Place, require, say
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=Place(path_type=Path))
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     help="The model's folder.  [default: runs/NAME, after the recipe]",
 )
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint in the output folder.")

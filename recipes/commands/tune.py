@@ -45,7 +45,7 @@ from edgeskip.runtime.errors import RecipeError, RequestError
 )
 @num_prompts_option
 @prompt_tokens_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="Write the choice to this file, as an export recipe.")
+@click.option("--recipe", type=Place(path_type=Path), help="Write the choice to this file, as an export recipe.")
 @json_option
 @html_option
 @backend_option

@@ -288,7 +288,8 @@ def _rates(stages: Iterable[StageTime]) -> Iterator[tuple[str, int, float]]:
 def _name(contestant: Contestant) -> str:
     k, exit_layer = contestant.num_speculations, contestant.exit_layer
     where = "" if exit_layer is None else f" from layer {exit_layer}"
-    return f"{contestant.mode} decoding{where} with K = {k}" if k else "plain decoding"
+    length = "" if contestant.mode == ADAPTIVE else f" with K = {k}"
+    return f"{contestant.mode} decoding{where}{length}" if k else "plain decoding"
 
 
 def _take_turns(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from edgeskip.runtime.bench.measure import ADAPTIVE, BenchReport, BenchRow
+from edgeskip.runtime.bench.measure import ADAPTIVE, BenchReport, BenchRow, Difference
 from edgeskip.runtime.decoding.statistics import Stretch
 from edgeskip.runtime.terminal import bytes_text, memory_sizes, shown, table
 
@@ -57,7 +57,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
         where = f" E={d.exit_layer}" if d.exit_layer else ""
         what = "a tie, legal" if d.is_tie else "NOT a tie"
         console.print(
-            f"{d.mode}{where} K={d.num_speculations}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
+            f"{d.mode}{where} K={_length(d)}, prompt {d.prompt}: token {d.position} is not plain decoding's; "
             f"the lower of their logits is {d.gap:.2g} below the top one: {what}"
         )
     if not report.differences:
@@ -80,8 +80,8 @@ def _print_rounds(report: BenchReport, console: Console) -> None:
         if row.stage_ms_per_round is not None:
             times = [*row.stage_ms_per_round.values(), row.host_ms_per_round]
             rounds.add_row(
-                _number(row.exit_layer),
-                str(row.num_speculations),
+                _exit(row),
+                _length(row),
                 *(f"{ms:.3f}" for ms in times),
                 f"{row.host_share:.1%}",
                 f"{row.time_to_first_token_ms:.1f}",
@@ -99,16 +99,14 @@ def _print_drafters(report: BenchReport, console: Console) -> None:
         for name, one in made.items():
             lengths = " ".join(f"{k}:{n}" for k, n in enumerate(one.rounds_by_length) if n)
             cells = (f"{one.rounds}", f"{1e3 * one.seconds / one.rounds:.3f}", f"{one.drafted}", f"{one.accepted}")
-            named = (_number(row.exit_layer), str(row.num_speculations), name)
-            drafters.add_row(*named, *cells, f"{one.accepted / one.drafted:.0%}", lengths)
+            drafters.add_row(_exit(row), _length(row), name, *cells, f"{one.accepted / one.drafted:.0%}", lengths)
     console.print("Rounds with drafts, by what drafted; ms per round:")
     console.print(drafters)
     for row in report.rows:
         if row.mode == ADAPTIVE and row.course:
-            where = "auto" if row.exit_layer is None else f"{row.exit_layer}"
             parts = ", ".join(map(_stretch_text, row.course))
             console.print(
-                f"E = {where}, K = auto, from the first rounds of a text to the last: {parts}", soft_wrap=True
+                f"E = {_exit(row)}, K = auto, from the first rounds of a text to the last: {parts}", soft_wrap=True
             )
 
 
@@ -118,8 +116,13 @@ def _stretch_text(part: Stretch) -> str:
     return f"K {part.drafted / part.rounds:.1f} from {exits or 'none'}"
 
 
-def _number(exit_layer: int | None) -> str:
-    return "" if exit_layer is None else str(exit_layer)
+def _exit(row: BenchRow) -> str:
+    chosen = "auto" if row.mode == ADAPTIVE else ""
+    return chosen if row.exit_layer is None else str(row.exit_layer)
+
+
+def _length(row: BenchRow | Difference) -> str:
+    return "auto" if row.mode == ADAPTIVE else str(row.num_speculations)
 
 
 def _speed_cells(row: BenchRow) -> list[str]:
@@ -128,8 +131,8 @@ def _speed_cells(row: BenchRow) -> list[str]:
 
     return [
         row.mode,
-        _number(row.exit_layer),
-        str(row.num_speculations or ""),
+        _exit(row),
+        _length(row) if row.num_speculations else "",
         f"{row.tokens_per_second:.0f}",
         f"{row.ms_per_token:.3f}",
         f"{row.speedup:.2f}x",

@@ -35,7 +35,14 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--prompt", "-p", help="The text to continue.")
 @click.option("--prompt-file", "-f", type=click.File("rb"), help="A file with the text to continue; - is stdin.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
-@click.option("--mode", type=click.Choice(MODES), default=MODES[0], show_default=True, help="How to decode.")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default=MODES[0],
+    show_default=True,
+    help="autoregressive decodes plainly, to the same text; early-exit leaves out the later layers, to another text, "
+    "but for tokens that the exit gives less than --confidence-threshold.",
+)
 @length_option
 @draft_option
 @exit_option

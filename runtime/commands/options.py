@@ -70,16 +70,30 @@ class Choice(_AnyType):
 
 
 class ExitLayers(_AnyType):
-    """Exit layers in a list with commas, the one to draft from first."""
+    """Exit layers in a list with commas; `auto` may be one of them where that is said."""
 
     name = "E[,E...]"
+
+    def __init__(self, auto: bool = False) -> None:
+        self._auto = auto
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Their numbers."""
         try:
-            return value if isinstance(value, tuple) else tuple(map(int, value.split(",")))
+            return tuple(one if self._auto and one == "auto" else int(one) for one in value.split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers, such as 4 or 3,5.", param, ctx)
+            others = " or auto" if self._auto else ""
+            self.fail(f"{value!r} is no list of whole numbers{others}, such as 4 or 3,5.", param, ctx)
+
+
+def exit_layers_option(text: str, auto: bool = False) -> Callable[[CommandT], CommandT]:
+    """Several exit layers: a list, or the option again; None where it is not given."""
+
+    def joined(ctx: click.Context, param: click.Parameter, given: tuple[tuple[Any, ...], ...]) -> Any:
+        return tuple(one for some in given for one in some) or None
+
+    settings: Any = {"type": ExitLayers(auto), "multiple": True, "callback": joined, "help": text}
+    return click.option("--exit-layer", "-e", "exit_layers", **settings)
 
 
 bundle_argument = click.argument("bundle", type=BundleFolder(path_type=Path))

@@ -365,6 +365,9 @@ def test_the_command_tells_what_it_made_and_takes_no_folder_that_is_there(shapes
     assert "random weights; exit layer 2 matches" in result.stderr
     assert "Its texts repeat tokens" in result.stderr
     assert f"edgeskip export {tmp_path / 'made'} BUNDLE --exit-layer 2 --dtype fp32" in result.stderr
+    alone = CliRunner().invoke(main, [*asked, "--segment-tokens", "64"])
+    assert alone.exit_code == 2
+    assert "--segment-tokens is for several match rates: repeat --match-rate, or leave it out" in alone.stderr
     again = CliRunner().invoke(main, asked)
     assert (again.exit_code, again.stdout) == (3, "")
     assert again.stderr.startswith(f"edgeskip: {tmp_path / 'made'}: already exists")
