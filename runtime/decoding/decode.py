@@ -36,7 +36,7 @@ from edgeskip.runtime.decoding.rounds import (
     verification_round,
 )
 from edgeskip.runtime.decoding.sampling import GREEDY, Picker, TokenLogprob, token_logprob
-from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session
+from edgeskip.runtime.decoding.session import BoundRound, RoundResult, Session, softmax_of
 from edgeskip.runtime.drafting.drafters import Draft, Drafter, Source
 from edgeskip.runtime.drafting.length import FEW_LENGTHS, FEW_LIMITS, Pace, nearest_length
 from edgeskip.runtime.drafting.ngram import NgramIndex
@@ -312,7 +312,8 @@ class _Rounds:
         elif self._session.is_asynchronous:
             choice = self._ahead[bool(self._drafts)]
             there = len(self._drafts) if choice.source == "ngram" else most
-            self._choice = replace(choice, num_drafts=self._length(choice.source, choice.num_drafts, there))
+            fits = choice.num_drafts <= there
+            self._choice = choice if fits else replace(choice, num_drafts=self._length(choice.source, there, there))
         else:
             self._choice = self._chosen(how.pace, most, len(self._drafts))
         if how.pace is not None:
@@ -381,7 +382,8 @@ class _Rounds:
             picked = [*session.picks_again(rows, vocabulary, position + 1)]
             drafts, sure = [token for token, _ in picked], [probability >= threshold for _, probability in picked]
         elif threshold:
-            sure = [session.draft_confidence(row, vocabulary) >= threshold for row in range(rows)]
+            logits = session.read_draft_logits(rows)[:, :vocabulary]
+            sure = [softmax_of(row, float(row[token])) >= threshold for row, token in zip(logits, drafts, strict=False)]
         right = [draft == token for draft, token in zip(drafts, kept, strict=False)]
         ms = max(pace.clock_ms() - begun_ms, 1e3 * (perf_counter() - begun))  # the host's part counts too
         return exit_layer, right, sure, ms

@@ -95,8 +95,9 @@ device ends rounds by itself.
 
 
 def nearest_length(k: int, lengths: Iterable[int], most: int) -> int:
-    """The length that is nearest to K, of those up to `most`."""
-    return min((length for length in lengths if length <= most), key=lambda length: abs(length - k))
+    """The length that is nearest to K, of those up to `most`; 0 is for K = 0 alone, unless nothing else fits."""
+    fitting = (length for length in lengths if length <= most and bool(length) == bool(k))
+    return min(fitting, key=lambda length: abs(length - k), default=0)
 
 
 def slopes_of(splits: Iterable[Split], weights: Mapping[GraphName, int]) -> dict[Source, float]:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from edgeskip.runtime.drafting import length
-from edgeskip.runtime.drafting.length import MAX_SPECULATIONS, Pace, Rate, RoundCosts
+from edgeskip.runtime.drafting.length import (
+    FEW_LENGTHS,
+    FEW_LIMITS,
+    MAX_SPECULATIONS,
+    Pace,
+    Rate,
+    RoundCosts,
+    nearest_length,
+)
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
 EXIT = 3
@@ -198,3 +206,14 @@ def test_drafts_that_a_lack_of_confidence_ended_cost_no_more_than_were_made():
         ended.note(EXIT, 12, 2, 2, 1.6)
         whole.note(EXIT, 2, 2, 2, 1.6)
     assert ended.chosen({EXIT: 16})[1] > 2
+
+
+@pytest.mark.parametrize("lengths", [FEW_LENGTHS, FEW_LIMITS])
+def test_a_round_of_few_lengths_has_drafts_where_some_were_chosen(lengths):
+    for most in range(MAX_SPECULATIONS + 1):
+        for k in range(most + 1):
+            length = nearest_length(k, lengths, most)
+            assert length in lengths
+            assert length <= most
+            assert (length == 0) == (k == 0 or most < lengths[1])
+            assert length == 0 or all(abs(length - k) <= abs(one - k) for one in lengths[1:] if one <= most)
