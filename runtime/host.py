@@ -9,12 +9,15 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_OUTPUT = 1 << 16
+_LEAST_RELEASED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,38 @@ def release_freed_memory() -> None:
     """Gives the system back what glibc keeps of freed memory. Other C libraries have no such call."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def releasing_freed_memory(growth: int) -> Iterator[None]:
+    """Releases freed memory again and again, once the process has grown by so many bytes; up to then it may be kept, as
+    memory that is used anew costs less time than new memory.
+    """
+    ended = threading.Event()
+
+    def release() -> None:
+        limit = anonymous_bytes() + growth
+        while not ended.wait(0.01):
+            if anonymous_bytes() > limit:
+                release_freed_memory()
+                limit = max(limit, anonymous_bytes() + _LEAST_RELEASED)
+
+    thread = threading.Thread(target=release, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process, less that of mapped files; 0 where the system does not tell."""
+    try:
+        _, resident, shared = Path("/proc/self/statm").read_text(encoding="ascii").split()[:3]
+    except (OSError, ValueError):
+        return 0
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def others_seconds(root: Path = Path("/")) -> float | None:

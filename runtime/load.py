@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeskip.runtime.backends.choice import BackendChoice, DeviceChoice, open_elsewhere, open_session
 from edgeskip.runtime.bundle.manifest import Progress, read_bundle, verify_hashes
 from edgeskip.runtime.decoding.model import Model
+from edgeskip.runtime.decoding.text import load_tokenizer
 from edgeskip.runtime.drafting.drafters import ExitChoice
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.host import release_freed_memory
@@ -51,6 +52,7 @@ def load(
         raise RequestError("progress", f"{progress!r:.60}", wanted="a function")
     opened = read_bundle(local_bundle(bundle))
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
+    tokenizer = load_tokenizer(opened)  # which takes more memory for a while: so before there are weights
     fixed = None if exit_layer == "auto" else exit_layer
     if fixed is not None and (type(fixed) is not int or fixed not in opened.manifest.exit_layers):
         usable = backend != "auto" or (device != "cpu" and dialect is None)
@@ -67,8 +69,8 @@ def load(
         )
     _LOG.info("%s: %s", opened.folder, session.description)
     try:
-        model = Model(opened, session, exit_layer)
-        release_freed_memory()  # what reading the tokenizer took
+        model = Model(opened, session, exit_layer, tokenizer)
+        release_freed_memory()  # what reading the tokenizer and trying out the graphs took
         return model
     except BaseException:
         session.close()

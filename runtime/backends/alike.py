@@ -27,9 +27,9 @@ def fewest_rows(run: Callable[[int], Sequence[npt.NDArray[Any]]]) -> int | None:
     """The fewest rows, one or two, of a call whose rows are those of a longer one; None if even two are not.
 
     Args:
-        run: the outputs [T,...] of calls with the first T of the same `MOST_ROWS` rows.
+        run: the outputs [T,...] of calls with the first T of the same `MOST_ROWS` rows, until it runs again.
     """
-    long = run(MOST_ROWS)
+    long = [one.copy() for one in run(MOST_ROWS)]
 
     def same(rows: int) -> bool:
         return all(np.array_equal(one, other[:rows]) for one, other in zip(run(rows), long, strict=True))

@@ -59,7 +59,9 @@ class OrtCpuSession(MeasuredSession):
         ort = onnxruntime()
         options = cpu_options(ort, threads)
         choose_attention()
-        self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, [("CPUExecutionProvider", {})])
+        self._threads = threads or usable_cores()
+        providers: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+        self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, providers, at_once=self._threads)
         self._graph_table, self._dims = manifest.graphs, dimensions(manifest.architecture, manifest.max_length)
         numbers = {"float": np.dtype(NUMBER_TYPES[manifest.dtype].numpy), "int64": np.dtype(np.int64)}
         self._buffers = {
@@ -74,7 +76,6 @@ class OrtCpuSession(MeasuredSession):
         self.dialect = dialect
         self._bound: dict[Round, BoundRound] = {}
         self._stage_ns: dict[str, int] = dict.fromkeys(manifest.graphs, 0)
-        self._threads = threads or usable_cores()
         self.hardware = f"{cpu_name()}, {self._threads} threads"
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {dialect} dialect, {manifest.dtype}"
         self._fewest_rows, self._drafts_singly = 1, False
@@ -98,7 +99,7 @@ class OrtCpuSession(MeasuredSession):
                 self._bound_call(call)()
             for cache in self._caches.values():
                 cache[:, :, :MOST_ROWS] = 0
-            return [self.read(view) for call in calls for _, view in call.outputs]
+            return [self._rows(view) for call in calls for _, view in call.outputs]
 
         for buffer, verifies in (("inputs_embeds", False), (split.exit_states, True)):
             self.write(buffer, states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.bundle.weights import read_bytes, stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.host import release_freed_memory, usable_cores
+from edgeskip.runtime.host import release_freed_memory, releasing_freed_memory, usable_cores
 from edgeskip.runtime.packages import install
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
@@ -25,7 +26,7 @@ CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
 
 
 class OrtGraphs:
-    """A bundle's graphs, loaded; their calls are bound by address."""
+    """A bundle's graphs, `at_once` of them loaded at a time; their calls are bound by address."""
 
     def __init__(
         self,
@@ -34,20 +35,28 @@ class OrtGraphs:
         dialect: str,
         options: Callable[[GraphName], Any],
         providers: list[tuple[str, dict[str, str]]],
+        at_once: int = 1,
     ) -> None:
         manifest = bundle.manifest
         self._table, self._dtype, self._dialect = manifest.graphs, manifest.dtype, DIALECTS[dialect]
         self._dims = dimensions(manifest.architecture, manifest.max_length)
         self._weights = stored_arrays(bundle) if self._dialect.weights == "inputs" else {}
-        self._sessions: dict[GraphName, Any] = {}
-        # A graph takes more memory while it is loaded than afterwards: so the largest first, while there are no others.
-        for graph, _ in sorted(read_bytes(bundle).items(), key=lambda pair: -pair[1]):
-            path = bundle.graph_path(graph, dialect)
-            with ort_errors(path):
-                session = ort.InferenceSession(path, options(graph), providers=providers)
+        paths = {graph: bundle.graph_path(graph, dialect) for graph in manifest.graphs}
+
+        def session(graph: GraphName) -> Any:
+            with ort_errors(paths[graph]):
+                made = ort.InferenceSession(paths[graph], options(graph), providers=providers)
             release_freed_memory()  # copies of weights that it packed
-            self._sessions[graph] = session
-            self._check_tensors(path, graph)
+            return made
+
+        # A graph takes more memory while it is loaded than afterwards: so the largest first, while there are no others.
+        # It packs its weights on one thread.
+        largest_first = [graph for graph, _ in sorted(read_bytes(bundle).items(), key=lambda pair: -pair[1])]
+        with releasing_freed_memory(manifest.weights_bytes), ThreadPoolExecutor(at_once) as pool:
+            sessions = (pool.map if at_once > 1 else map)(session, largest_first)
+            self._sessions = dict(zip(largest_first, sessions, strict=True))
+        for graph in largest_first:
+            self._check_tensors(paths[graph], graph)
 
     def _check_tensors(self, path: Path, graph: GraphName) -> None:
         """Compares a loaded graph with the manifest's: memory is bound by address, so nothing later would notice."""

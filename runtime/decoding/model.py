@@ -113,7 +113,13 @@ class Model:
         held: whose rows the caches hold.
     """
 
-    def __init__(self, bundle: Bundle, session: MeasuredSession, exit_layer: ExitChoice | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: MeasuredSession,
+        exit_layer: ExitChoice | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         if not (isinstance(bundle, Bundle) and isinstance(session, MeasuredSession)):
             found = f"of a {type(bundle).__name__} and a {type(session).__name__}"
             raise RequestError("model", found, wanted="a bundle and a session", fix="edgeskip.load makes one")
@@ -122,7 +128,7 @@ class Model:
         self.draft: Draft = "exit"
         self.split = bundle.manifest.split(None if exit_layer == "auto" else exit_layer, GREEDY.name)
         self.exit_layer: ExitChoice = self.split.exit_layer if exit_layer is None else exit_layer
-        self.tokenizer: Tokenizer = load_tokenizer(bundle)
+        self.tokenizer: Tokenizer = tokenizer or load_tokenizer(bundle)
         self.embeddings = embedding_table(bundle)
         self.held = HeldRows(session, (*bundle.manifest.exit_layers, bundle.manifest.architecture.num_layers))
         splits = [bundle.manifest.split(one, GREEDY.name) for one in bundle.manifest.exit_layers]

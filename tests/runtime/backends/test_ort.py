@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import onnxruntime
+import pytest
+import torch
+from tests.conftest import make_model, save_checkpoint
 
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
+from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.backends.ort import cpu_options, value_at
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS
 from edgeskip.runtime.bundle.weights import embedding_table
+from edgeskip.runtime.host import anonymous_bytes
 
 
 def test_a_graph_reads_a_table_where_it_lies(bundles):
@@ -32,3 +42,29 @@ def test_values_are_in_every_dtype():
     for dtype, kind in (("fp32", "float"), ("fp16", "float16"), ("bf16", "bfloat16")):
         value = value_at(onnxruntime, numbers.ctypes.data, (4, 8), dtype, "cpu")
         assert (value.shape(), value.data_type(), value.data_ptr()) == ([4, 8], f"tensor({kind})", numbers.ctypes.data)
+
+
+@pytest.mark.skipif(not anonymous_bytes(), reason="the system does not tell")
+def test_loading_takes_hardly_more_memory_than_it_keeps(tmp_path):
+    """Copies that are made of 150 MB of quantized weights, by graphs that are loaded side by side."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 8}
+    model = make_model("llama-gqa", **sizes, vocab_size=32_000, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(str(save_checkpoint(model.to(torch.bfloat16), tmp_path / "checkpoint")))
+    export_bundle(checkpoint, tmp_path / "bundle", ExportSettings(2, weights="int8", head="int8"))
+    code = (
+        "import json, sys, threading, onnxruntime, edgeskip\n"
+        "from edgeskip.runtime.host import anonymous_bytes\n"
+        "before, ended = anonymous_bytes(), threading.Event()\n"
+        "peak = before\n"
+        "def watch():\n"
+        "    global peak\n"
+        "    while not ended.wait(0.001): peak = max(peak, anonymous_bytes())\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "model = edgeskip.load(sys.argv[1], backend='onnxruntime', device='cpu')\n"
+        "ended.set()\n"
+        "print(json.dumps([model.bundle.manifest.weights_bytes, peak - before, anonymous_bytes() - before]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "bundle")]
+    weights, peak, kept = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert kept > weights > 140e6
+    assert peak < kept + weights / 8
