@@ -30,6 +30,7 @@ from edgeskip.runtime.backends.engines.layers import LayersSession
 from edgeskip.runtime.backends.engines.sampler import SETTINGS
 from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
+from edgeskip.runtime.bundle.dtypes import NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import (
     BUILD,
     BUILD_VERSION,
@@ -439,6 +440,12 @@ class StandInTensorRT:
         return _Engine(self, json.loads(data))
 
 
+def zeros_for(node):
+    """Zeros for an input, with one row where their number is free."""
+    shape = [1 if isinstance(dim, str) else dim for dim in node.shape]
+    return np.zeros(shape, next(kind.numpy for kind in NUMBER_TYPES.values() if kind.ort == node.type))
+
+
 class _Engine:
     def __init__(self, library, made):
         self.library, self.made = library, made
@@ -449,14 +456,17 @@ class _Engine:
         self.tensors = {node.name: (ELEMENTS[node.type], tuple(node.shape)) for node in nodes}
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(made["profiles"])
-        self.loaded, self.last = {}, {}
+        self.loaded = {}
         if library.rtx:
             self.create_runtime_config = lambda: _RuntimeConfig(library)
 
     def __del__(self):
-        for session, binding in self.last.values():  # what unsynchronized runs hold goes back with one that is; see
-            with contextlib.suppress(Exception):  # on a GPU, memory that is bound may be gone
-                session.run_with_iobinding(binding)  # OrtCudaSession._release
+        """Runs once more and waits, which gives back what runs without waiting hold (see OrtCudaSession._release): on
+        memory of its own, as that which was bound may be gone.
+        """
+        for session in self.loaded.values():
+            with contextlib.suppress(Exception):  # its device may be gone too
+                session.run(None, {node.name: zeros_for(node) for node in session.get_inputs()})
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
@@ -558,7 +568,6 @@ class _Context:
             options = onnxruntime.RunOptions()
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             session.run_with_iobinding(binding, options)
-            self.engine.last[stream] = session, binding
         return True
 
 

@@ -67,6 +67,20 @@ def test_rounds_are_captured_and_the_statistics_say_so(kind, bundle, tmp_path):
         assert other.captured_rounds == other.rounds - 1  # the first one was enqueued
 
 
+def test_what_stands_for_an_engine_writes_to_no_memory_of_a_session_that_is_closed(bundle, tmp_path):
+    with model_of(bundle, tmp_path) as model:
+        model.complete(PROMPT, max_new_tokens=5)
+        engines, memory = [*model.session._engines.values()], [*model.session._device._kept]
+        assert all(engine.loaded for engine in engines)
+    for block in memory:
+        block[:] = 0xAB
+    gone = [weakref.ref(engine) for engine in engines]
+    del engines
+    gc.collect()
+    assert not any(ref() for ref in gone)
+    assert all((block == 0xAB).all() for block in memory)
+
+
 @pytest.mark.parametrize("rtx", [False, True])
 def test_what_cannot_be_captured_is_enqueued_with_the_same_tokens(rtx, bundle, tmp_path):
     with edgeskip.load(bundle.folder, device="cpu") as plain:
