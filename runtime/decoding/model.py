@@ -197,16 +197,24 @@ class Model:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
             BackendError: at once, if there is a grammar and its library is not installed.
         """
-        request = self._request(
-            mode=mode,
-            num_speculations=num_speculations,
-            confidence_threshold=confidence_threshold,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            logprobs=logprobs,
-            **further,
+        how = self._drafting(
+            mode, num_speculations, confidence_threshold, further.pop("draft", None), further.pop("exit_layer", None)
         )
-        return self._generate(replace(request, prompt_ids=self._held(prompt)))
+        if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
+            raise RequestError("max new tokens", f"{max_new_tokens!r:.60}", wanted="a whole number from 1")
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                found = "an empty text" if text == "" else f"{text!r:.60}"
+                raise RequestError("stop", found, wanted="at least one character")
+        if logprobs is not None:
+            _check_logprobs(logprobs)
+        grammar = further.pop("grammar", None)
+        if not isinstance(self.sampling, Sampling):
+            raise RequestError("sampling", f"{self.sampling!r:.60}", wanted="an edgeskip.Sampling")
+        picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
+        mask = None if grammar is None else self._mask(grammar)
+        return self._generate(_Request(self._held(prompt), how, max_new_tokens, stops, picked, logprobs, mask))
 
     def check(self, **settings: Unpack[GenerationSettings]) -> None:
         """Checks settings of `generate`, for whoever has no prompt yet.
@@ -215,30 +223,25 @@ class Model:
             RequestError: they cannot be served.
             BackendError: there is a grammar and its library is not installed.
         """
-        self._request(**settings)
+        self.generate([0], **settings)  # which begins when somebody asks for a piece
 
-    def _request(
+    def _drafting(
         self,
-        *,
-        mode: Mode = "self-speculative",
-        num_speculations: int | Literal["auto"] | None = None,
-        confidence_threshold: float | None = None,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        **further: Unpack[FurtherSettings],
-    ) -> _Request:
-        """A request that lacks its prompt."""
-        draft = further.pop("draft", None)
+        mode: Mode,
+        num_speculations: int | Literal["auto"] | None,
+        confidence_threshold: float | None,
+        draft: Draft | None,
+        exit_layer: ExitChoice | None,
+    ) -> _Drafting:
+        """What `generate` was told of the mode and of drafts, checked."""
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r:.60}", wanted=f"one of {', '.join(MODES)}")
-        exit_layer = further.pop("exit_layer", None)
-        drafting: dict[str, Any] = {"draft": draft, "num speculations": num_speculations}
+        given: dict[str, Any] = {"draft": draft, "num speculations": num_speculations}
         if mode != "early-exit":
-            drafting["confidence threshold"] = confidence_threshold
-        for name, given in drafting.items():
-            if mode != "self-speculative" and given is not None:
-                found = f"{given!r:.60}, beside the mode {mode}, which drafts nothing"
+            given["confidence threshold"] = confidence_threshold
+        for name, value in given.items():
+            if mode != "self-speculative" and value is not None:
+                found = f"{value!r:.60}, beside the mode {mode}, which drafts nothing"
                 raise RequestError(name, found, fix="leave out one of them")
         draft = self.draft if draft is None else draft
         if draft not in DRAFTS:
@@ -261,37 +264,9 @@ class Model:
         check_num_speculations(most, " or 'auto'")
         if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
-        if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
-            raise RequestError("max new tokens", f"{max_new_tokens!r:.60}", wanted="a whole number from 1")
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-        for text in stops:
-            if not isinstance(text, str) or not text:
-                found = "an empty text" if text == "" else f"{text!r:.60}"
-                raise RequestError("stop", found, wanted="at least one character")
-        if logprobs is not None:
-            _check_logprobs(logprobs)
-        grammar = further.pop("grammar", None)
-        if not isinstance(self.sampling, Sampling):
-            raise RequestError("sampling", f"{self.sampling!r:.60}", wanted="an edgeskip.Sampling")
-        picked = self.sampling.changed(**cast("SamplingSettings", further)).seeded()
         trusted = MAX_SPECULATIONS if confidence_threshold else 0
         k = {"self-speculative": most, "autoregressive": 0, "early-exit": trusted}[mode]
-        mask = None if grammar is None else self._mask(grammar)
-        return _Request(
-            (),
-            mode,
-            split,
-            others,
-            k,
-            paced,
-            draft,
-            confidence_threshold,
-            max_new_tokens,
-            stops,
-            picked,
-            logprobs,
-            mask,
-        )
+        return _Drafting(mode, split, others, k, paced, draft, confidence_threshold)
 
     def complete(
         self,
@@ -478,8 +453,8 @@ class Model:
         stage_ms = _elapsed_ms(clock, self.session.stage_ns)
         replayed = self.session.captured_rounds
         statistics = summarize(
-            request.mode,
-            request.num_speculations,
+            request.drafting.mode,
+            request.drafting.num_speculations,
             Prefilled(len(request.prompt_ids), cached, taking + first.seconds),
             rounds,
             stage_ms,
@@ -507,7 +482,8 @@ class Model:
 
     def _depth(self, request: _Request) -> int:
         """The layers that a text runs through."""
-        return request.split.exit_layer if request.exits_always else self.bundle.manifest.architecture.num_layers
+        told = request.drafting
+        return told.split.exit_layer if told.exits_always else self.bundle.manifest.architecture.num_layers
 
     def _steps(self, request: _Request, cached: int) -> Generator[Step, None, None]:
         """Steps of a prompt whose first `cached` rows are there.
@@ -534,21 +510,21 @@ class Model:
     def _rounds(self, request: _Request, ids: Sequence[int], cached: int) -> Iterator[Step]:
         """Steps after so much of a text, whose first `cached` rows are there."""
         manifest, new_tokens, before = self.bundle.manifest, request.max_new_tokens, len(ids)
-        depth = self._depth(request)
-        embeddings, split, exits = TokenRows(self.embeddings, ids), request.split, request.mode == "early-exit"
-        looks_up = request.draft != "exit" and request.mode == "self-speculative"
+        depth, told = self._depth(request), request.drafting
+        embeddings, split, exits = TokenRows(self.embeddings, ids), told.split, told.mode == "early-exit"
+        looks_up = told.draft != "exit" and told.mode == "self-speculative"
         how = Decoding(
             replace(split, draft_head=split.head) if exits else split,  # what is not tested comes from all tokens
-            request.num_speculations,
-            request.confidence_threshold,
-            early_exit=request.exits_always,
+            told.num_speculations,
+            told.confidence_threshold,
+            early_exit=told.exits_always,
             trusts_exit=exits,
             picks=picks_of(request.sampling, request.mask),
             logprobs=request.logprobs,
-            draft="exit" if exits else request.draft,
+            draft="exit" if exits else told.draft,
             lookup=Lookup(NgramIndex(), self.embeddings) if looks_up else None,
-            pace=self._pace if request.paced else None,
-            others=request.others,
+            pace=self._pace if told.paced else None,
+            others=told.others,
         )
         step = prefill(self.session, how, embeddings, manifest.prefill_chunk, cached)
         self.held.add(ids[cached:], depth)
@@ -607,10 +583,9 @@ async def iterated(
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What was asked for, checked; K is 0 where nothing is drafted."""
+class _Drafting:
+    """How a text is to be decoded; K is 0 where nothing is drafted."""
 
-    prompt_ids: Sequence[int]
     mode: Mode
     split: Split
     others: tuple[Split, ...]
@@ -618,16 +593,24 @@ class _Request:
     paced: bool
     draft: Draft
     confidence_threshold: float
-    max_new_tokens: int | None
-    stop: tuple[str, ...]
-    sampling: Sampling
-    logprobs: int | None
-    mask: TokenMask | None
 
     @property
     def exits_always(self) -> bool:
         """Whether the layers after the exit do nothing, not even for the prompt."""
         return self.mode == "early-exit" and not self.num_speculations
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, checked."""
+
+    prompt_ids: Sequence[int]
+    drafting: _Drafting
+    max_new_tokens: int | None
+    stop: tuple[str, ...]
+    sampling: Sampling
+    logprobs: int | None
+    mask: TokenMask | None
 
 
 def _check_logprobs(count: int) -> None:
