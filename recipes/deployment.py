@@ -52,6 +52,7 @@ class ExportRecipe:
         block_size: numbers that share a scale, in 4 bits; by default what suits the device.
         bits: of a weight on average, for `auto`.
         quantizer: how numbers and scales are found.
+        calibration: a file or folder of texts (relative to the recipe), for `auto`, `gptq` and `draft_vocabulary`.
         draft_vocabulary: rows of the vocabulary that drafts come from; by default all.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
@@ -69,6 +70,7 @@ class ExportRecipe:
     block_size: BlockSize | None = None
     bits: Annotated[float, Range(1, 16)] | None = None
     quantizer: Method = "search"
+    calibration: str | None = None
     draft_vocabulary: Annotated[int, Range(LEAST_DRAFT_VOCABULARY, MOST_SIZE)] | None = None
     other_exits: tuple[Size, ...] = ()
     match_rates: Mapping[int, Share] = field(default_factory=dict)
@@ -78,6 +80,10 @@ class ExportRecipe:
             raise RecipeError("checkpoint", f"found {self.checkpoint!r}", wanted="a hub id, a folder or a name")
         if self.bits is not None and self.weights != "auto":
             raise RecipeError("bits", f"found {self.bits:g}", wanted='weights = "auto"')
+        read = self.weights == "auto" or self.quantizer == "gptq" or self.draft_vocabulary is not None
+        if self.calibration is not None and not (read and self.calibration.strip()):
+            wanted = 'a file or folder of texts, beside weights = "auto", quantizer = "gptq" or draft_vocabulary'
+            raise RecipeError("calibration", f"found {self.calibration!r:.60}", wanted=wanted)
         if any(exit_layer < 1 for exit_layer in self.match_rates):
             raise RecipeError("match_rates", f"found exit layer {min(self.match_rates)}", wanted="at least 1")
 

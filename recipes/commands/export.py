@@ -150,6 +150,8 @@ def export(
         bits = first(bits, chosen.bits if weights == "auto" else None)
         quantizer = first(quantizer, chosen.quantizer)
         draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
+        if chosen.calibration and (weights == "auto" or quantizer == "gptq" or draft_vocabulary is not None):
+            calibration = first(calibration, path.parent / chosen.calibration)
     if weights == "auto" or quantizer == "gptq":
         require("export --quantizer gptq")
     if exit_layers is None:

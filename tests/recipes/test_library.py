@@ -251,6 +251,27 @@ def test_a_recipe_says_how_weights_are_stored_and_options_go_before_it(checkpoin
     assert formats_of(tmp_path / "c") == (["int4-32", "int8"], "int4-32")
 
 
+def test_texts_of_a_recipe_lie_beside_it_and_are_read_where_something_asks_for_them(tmp_path):
+    (tmp_path / "texts.txt").write_text("def add(a, b):\n    return a + b\n" * 100)
+    texts = 'extends = "python-10m"\ncalibration = "texts.txt"\n'
+    write(tmp_path, r=f"{texts}draft_vocabulary = 512\n", q=f'{texts}quantizer = "gptq"\nweights = "int4"\n')
+    assert run("export", "--recipe", tmp_path / "r.toml", tmp_path / "b").exit_code == 0
+    assert read_bundle(tmp_path / "b").manifest.renumbered
+    assert run("export", "--recipe", tmp_path / "q.toml", "--quantizer", "search", tmp_path / "c").exit_code == 0
+    (tmp_path / "texts.txt").unlink()
+    done = run("export", "--recipe", tmp_path / "r.toml", tmp_path / "d")
+    assert done.exit_code == 5
+    assert f"{tmp_path / 'texts.txt'}: no such file" in done.output
+
+
+@pytest.mark.parametrize("change", ['calibration = "texts"', 'calibration = " "\ndraft_vocabulary = 512'])
+def test_texts_that_nothing_reads_and_texts_without_a_name_are_refused(change, tmp_path):
+    write(tmp_path, r=f'extends = "python-10m"\n{change}\n')
+    done = run("recipes", "validate", tmp_path / "r.toml")
+    assert done.exit_code == 7
+    assert "wanted a file or folder of texts, beside weights" in done.output
+
+
 @pytest.mark.parametrize(
     ("backends", "wanted"), [('["onnxruntime", "tensorrt"]', 32), ('["tensorrt", "onnxruntime"]', 64)]
 )
