@@ -331,6 +331,14 @@ def test_an_export_in_blocks_that_do_not_divide_is_refused_before_anything_is_wr
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("formats", [[], ["--weights", "int8"]])
+def test_blocks_where_nothing_is_in_4_bits_are_refused(formats, checkpoints, tmp_path):
+    result = run("export", checkpoints("llama-gqa"), tmp_path / "b", "-e", 2, "--block-size", 32, *formats)
+    assert result.exit_code == 2
+    assert "--block-size is for 4 bits: give --weights int4, or leave it out" in result.stderr
+    succeed("export", checkpoints("llama-gqa"), tmp_path / "c", "-e", 2, "--block-size", 32, "--layers", "0=int4")
+
+
 def test_a_dialect_that_a_quantized_bundle_lacks_is_refused(bundles):
     bundle = bundles("llama-gqa", weights="int8").folder
     result = run("check", bundle, "--backend", "onnxruntime", "--device", "cpu", "--dialect", "primitive")

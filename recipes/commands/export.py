@@ -154,6 +154,9 @@ def export(
             calibration = first(calibration, path.parent / chosen.calibration)
     if weights == "auto" or quantizer == "gptq":
         require("export --quantizer gptq")
+    in_4_bits = weights == "auto" or "int4" in (weights, head) or any(one.endswith("=int4") for one in layers)
+    if block_size is not None and device is None and not in_4_bits:
+        raise click.UsageError("--block-size is for 4 bits: give --weights int4, or leave it out")
     if exit_layers is None:
         raise click.UsageError("give --exit-layer or --recipe")
     exit_layer, *other_exits = exit_layers
