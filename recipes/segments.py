@@ -9,10 +9,14 @@ as probable at any place: segments have a geometric length, whatever the prompt.
 the other kinds. Their outputs are damped by as much as the kind's rate wants.
 
 *Confidence.* The largest of n normal logits has a mean probability that grows with their scale (:func:`logit_scale`).
-The last norm multiplies by the scale that the surest kind needs. For the others, the exit's last MLP adds to a
-large number that the first one wrote, that no layer and no head reads, but which the norms divide by: a sink, as
+The last norm multiplies by the scale that the surest kind needs. The exit's last MLP adds to a large number that the
+first one wrote, the more the less sure a kind is. No layer and no head reads it, but the norms divide by it: a sink, as
 trained models have them.
 So an exit is as sure, on average, as it is right; and within a kind, drafts that lead by more are right more often.
+
+*Depth.* As the sink outweighs the random part of a state, norms do not bring that back to a fixed size: their weights
+do. A gated MLP is about quadratic, so the error of a weight would double from layer to layer. Each weight is
+therefore made from what its norm is given once all before it are right (:meth:`Kinds.learn`).
 
 V vocabulary, H hidden size, I intermediate size, E exit layer, N kinds, W coordinates of a kind.
 """
@@ -70,6 +74,11 @@ def bias(tokens: float, kinds: int, rows: int) -> float:
     return low
 
 
+def layer_of(name: str) -> int:
+    """The layer of a parameter by its name in transformers; -1 outside of the layers."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
 @dataclass
 class Kinds:
     """Writes kinds into random weights, in place.
@@ -82,7 +91,7 @@ class Kinds:
         exit_layer: E.
 
     Attributes:
-        early_rms: the rms of what the early layers write.
+        early_rms: the rms of what the early layers write, at the exit.
     """
 
     scales: Sequence[float]
@@ -94,40 +103,52 @@ class Kinds:
     def __post_init__(self) -> None:
         self._width = max(1, self.hidden_size // 64)
         self._least = _SINK * math.sqrt(self.exit_layer * self.hidden_size)
+        self._rms: dict[str, float] = {}  # of the random part, by norm
+        self._before: list[float] = []  # the sink that the last layer found
         self.early_rms = math.sqrt(self.exit_layer)
-        self._gains = {layer: [1.0] * len(self.scales) for layer in (0, self.exit_layer - 1)}
+        self._gains = {layer: [self._least / 2 / _READ**2] * len(self.scales) for layer in (0, self.exit_layer - 1)}
 
     @property
     def _coordinate(self) -> int:
         """That of the sink, behind those of the kinds."""
         return len(self.scales) * self._width
 
-    @property
-    def _sinks(self) -> list[float]:
-        """What the sink shall be at the exit [N]: the rms of a state is inverse to the scale of its logits."""
+    def _sinks(self, layer: int) -> list[float]:
+        """What the sink shall be after an early layer [N]; at the exit, an rms is inverse to the scale of logits."""
+        if layer < self.exit_layer - 1:
+            return [self._least / 2] * len(self.scales)
         early = self.early_rms**2 * self.hidden_size
         length = math.sqrt(self._least**2 + early)
         return [math.sqrt((length * max(self.scales) / scale) ** 2 - early) for scale in self.scales]
 
-    def adjust(self, states: Sequence[Tensor], token_ids: Tensor) -> None:
-        """Learns what the early layers write, from the states before each layer [B,T,H] of these tokens [B,T]."""
-        random = states[self.exit_layer][..., self._coordinate + 1 :].double()
-        self.early_rms = math.sqrt(float(random.square().sum(-1).mean()) / self.hidden_size)
-        for layer, gains in self._gains.items():
-            before = self._least if layer else 0.0
-            for kind, sink in enumerate(self._sinks):
-                wanted = self._least if layer < self.exit_layer - 1 else sink
-                found = float(states[layer + 1][..., self._coordinate][token_ids % len(gains) == kind].double().mean())
-                gains[kind] *= (wanted - before) / max(found - before, 1e-6)
+    def learn(self, name: str, states: Tensor, token_ids: Tensor) -> None:
+        """Learns what an early norm, or the first one after the exit, is given: states [B,T,H] of these tokens [B,T].
+
+        To be called for each in turn, by the name of its weight in transformers.
+        """
+        random = states[..., self._coordinate + 1 :].float()
+        self._rms[name] = math.sqrt(float(random.square().mean()))
+        if not name.endswith("input_layernorm.weight"):
+            return
+        layer = layer_of(name)
+        if layer == self.exit_layer:
+            self.early_rms = self._rms[name]
+        kinds, column = token_ids % len(self.scales), states[..., self._coordinate].float()
+        found = [float(column[kinds == kind].mean()) for kind in range(len(self.scales))]
+        if layer - 1 in self._gains:
+            gains, wanted = self._gains[layer - 1], self._sinks(layer - 1)
+            for kind, before in enumerate(self._before):
+                gains[kind] *= (wanted[kind] - before) / (found[kind] - before)
+        self._before = found
 
     def write(self, name: str, parameter: Tensor, dampings: Sequence[float]) -> None:
         """Writes into a parameter, by its name in transformers; into later layers' output projections as drawn."""
-        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        layer = layer_of(name)
         matrix = name.removesuffix(".weight").rpartition(".")[2]
         if name in (EMBEDDINGS, LM_HEAD):
             self._write_tokens(parameter, dampings)
         elif name == NORM or matrix.endswith("layernorm"):
-            self._write_norm(layer, parameter, dampings)
+            self._write_norm(name, parameter, dampings)
         elif layer >= self.exit_layer:
             self._write_late(matrix, parameter, dampings)
         if matrix in ("o_proj", "down_proj") and parameter.dim() == 2:
@@ -156,15 +177,16 @@ class Kinds:
             table[kind :: len(dampings), own] = carry / math.sqrt(self._width)
             table[kind :: len(dampings), self._coordinate] = math.sqrt(longest**2 - carry**2)  # all are as long
 
-    def _write_norm(self, layer: int, weight: Tensor, dampings: Sequence[float]) -> None:
-        """Undoes what the least sink does to the random part, whose rms grows from layer to layer, and kinds before."""
+    def _write_norm(self, name: str, weight: Tensor, dampings: Sequence[float]) -> None:
+        """Makes the random part measure 1, as if the least sink, and before that the kinds, were not there."""
+        layer = layer_of(name)
+        length, rms = self._least, self.early_rms
+        if 0 <= layer < self.exit_layer:
+            length = self._least / 2 if layer else max(map(self._carry, dampings))
+            rms = self._rms.get(name, math.sqrt(layer or 1 / self.hidden_size))
+        weight.fill_(math.sqrt(length**2 / self.hidden_size + rms**2) / rms)
         if layer == 0:
-            weight.fill_(math.sqrt(1 + max(map(self._carry, dampings)) ** 2))
-            weight[: self._coordinate] /= math.sqrt(self.hidden_size)
-            weight[self._coordinate] = 0
-            return
-        rms = math.sqrt(layer) if 0 < layer < self.exit_layer else self.early_rms
-        weight.fill_(math.sqrt(self._least**2 / self.hidden_size + rms**2) / rms)
+            weight[: self._coordinate] *= rms
         weight[self._coordinate] = 0
         if layer < 0:
             weight *= max(self.scales)

@@ -33,18 +33,19 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from edgeskip.exporter.config import SYNTHETIC
 from edgeskip.exporter.reference import cache_argument
-from edgeskip.recipes.segments import MAX_KINDS, Kinds, bias, logit_scale
+from edgeskip.recipes.segments import MAX_KINDS, Kinds, bias, layer_of, logit_scale
 from edgeskip.recipes.shape import Shape, load_shape
 from edgeskip.recipes.train.early_exit import CausalLM
 from edgeskip.runtime.bundle.architecture import Architecture
@@ -249,12 +250,23 @@ class Weights:
         """Measures what the early layers make of tokens, which is also what kinds go by, until that is settled."""
         settings, length = self.settings, self.settings.prompt_length
         token_ids = random_tokens(settings, self.architecture.vocab_size, length + settings.new_tokens).to(self.device)
+
+        def learn(name: str, norm: nn.Module, inputs: tuple[Tensor]) -> None:
+            kinds.learn(name, inputs[0][:, length:], token_ids[:, length:])
+            self._write(name, norm.get_parameter("weight"), dampings)  # so what later layers are given is as it will be
+
+        hooks = [
+            module.register_forward_pre_hook(partial(learn, f"{name}.weight"))
+            for name, module in self.model.named_modules()
+            if name.endswith("layernorm") and layer_of(name) <= settings.exit_layer
+        ]
         for _ in range(3):
-            states = self.model.model(token_ids, output_hidden_states=True).hidden_states
-            kinds.adjust([state[:, length:] for state in states], token_ids[:, length:])
+            self.model.model(token_ids)
             for name, parameter in self.model.named_parameters():
                 if not self._is_late(name):
                     self._write(name, parameter, dampings)
+        for hook in hooks:
+            hook.remove()
 
     def damp(self, dampings: Sequence[float]) -> None:
         """Draws the output projections of the later layers again, times the dampings [N]: errors do not add up."""
@@ -268,8 +280,7 @@ class Weights:
         return EMBEDDINGS if self.architecture.tie_word_embeddings else LM_HEAD
 
     def _is_late(self, name: str) -> bool:
-        layer = _layer(name)
-        return layer is not None and layer >= self.settings.exit_layer and _is_output(name)
+        return layer_of(name) >= self.settings.exit_layer and _is_output(name)
 
     def _deviation(self, name: str, fan_in: int) -> float:
         """Standard deviation of a matrix's numbers, undamped: 1 / sqrt(fan-in) but for this module's formulas."""
@@ -277,10 +288,10 @@ class Weights:
         deviation = 1 / math.sqrt(fan_in)
         if "down_proj" in name and not (self._kinds and self._is_late(name)):
             deviation /= GATED_RMS
-        if "o_proj" in name and _layer(name) == 0:
+        if "o_proj" in name and layer_of(name) == 0:
             attention = FIRST_ATTENTION if self._kinds is None else SHARP_ATTENTION
             deviation *= attention / math.sqrt(self.architecture.hidden_size)  # as an embedding's numbers
-        if "q_proj" in name and _layer(name) == 0 and self._kinds is not None:
+        if "q_proj" in name and layer_of(name) == 0 and self._kinds is not None:
             deviation *= SHARPNESS
         if self._is_late(name):
             deviation *= math.sqrt(LATE_VARIANCE * exit_layer / (layers - exit_layer))
@@ -309,11 +320,6 @@ class Weights:
             parameter *= dampings[0]
         if parameter.dtype != self.dtype:  # is rounded to what is stored
             parameter.copy_(parameter.to(self.dtype))
-
-
-def _layer(name: str) -> int | None:
-    """The layer of a parameter such as model.layers.3.mlp.down_proj.weight."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def _is_output(name: str) -> bool:
@@ -410,17 +416,21 @@ def find_dampings(weights: Weights, settings: SyntheticSettings, progress: Progr
         before = step * settings.new_tokens
         return measure(weights.model, settings, dampings, lambda n: progress("finding the damping", before + n, total))
 
-    searches, step = [_Search(rate) for rate in settings.match_rates], 0
-    while True:
-        dampings = [search.damping for search in searches]
-        found = at(dampings, step)
-        for search, segments in zip(searches, found.segments, strict=True):
+    def worst_error(found: Measurement) -> float:
+        pairs = zip(found.segments, settings.match_rates, strict=True)
+        return max(abs(segments.match_rate - wanted) for segments, wanted in pairs)
+
+    searches, tries = [_Search(rate) for rate in settings.match_rates], list[Measurement]()
+    while len(tries) < settings.max_steps and not all(search.ended for search in searches):
+        tries.append(at([search.damping for search in searches], len(tries)))
+        for search, segments in zip(searches, tries[-1].segments, strict=True):
             search.note(segments.match_rate)
-        step += 1
-        if step == settings.max_steps or all(search.ended for search in searches):
-            break
     best = [search.best for search in searches]
-    found = found if best == dampings else at(best, step)
+    if best != [segments.damping for segments in tries[-1].segments]:
+        tries.append(at(best, len(tries)))
+    found = min(tries, key=worst_error)  # which the best dampings together need not be
+    if found is not tries[-1]:
+        weights.damp([segments.damping for segments in found.segments])
     progress("finding the damping", total, total)
     return found
 
@@ -482,12 +492,19 @@ def _is_judged(a: Architecture, settings: SyntheticSettings) -> bool:
 
 
 def _check_measurement(shape: Shape, settings: SyntheticSettings, measured: Measurement) -> None:
+    place = f"shape {shape.name} at exit layer {settings.exit_layer}"
+    if any(math.isnan(segments.confidence) and segments.match_rate == 1 for segments in measured.segments):
+        raise RequestError(place, f"numbers overflow in {settings.dtype}", fix="use --dtype bf16")
     if not _is_judged(shape.architecture, settings):
         return
-    place = f"shape {shape.name} at exit layer {settings.exit_layer}"
-    for wanted, segments in zip(settings.match_rates, measured.segments, strict=True):
-        if abs(segments.match_rate - wanted) > LARGEST_ERROR:
+    rates = list(zip(settings.match_rates, measured.segments, strict=True))
+    for wanted, segments in rates:
+        if not abs(segments.match_rate - wanted) <= LARGEST_ERROR:
             found = f"the nearest match rate is {segments.match_rate:.3f}, at a damping of {segments.damping:.3g}"
+            others = [f"{other.match_rate:.3f} for {rate:g}" for rate, other in rates if other is not segments]
+            if others:
+                place += f", segments of match rate {wanted:g}"
+                found += f" (the others are {' and '.join(others)})"
             raise RequestError(place, found, wanted=f"{wanted:g}", fix="give another rate or seed")
     if measured.distinct_tokens < DISTINCT_TOKENS:
         found = f"its texts loop: {measured.distinct_tokens:.0%} of their tokens are distinct"

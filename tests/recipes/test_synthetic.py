@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,6 +59,14 @@ def shapes(tmp_path_factory):
         "tied": {"tie_word_embeddings": True},
         "small": {"vocab_size": 300},
         "wide": {"hidden_size": 512},
+        "deep": {
+            "vocab_size": 3000,
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 10,
+            "num_attention_heads": 8,
+            "tie_word_embeddings": True,
+        },
         "segments": {"vocab_size": 5000, "intermediate_size": 512, "tie_word_embeddings": True},
     }
     for name, change in changes.items():
@@ -243,6 +252,16 @@ def test_segments_have_their_match_rates_and_the_exit_is_as_sure_as_it_is_right(
     assert said.distinct_tokens > 0.8
 
 
+def test_segments_of_many_wide_layers(shapes, tmp_path):
+    wanted = (0.3, 0.6, 0.95)
+    settings = SyntheticSettings(8, wanted, num_prompts=6, prompt_length=16, new_tokens=32, max_steps=3)
+    said = synthesize(str(shapes / "deep.json"), tmp_path / "made", settings)
+    for segments, rate in zip(said.segments, wanted, strict=True):
+        assert segments.match_rate == pytest.approx(rate, abs=0.1)
+        assert segments.confidence == pytest.approx(rate, abs=0.15)
+    assert said.distinct_tokens > 0.8
+
+
 def test_segments_stay_in_4_bits(segments, tmp_path):
     settings = ExportSettings(2, num_speculations=4, weights="int4", draft_vocabulary=4000)
     export_bundle(open_checkpoint(str(segments[0])), tmp_path / "b", settings)
@@ -319,41 +338,54 @@ def test_too_little_disk_or_memory_is_one_line(shapes, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def measured_at(damping, rate, distinct):
-    return Measurement(rate, Spread(rate, rate, rate), distinct, (Segments(damping, rate, rate),))
+def measured_at(rates, distinct=1.0, confidence=0.5):
+    segments = tuple(Segments(0.1, rate, confidence) for rate in rates)
+    return Measurement(rates[0], Spread(rates[0], rates[0], rates[0]), distinct, segments)
 
 
 @pytest.mark.parametrize(
-    ("measured", "message"),
+    ("wanted", "measured", "message"),
     [
-        (measured_at(0.1, 0.7, 1.0), "the nearest match rate is 0.700.*; wanted 0.8"),
-        (measured_at(0.1, 0.8, 0.5), "its texts loop: 50% of their tokens are distinct"),
+        ((0.8,), measured_at((0.7,)), "exit layer 2: the nearest match rate is 0.700, at a damping of 0.1; wanted 0.8"),
+        (
+            (0.3, 0.6, 0.9),
+            measured_at((0.31, 0.7, 0.89)),
+            r"exit layer 2, segments of match rate 0.6: the nearest match rate is 0.700, at a damping of 0.1 "
+            r"\(the others are 0.310 for 0.3 and 0.890 for 0.9\); wanted 0.6; give another",
+        ),
+        ((0.8,), measured_at((0.8,), distinct=0.5), "its texts loop: 50% of their tokens are distinct"),
+        ((0.3, 1.0), measured_at((1.0, 1.0), confidence=math.nan), "numbers overflow in fp16; use --dtype bf16"),
     ],
 )
-def test_what_misses_its_mark_is_refused(measured, message, shapes, tmp_path, monkeypatch):
+def test_what_misses_its_mark_is_refused(wanted, measured, message, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "find_dampings", lambda *_: measured)
     with pytest.raises(RequestError, match=message):
-        synthesize(str(shapes / "wide.json"), tmp_path / "made", SyntheticSettings(2, (0.8,), device="cpu"))
+        synthesize(str(shapes / "wide.json"), tmp_path / "made", SyntheticSettings(2, wanted, num_prompts=1))
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("scatter", [0.0, 0.02])
 @pytest.mark.parametrize("wanted", [(0.0,), (0.02,), (0.5,), (0.97,), (1.0,), (0.3, 0.6, 0.95)])
-def test_the_search_ends_at_any_rate(wanted, monkeypatch):
+def test_the_search_ends_at_any_rate_with_the_best_that_it_saw(wanted, scatter, monkeypatch):
     class Weights:
         model = None
 
         def damp(self, dampings):
             self.dampings = dampings
 
+    tries = {}
+
     def measured(_, __, dampings, ___):
         rates = [0.01 + 0.99 * 2.718 ** (-4 * damping**0.8) for damping in dampings]
+        rates = [min(1, rate + scatter * math.sin(1e4 * sum(dampings) + 2 * kind)) for kind, rate in enumerate(rates)]
         found = tuple(map(Segments, dampings, rates, rates))
+        tries[tuple(dampings)] = max(abs(rate - aim) for rate, aim in zip(rates, wanted, strict=True))
         return Measurement(rates[0], Spread(rates[0], rates[0], rates[0]), 1.0, found)
 
     monkeypatch.setattr(synthetic, "measure", measured)
     weights = Weights()
     found = synthetic.find_dampings(weights, SyntheticSettings(2, wanted)).segments
-    assert [segments.damping for segments in found] == weights.dampings
+    assert [segments.damping for segments in found] == weights.dampings == list(min(tries, key=tries.get))
     assert [segments.match_rate for segments in found] == pytest.approx(wanted, abs=0.03)
 
 
