@@ -361,7 +361,8 @@ def draw(
     sampler = HostSampler(Sampling(temperature, top_k, top_p, math.exp(least), seed), (), 1 << 12)
     found, at = array_at(logits, [rows, vocabulary], kind), array_at(positions, [rows], np.int64)
     ids = np.array([sampler.pick(row, int(position) + 1) for row, position in zip(found, at, strict=True)])
-    assert (array_at(token_logits, [rows], kind) == found.max(1)).all(), "the head's own pick comes first"
+    own = array_at(token_logits, [rows], kind)
+    assert np.array_equal(own, found.max(1), equal_nan=True), "the head's own pick comes first"
     array_at(token_ids, [rows], np.int64)[:] = ids
     array_at(token_logits, [rows], kind)[:] = found[np.arange(rows), ids]
     out = array_at(embeddings, [rows, int(macros["IN"])], kind)

@@ -295,15 +295,18 @@ class Model:
         return last.generation
 
     async def agenerate(self, prompt: Prompt, **settings: Unpack[GenerationSettings]) -> AsyncGenerator[Piece, None]:
-        """Like `generate`, for an event loop: it runs in a thread. Closing it ends the text."""
+        """Like `generate`, for an event loop: it runs in a thread. Closing it ends the text at its next piece."""
         import asyncio
         from contextlib import aclosing
 
-        loop = asyncio.get_running_loop()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
         pieces = await loop.run_in_executor(None, lambda: self.generate(prompt, **settings))
-        async with aclosing(iterated(pieces)) as arriving:
-            async for piece in arriving:
-                yield piece
+        try:
+            async with aclosing(iterated(pieces, ended=ended.set)) as arriving:
+                async for piece in arriving:
+                    yield piece
+        finally:
+            await ended.wait()  # the model is free again
 
     def score(self, prompt: Prompt, *, logprobs: int = 0) -> tuple[TokenLogprob, ...]:
         """How probable the whole model finds each token of a prompt, but for the first, after those before it.

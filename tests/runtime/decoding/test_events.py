@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -46,11 +46,27 @@ def test_leaving_ends_the_text_and_frees_the_model(model):
         async with aclosing(model.agenerate("tell", max_new_tokens=1000)) as pieces:
             async for _ in pieces:
                 break
-        while model._busy:
-            await asyncio.sleep(0.01)
         return [piece async for piece in model.agenerate("tell", max_new_tokens=3)][-1]
 
     assert len(asyncio.run(leave()).generation.token_ids) == 3
+
+
+def test_a_task_that_is_cancelled_frees_the_model(model):
+    async def cancel():
+        begun = asyncio.Event()
+
+        async def ask():
+            async for _ in model.agenerate("tell", max_new_tokens=1000):
+                begun.set()
+
+        asking = asyncio.create_task(ask())
+        await begun.wait()
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        return [piece async for piece in model.agenerate("tell", max_new_tokens=3)][-1]
+
+    assert len(asyncio.run(cancel()).generation.token_ids) == 3
 
 
 def test_what_is_raised_in_the_thread_is_raised_here(model):
