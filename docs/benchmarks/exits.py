@@ -9,36 +9,38 @@ neither rates nor costs, believes at first that a draft of any exit adds 0.35 of
 how much more time the choice takes.
 
 With a bundle of several exits, its own texts are decoded once more in this way: what each exit would have drafted, and
-how sure it would have been, is read off, and the costs are the processor time of its calls, measured one by one.
+how sure it would have been, is read off, and the costs are the processor time of its calls, measured one by one. The
+rounds are those that `edgeskip tune` simulates.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import process_time_ns
 from typing import Any
 
 import numpy as np
 
 from edgeskip.exporter.graphs.probe import Probe
+from edgeskip.recipes.plan.cost import cut_model
+from edgeskip.recipes.tune.simulation import Costs, Drafts, ExitDrafts, Rounds, simulate, simulate_paced
+from edgeskip.recipes.tune.times import CallTime, Measured, RoundTimes
+from edgeskip.recipes.tune.tune import drafts_of_text
 from edgeskip.runtime.backends import cpu_session
 from edgeskip.runtime.bench.prompts import load_prompts
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.bundle.weights import read_bytes
-from edgeskip.runtime.decoding.rounds import distinct_calls, speculative_round
+from edgeskip.runtime.decoding.rounds import distinct_calls
 from edgeskip.runtime.drafting.drafters import Source
-from edgeskip.runtime.drafting.length import Pace, RoundCosts, slopes_of
 from edgeskip.runtime.load import load
 
-LENGTHS = np.arange(MAX_SPECULATIONS + 1)
+LENGTHS = range(MAX_SPECULATIONS + 1)
 TOKENS, SCATTER, ALIKE, BELIEVED = 1536, 0.03, 0.7, 0.35
+TEXT, POSITION = 256, 256
 
 Array = Any
-
-Text = Mapping[int, tuple[Array, Array]]
-"""Of each exit: which of its drafts are right, and after which it would draft on."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,47 @@ class Case:
     segments: Sequence[Mapping[int, float]]
     length: int = TOKENS
 
+
+@dataclass(frozen=True)
+class Given:
+    """What rounds of a case take."""
+
+    case: Case
+
     @property
-    def costs(self) -> dict[int, Array]:
-        """The costs of rounds with 0, 1, ... drafts, by exit."""
-        return {e: 1 + slope * LENGTHS + 0.02 * LENGTHS for e, slope in self.slopes.items()}
+    def slopes(self) -> dict[Source, float]:
+        """What is believed of each exit."""
+        return dict.fromkeys(self.case.slopes, BELIEVED)
+
+    def round_ms(self, source: Source, drafts: int) -> float:
+        """A round with so many drafts."""
+        assert source != "ngram"
+        return 1 + (self.case.slopes[source] + 0.02) * drafts
+
+    def look_ms(self, exit_layer: int, rows: int) -> float:
+        """A look."""
+        return self.case.look
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """The same as it is measured."""
+
+    costs: Costs
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(99))
+
+    @property
+    def slopes(self) -> Mapping[Source, float]:
+        """As before."""
+        return self.costs.slopes
+
+    def round_ms(self, source: Source, drafts: int) -> float:
+        """Times that scatter."""
+        return self.costs.round_ms(source, drafts) * float(np.exp(SCATTER * self.random.standard_normal()))
+
+    def look_ms(self, exit_layer: int, rows: int) -> float:
+        """As before."""
+        return self.costs.look_ms(exit_layer, rows)
 
 
 TWO, THREE = {3: 0.33, 5: 0.49}, {4: 0.25, 6: 0.33, 10: 0.52}
@@ -72,115 +111,65 @@ CASES: dict[str, Case] = {
 }
 
 
-def drawn_text(case: Case, random: np.random.Generator) -> Text:
+def drawn_text(case: Case, random: np.random.Generator) -> Drafts:
     """A text of this kind, of exits that always draft on."""
     order = np.concatenate([random.permutation(len(case.segments)) for _ in range(-(-TOKENS // case.length))])
     which = np.repeat(order, case.length)[:TOKENS]
-    alike, sure = random.random(TOKENS), np.ones(TOKENS, bool)
-    text = {}
+    alike, sure = random.random(TOKENS), np.ones(TOKENS, np.float32)
+    exits = {}
     for exit_layer in case.slopes:
         rates = np.array([segment[exit_layer] for segment in case.segments])[which]
         right = np.where(random.random(TOKENS) < ALIKE, alike, random.random(TOKENS)) < rates
-        text[exit_layer] = right, sure
-    return text
+        exits[exit_layer] = ExitDrafts(right, sure)
+    return Drafts(exits, room=2 * TOKENS)
 
 
-def round_at(drafting: tuple[Array, Array], at: int, k: int) -> tuple[int, int]:
-    """How many drafts a round of up to K makes that begins here, and how many of them are right."""
-    right, sure = drafting
-    unsure = np.flatnonzero(~sure[at : at + k - 1]) if k else ()
-    made = int(unsure[0]) + 1 if len(unsure) else k
-    wrong = np.flatnonzero(~right[at : at + made])
-    return made, int(wrong[0]) if len(wrong) else min(made, len(right) - at)
+def time_of(rounds: Rounds, costs: Costs) -> float:
+    """What rounds and looks take, without scatter."""
+    times = [count * costs.round_ms(*kind) for kind, count in rounds.by_drafts.items()]
+    return sum(times) + sum(count * costs.look_ms(*look) for look, count in rounds.looks.items())
 
 
-def fixed_time(drafting: tuple[Array, Array], costs: Array, k: int) -> float:
-    """The time of a text with K drafts in each round."""
-    at, time = 0, 0.0
-    while at < len(drafting[0]):
-        made, accepted = round_at(drafting, at, k)
-        time += costs[made]
-        at += accepted + 1
-    return time
-
-
-@dataclass
-class Count:
-    """Looks, and rounds by exit."""
-
-    rounds: dict[int, int]
-    looks: int = 0
-
-
-def chosen_time(
-    text: Text, costs: Mapping[int, Array], look: float, pace: Pace, random: np.random.Generator, count: Count
-) -> float:
-    """The time of a text with exit and K chosen as it comes."""
-    at, time = 0, 0.0
-    limits: dict[Source, int] = dict.fromkeys(text, MAX_SPECULATIONS)
-    pace.begin()
-    while at < len(next(iter(text.values()))[0]):
-        source, k = pace.chosen(limits)
-        assert source != "ngram"
-        made, accepted = round_at(text[source], at, k)
-        time += (cost := costs[source][made])
-        pace.note(source, k, made, accepted, cost * np.exp(SCATTER * random.standard_normal()))
-        count.rounds[source if k else 0] = count.rounds.get(source if k else 0, 0) + 1
-        if (seen := pace.worth_a_look()) is not None:
-            time += look
-            count.looks += 1
-            right, sure = (part[at : at + accepted + 1].tolist() for part in text[seen])
-            pace.looked(seen, right, sure, look)
-        at += accepted + 1
-    return time
-
-
-def regret(name: str, texts: Sequence[Text], costs: Mapping[int, Array], look: float, costs_known: RoundCosts) -> str:
+def regret(name: str, texts: Sequence[Drafts], exits: Sequence[int], costs: Costs, threshold: float) -> str:
     """The best pair, and how much slower the choice is."""
-    pairs = [(e, k) for e in costs for k in LENGTHS[:13].tolist()]
-    fixed = {(e, k): sum(fixed_time(text[e], costs[e], k) for text in texts) for e, k in pairs}
+    fixed = {(e, k): time_of(simulate(texts, e, k, threshold), costs) for e in exits for k in LENGTHS[:13]}
     best = min(fixed, key=lambda pair: fixed[pair])
-    random, count, pace = np.random.default_rng(99), Count({}), Pace(costs_known, lambda: 0.0)
-    time = sum(chosen_time(text, costs, look, pace, random, count) for text in texts)
-    rounds = sum(count.rounds.values())
-    shares = ", ".join(f"{e or 'plain'} {n / rounds:.0%}" for e, n in sorted(count.rounds.items()))
-    pair, looks = f"E = {best[0]}, K = {best[1]}" if best[1] else "plain", f"a look in {count.looks / rounds:.0%}"
-    return f"{name:28s} {pair:16s} {time / fixed[best] - 1:+6.1%}   rounds: {shares}; {looks}"
+    chosen, _ = simulate_paced(texts, exits, threshold, "exit", Scattered(costs))
+    counts: Counter[Source] = Counter()
+    for (source, drafts), count in chosen.by_drafts.items():
+        counts[source if drafts else 0] += count
+    shares = ", ".join(f"{e or 'plain'} {n / chosen.count:.0%}" for e, n in sorted(counts.items()))
+    pair = f"E = {best[0]}, K = {best[1]}" if best[1] else "plain"
+    loss, looks = time_of(chosen, costs) / fixed[best] - 1, sum(chosen.looks.values()) / chosen.count
+    return f"{name:28s} {pair:16s} {loss:+6.1%}   rounds: {shares}; a look in {looks:.0%}"
 
 
 def of_a_case(name: str, case: Case, texts: int) -> str:
     """The regret on drawn texts."""
     drawn = [drawn_text(case, np.random.default_rng(seed)) for seed in range(texts)]
-    return regret(name, drawn, case.costs, case.look, RoundCosts(dict.fromkeys(case.slopes, BELIEVED)))
+    return regret(name, drawn, tuple(case.slopes), Given(case), 0.0)
 
 
 def of_a_bundle(folder: str, prompts: int) -> list[str]:
     """The regret on a bundle's own texts, with the CPU's threshold and with none."""
     vars(cpu_session)["perf_counter_ns"] = process_time_ns  # what other programs do does not count
     with load(folder, device="cpu", threads=1) as model:
-        manifest, session = model.bundle.manifest, model.session
-        splits = {e: manifest.split(e) for e in (manifest.exit_layer, *manifest.other_exits)}
-        texts, probed = [], []
-        for prompt in load_prompts(None)[:prompts]:
-            texts.append(model.complete(prompt, mode="autoregressive", max_new_tokens=256))
-        with Probe(model.bundle) as probe:
+        m, session = model.bundle.manifest, model.session
+        exits = (m.exit_layer, *m.other_exits)
+        found = (model.complete(p, mode="autoregressive", max_new_tokens=TEXT) for p in load_prompts(None)[:prompts])
+        texts = [text for text in found if len(text.token_ids) > 1]
+        with Probe(model.bundle, draft_vocabulary=m.draft_vocabulary) as probe:
             probed = [probe.exits(text.prompt_token_ids, text.token_ids) for text in texts]
-        calls = distinct_calls(splits.values(), LENGTHS.tolist(), manifest.graphs)
-        ms = {call.key: session.time_call_ms(call, 256, 30) for call in calls}
-        costs = {
-            e: np.array([sum(ms[call.key] for call in speculative_round(split, k).calls) for k in LENGTHS.tolist()])
-            for e, split in splits.items()
-        }
-        slopes, threshold = slopes_of(splits.values(), read_bytes(model.bundle)), session.confidence_threshold
-    found = []
-    for limit in (threshold, 0.0):
-        of_texts = [
-            {e: (one.token_ids[e - 1, 1:] == text.token_ids[1:], one.confidences[e - 1, 1:] >= limit) for e in splits}
-            for text, one in zip(texts, probed, strict=True)
-        ]
-        name = f"{manifest.source}, threshold {limit:g}"
-        found.append(regret(name, of_texts, costs, ms[splits[manifest.exit_layer].head.graph, 2], RoundCosts(slopes)))
-    return found
+        cut = cut_model(m.architecture, m.dtype, m.formats, m.draft_vocabulary)(exits)
+        calls = distinct_calls(cut.splits.values(), LENGTHS, m.graphs)
+        times = tuple(CallTime(*call.key, session.time_call_ms(call, POSITION, 30)) for call in calls)
+        threshold = session.confidence_threshold
+    costs = RoundTimes(Measured(times, POSITION, 0.0, 0.0, 0.0), cut)
+    drafts = [
+        drafts_of_text(one, text.prompt_token_ids, text.token_ids, min(m.max_length - len(text.prompt_token_ids), TEXT))
+        for text, one in zip(texts, probed, strict=True)
+    ]
+    return [regret(f"{m.source}, threshold {limit:g}", drafts, exits, costs, limit) for limit in (threshold, 0.0)]
 
 
 if __name__ == "__main__":

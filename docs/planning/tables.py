@@ -91,7 +91,7 @@ def pairs_table() -> str:
     for path in sorted(MODELS.glob("*.toml")):
         recipe, _ = load_export_recipe(path.stem)
         architecture = recipe_shape(recipe, path).architecture
-        settings = PlanSettings(recipe.exit_layer, match_rates={recipe.exit_layer: MATCH_RATE}, position=512)
+        settings = PlanSettings(recipe.exit_layer, match_rates={recipe.exit_layer: (MATCH_RATE,)}, position=512)
         cells = (_cell(architecture, device, settings, recipe.weights) for device in devices)
         lines.append(f"| {path.stem}, E = {recipe.exit_layer} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     help="A device, by name or file; `edgeskip recipes list` shows them.",
 )
 @exit_layers_option(
-    "E; of several, as 3,5, times are those of the first.  [default: the recipe's, or a quarter of the layers]"
+    "E; of several, as 3,5, the first is the default.  [default: the recipe's, or a quarter of the layers]"
 )
 @click.option(
     "--num-speculations",
@@ -42,8 +42,9 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
     "--match-rate",
     "match_rates",
     multiple=True,
-    metavar="[E=]A",
-    help="Share of greedy tokens that the exit predicts, or that exit layer E does; can be given more than once.",
+    metavar="[E=]A[,A...]",
+    help="Share of greedy tokens that the exit predicts, or that exit layer E does; of several kinds of text, as "
+    "0.9,0.3, that of each. Can be given more than once.",
 )
 @click.option(
     "--ngrams",
@@ -124,13 +125,13 @@ def plan(
 
     check_writable(json_path)
     device = load_device(device_name)
-    known: dict[int, float] = {}
+    known: dict[int, tuple[float, ...]] = {}
     own_num_speculations: int | None = None
     size: Any = None if block_size is None else int(block_size)
     formats: dict[str, str] | None = None
     if recipe is not None:
         chosen, path = load_export_recipe(recipe)
-        shape, known = recipe_shape(chosen, path), dict(chosen.match_rates)
+        shape, known = recipe_shape(chosen, path), {e: (rate,) for e, rate in chosen.match_rates.items()}
         exit_layers, dtype = first(exit_layers, (chosen.exit_layer, *chosen.other_exits)), first(dtype, chosen.dtype)
         max_length, own_num_speculations = first(max_length, chosen.max_length), chosen.num_speculations
         weights, head = first(weights, chosen.weights), first(head, chosen.head)

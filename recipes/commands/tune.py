@@ -66,7 +66,7 @@ def tune(
     device: Any,
     threads: int,
 ) -> None:
-    """Find the best exit layer and speculation length for your text and this device, from one BUNDLE."""
+    """Find the best exit layers and speculation length for your text and this device, from one BUNDLE."""
     require("tune")
     if html_path is not None:
         require("tune --html")

@@ -11,12 +11,14 @@ two apart, and what was measured on a 1B predicts an 8B on the same device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import reduce
 from itertools import combinations
 from math import inf
 from operator import add
+from statistics import fmean
 
 import numpy as np
 
@@ -33,7 +35,6 @@ from edgeskip.runtime.bundle.graphs import (
     Split,
     graph_table,
     heads_of,
-    single_exit,
     split_at,
 )
 from edgeskip.runtime.bundle.tensors import TABLES, bundle_tensors, graph_tensors
@@ -48,17 +49,6 @@ class Sample:
     rows: int
     bytes: int
     ms: float
-
-
-ONE_EXIT, TWO_HEADS = (split_at(graph_table(2, (1,), heads), 1) for heads in (heads_of(2), heads_of(2, 1)))
-"""The chains of a bundle with one exit, whichever it is: rounds on them have the same calls. In the second one, drafts
-have a head of their own.
-"""
-
-
-def chains(graphs: Container[GraphName]) -> Split:
-    """The chains of a bundle with one exit and these graphs."""
-    return TWO_HEADS if DRAFT_HEAD in graphs else ONE_EXIT
 
 
 @dataclass(frozen=True)
@@ -103,26 +93,25 @@ class GraphSize:
         return self.weight_bytes + self.cache_row_bytes * tokens
 
 
-def graph_sizes(
-    architecture: Architecture,
-    exit_layer: int,
-    dtype: DType,
-    formats: Mapping[str, str] | None = None,
-    draft_vocabulary: int | None = None,
-) -> dict[GraphName, GraphSize]:
-    """The graphs of a model with one exit, whose tensors have the dtype or these formats, by name, and whose drafts
-    come from so many rows of the vocabulary, or all.
+@dataclass(frozen=True)
+class Cut:
+    """A model cut after one layer or more: what a call of each graph reads, and how the graphs are chained to draft
+    from each exit, in the order in which these were given.
     """
-    return exit_sizes(architecture, dtype, formats, draft_vocabulary)(exit_layer)
+
+    sizes: Mapping[GraphName, GraphSize]
+    splits: Mapping[int, Split]
 
 
-def exit_sizes(
+def cut_model(
     architecture: Architecture,
     dtype: DType,
     formats: Mapping[str, str] | None = None,
     draft_vocabulary: int | None = None,
-) -> Callable[[int], dict[GraphName, GraphSize]]:
-    """The same for any exit layer: layers are counted once."""
+) -> Callable[[Sequence[int]], Cut]:
+    """The cut of a model after any of its layers: they are counted once. Its tensors have the dtype or these formats,
+    by name, and its drafts come from so many rows of the vocabulary, or all.
+    """
     a, itemsize = architecture, ITEMSIZE[dtype]
     tensors = bundle_tensors(a, 1, dtype, formats)
     row = 2 * a.num_kv_heads * a.head_dim * itemsize
@@ -143,7 +132,11 @@ def exit_sizes(
     def of(graph: Graph) -> GraphSize:
         return size(range(0), graph.head) if graph.head else reduce(add, (each[i] for i in graph.layers))
 
-    return lambda exit_layer: {name: of(graph) for name, graph in single_exit(a, exit_layer, draft_vocabulary).items()}
+    def cut(exit_layers: Sequence[int]) -> Cut:
+        graphs = graph_table(a.num_layers, sorted(exit_layers), heads_of(a.vocab_size, draft_vocabulary))
+        return Cut({name: of(graph) for name, graph in graphs.items()}, {e: split_at(graphs, e) for e in exit_layers})
+
+    return cut
 
 
 def fit_cost(samples: Sequence[Sample]) -> Cost:
@@ -175,19 +168,19 @@ def fit_cost(samples: Sequence[Sample]) -> Cost:
     return Cost(call, layer, several, row, row_byte, bytes_per_ms=1 / byte)
 
 
-def round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
-    """Device time of a round of K drafts with its first row at `position`; K = 0 is a plain step."""
-    return _calls_ms(cost, sizes, speculative_round(chains(sizes), num_speculations), position)
+def round_ms(cost: Cost, cut: Cut, exit_layer: int, num_speculations: int, position: int) -> float:
+    """Device time of a round of K drafts of an exit, with its first row at `position`; K = 0 is a plain step."""
+    return _calls_ms(cost, cut, speculative_round(cut.splits[exit_layer], num_speculations), position)
 
 
-def ngram_round_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], num_speculations: int, position: int) -> float:
+def ngram_round_ms(cost: Cost, cut: Cut, num_speculations: int, position: int) -> float:
     """The same where the text has the drafts: all layers run once."""
-    return _calls_ms(cost, sizes, given_round(chains(sizes), num_speculations), position)
+    return _calls_ms(cost, cut, given_round(next(iter(cut.splits.values())), num_speculations), position)
 
 
-def _calls_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], round_: Round, position: int) -> float:
+def _calls_ms(cost: Cost, cut: Cut, round_: Round, position: int) -> float:
     views = [(call.graph, call.inputs[0][1]) for call in round_.calls]
-    return sum(call_ms(cost, sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
+    return sum(call_ms(cost, cut.sizes[graph], view.rows, position + view.start + view.rows) for graph, view in views)
 
 
 def call_ms(cost: Cost, size: GraphSize, rows: int, tokens: int) -> float:
@@ -207,31 +200,44 @@ def tokens_per_round(match_rate: float, num_speculations: int) -> float:
 def break_even(plain_ms: float, rounds_ms: Mapping[int, float]) -> float | None:
     """The match rate from which the best K of `rounds_ms` (K -> ms) beats plain steps; None where none does."""
     low, high = 0.0, 1.0
-    if best_speculation(rounds_ms, high)[1] > plain_ms:
+    if best_speculation(rounds_ms, (high,))[1] > plain_ms:
         return None
     for _ in range(40):
         middle = (low + high) / 2
-        if best_speculation(rounds_ms, middle)[1] > plain_ms:
+        if best_speculation(rounds_ms, (middle,))[1] > plain_ms:
             low = middle
         else:
             high = middle
     return high
 
 
-def best_speculation(rounds_ms: Mapping[int, float], match_rate: float) -> tuple[int, float]:
-    """The best K at a match rate, and its ms per token."""
-    return min(((k, ms / tokens_per_round(match_rate, k)) for k, ms in rounds_ms.items()), key=lambda pair: pair[1])
+def ms_per_token(round_ms: float, num_speculations: int, match_rates: Sequence[float]) -> float:
+    """The time of rounds of K over their tokens: its mean over kinds of text of these match rates, which have as many
+    tokens each.
+    """
+    return fmean(round_ms / tokens_per_round(rate, num_speculations) for rate in match_rates)
+
+
+def best_speculation(rounds_ms: Mapping[int, float], match_rates: Sequence[float]) -> tuple[int, float]:
+    """The best K for texts of all these match rates together, and its ms per token."""
+    return min(((k, ms_per_token(ms, k, match_rates)) for k, ms in rounds_ms.items()), key=lambda pair: pair[1])
 
 
 def samples_of_report(report: BenchReport) -> Iterator[Sample]:
-    """The calls that `edgeskip bench` timed, each by itself."""
+    """The calls that `edgeskip bench` timed, each by itself.
+
+    Raises:
+        ValueError: they are not those of a model's graphs.
+    """
     early, all_layers = report.exit_layer, report.num_layers
     if early >= all_layers:
         raise ValueError(f"exit layer {early} of {all_layers} layers")
-    layers: dict[GraphName, int] = {"draft": early, "verify": all_layers - early, HEAD: 0, DRAFT_HEAD: 0}
-    if other := {stage.graph for stage in report.stages} - layers.keys():
-        raise ValueError(f"it has a graph {min(other)}, so several exits")
+    names = {stage.graph: re.fullmatch(r"middle_(\d{1,4})_(\d{1,4})", stage.graph) for stage in report.stages}
+    between = {name: (int(found[1]), int(found[2])) for name, found in names.items() if found}
+    cuts = {early}.union(*between.values())
+    layers: dict[GraphName, int] = {"draft": min(cuts), "verify": all_layers - max(cuts), HEAD: 0, DRAFT_HEAD: 0}
+    layers |= {name: last - first for name, (first, last) in between.items()}
     for stage in report.stages:
-        if stage.graph not in layers:
+        if layers.get(stage.graph, -1) < (stage.graph not in (HEAD, DRAFT_HEAD)):
             raise ValueError(f"times of a graph {stage.graph!r:.60}, none of {', '.join(layers)}")
         yield Sample(layers[stage.graph], stage.rows, stage.bytes, stage.ms)

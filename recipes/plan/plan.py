@@ -11,19 +11,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from edgeskip.recipes.deployment import Device
 from edgeskip.recipes.plan.cost import (
     Cost,
+    Cut,
     GraphSize,
     best_speculation,
     break_even,
     call_ms,
-    chains,
-    exit_sizes,
+    cut_model,
     fit_cost,
-    graph_sizes,
+    ms_per_token,
     ngram_round_ms,
     round_ms,
     samples_of_report,
@@ -107,7 +108,8 @@ class PlanSettings:
     Attributes:
         exit_layer: E.
         num_speculations: K; None takes the best where the match rate is known, else the default.
-        match_rates: exit layer -> match rate, where it is known.
+        match_rates: exit layer -> match rate, where it is known; of several kinds of text, which have as many tokens
+            each, that of each kind. One is that of all kinds.
         backend: one of the device's.
         dtype: that of activations and caches, and of the weights that `formats` leave out.
         formats: formats of other tensors by name.
@@ -122,7 +124,7 @@ class PlanSettings:
 
     exit_layer: int
     num_speculations: int | None = None
-    match_rates: Mapping[int, float] = field(default_factory=dict)
+    match_rates: Mapping[int, Sequence[float]] = field(default_factory=dict)
     backend: Backend | None = None
     dtype: DType | None = None
     max_length: int | None = None
@@ -182,7 +184,7 @@ class ExitPlan:
     """An exit layer.
 
     `break_even` is the match rate below which it loses to plain steps, null where it always does; `match_rate` is its
-    own, where that is known, with the best K and ms per token at it.
+    own, where that is known, and the mean over kinds of text, with the best K and ms per token at it.
     """
 
     exit_layer: int
@@ -190,6 +192,29 @@ class ExitPlan:
     match_rate: float | None
     num_speculations: int | None
     ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """An exit layer and a K, null for plain steps, and the time per token with them."""
+
+    exit_layer: int | None
+    num_speculations: int | None
+    ms_per_token: float
+
+
+@dataclass(frozen=True)
+class ChoicePlan:
+    """What choosing exit and K by the text (`-e auto`) could bring, where texts are of several kinds, each with match
+    rates of its own and with as many tokens.
+
+    `fixed` is the best pair for all of them, `by_kind` that for each, and `ms_per_token` the time of who changes
+    between these at once. That is a bound: who chooses has to find out, and that takes time.
+    """
+
+    fixed: PairPlan
+    by_kind: tuple[PairPlan, ...]
+    ms_per_token: float
 
 
 @dataclass(frozen=True)
@@ -217,9 +242,11 @@ class Plan:
     null where none are.
     `available` is what the device leaves, `largest_max_length` the most tokens that fit, 0 where none do. Times are
     those of the device's work with `position` tokens in the caches; `efficiency` says where they come from. `best` is
-    the fastest of the exits whose match rate is known; `ngrams` need no exit. Rounds draft from `exit_layer`, or each
-    of `exits`, as those of a model with that exit alone; `other_exits` are those that it is cut after too. `formats`
-    counts the bytes of weights on disk by their format; `recommended` says why, where no format was asked for.
+    the fastest of the exits whose match rate is known; `ngrams` need no exit. `speeds` are those of rounds from
+    `exit_layer`, `other_speeds` those from `other_exits`, which the model is cut after too; `choice` is what choosing
+    among them could bring, where their match rates are known. Others of `exits` are those of a model with that exit
+    alone. `formats` counts the bytes of weights on disk by their format; `recommended` says why, where no format was
+    asked for.
     """
 
     model: str
@@ -254,6 +281,8 @@ class Plan:
     ngrams: NgramPlan
     recommended: Recommendation | None = None
     other_exits: tuple[int, ...] = ()
+    other_speeds: dict[int, tuple[SpeedPlan, ...]] = field(default_factory=dict)
+    choice: ChoicePlan | None = None
 
 
 def make_plan(
@@ -276,18 +305,18 @@ def make_plan(
         RequestError: an exit layer, a length, a backend or a JetPack that does not exist, or reports without times.
     """
     basis = make_basis(architecture, device, settings, reports)
-    a, settings, cost, sizes, position = architecture, basis.settings, basis.cost, basis.sizes, basis.position
+    a, settings, cost, cut, position = architecture, basis.settings, basis.cost, basis.cut, basis.position
     backend, dtype, formats, capacity = basis.backend, basis.dtype, settings.formats, basis.capacity
     plain = basis.plain_ms_per_token
-    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
-    match_rate = settings.match_rates.get(settings.exit_layer)
+    own = (settings.exit_layer, *settings.other_exits)
+    rounds = {e: {k: round_ms(cost, cut, e, k, position) for k in GRID} for e in own}
+    match_rates = settings.match_rates.get(settings.exit_layer)
     k = settings.num_speculations or (
-        DEFAULT_SPECULATIONS if match_rate is None else best_speculation(rounds, match_rate)[0]
+        DEFAULT_SPECULATIONS if match_rates is None else best_speculation(rounds[settings.exit_layer], match_rates)[0]
     )
-    sizes_at = exit_sizes(a, dtype, formats, settings.draft_vocabulary)
     exits = tuple(
-        _exit(exit_layer, sizes_at(exit_layer), cost, position, plain, settings.match_rates)
-        for exit_layer in range(1, a.num_layers)
+        _exit(e, cut if e in own else basis.cut_after((e,)), cost, position, settings.match_rates)
+        for e in range(1, a.num_layers)
     )
     return Plan(
         model=model,
@@ -311,21 +340,23 @@ def make_plan(
         efficiency=_efficiency(device, reports),
         cost=cost,
         position=position,
-        stages=tuple(_stages(cost, sizes, k, position)),
-        first_token_ms=_first_token_ms(cost, sizes if basis.dialect is None else _widened(sizes), position),
-        ideal_ms_per_token=sum(size.weight_bytes for name, size in sizes.items() if name != DRAFT_HEAD)
+        stages=tuple(_stages(cost, cut, k, position)),
+        first_token_ms=_first_token_ms(cost, cut if basis.dialect is None else _widened(cut), position),
+        ideal_ms_per_token=sum(size.weight_bytes for name, size in cut.sizes.items() if name != DRAFT_HEAD)
         / _copy_bytes_per_ms(device, reports),
         plain_ms_per_token=plain,
-        speeds=(SpeedPlan(0, plain, 1.0, plain), *(_speed(n, ms, match_rate) for n, ms in rounds.items())),
-        rates=tuple(_rate(rounds, rate, plain) for rate in MATCH_RATES),
+        speeds=_speeds(rounds[settings.exit_layer], plain, match_rates),
+        rates=tuple(_rate(rounds[settings.exit_layer], rate, plain) for rate in MATCH_RATES),
         exits=exits,
         best=min((e for e in exits if e.ms_per_token is not None), key=lambda e: e.ms_per_token or 0.0, default=None),
         ngrams=_ngrams(
-            {n: ngram_round_ms(cost, sizes, n, position) for n in range(1, MAX_SPECULATIONS + 1)},
+            {n: ngram_round_ms(cost, cut, n, position) for n in range(1, MAX_SPECULATIONS + 1)},
             plain,
             settings.ngrams,
         ),
         other_exits=settings.other_exits,
+        other_speeds={e: _speeds(rounds[e], plain, settings.match_rates.get(e)) for e in settings.other_exits},
+        choice=_choice(rounds, plain, settings.match_rates),
     )
 
 
@@ -346,7 +377,8 @@ class Basis:
     available: int
     largest_max_length: int
     cost: Cost
-    sizes: dict[GraphName, GraphSize]
+    cut: Cut
+    cut_after: Callable[[Sequence[int]], Cut]
     position: int
     plain_ms_per_token: float
 
@@ -365,8 +397,9 @@ def make_basis(
     dialect = None if backend == "onnxruntime" else _dialect(device, settings)
     libraries = max((report.memory_bytes.other or 0 for report in reports), default=LIBRARIES_BYTES)
     available = int((device.memory_gb - device.reserved_gb) * 1e9)
-    sizes = graph_sizes(a, settings.exit_layer, dtype, formats, settings.draft_vocabulary)
-    held = held_bytes(a, sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
+    cut_after = cut_model(a, dtype, formats, settings.draft_vocabulary)
+    cut = cut_after((settings.exit_layer, *settings.other_exits))
+    held = held_bytes(a, cut.sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
     widened = {} if dialect is None else _widened_memory(a, dtype, formats)
 
     def memory_of(tokens: int) -> dict[str, int]:
@@ -399,9 +432,10 @@ def make_basis(
         available=available,
         largest_max_length=largest,
         cost=cost,
-        sizes=sizes,
+        cut=cut,
+        cut_after=cut_after,
         position=position,
-        plain_ms_per_token=round_ms(cost, sizes, 0, position),
+        plain_ms_per_token=round_ms(cost, cut, settings.exit_layer, 0, position),
     )
 
 
@@ -422,22 +456,25 @@ def fit(architecture: Architecture, device: Device, settings: PlanSettings) -> t
     return replace(settings, dtype=made.dtype, max_length=made.max_length), made.problems
 
 
-def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, float]:
-    """Match rates as the command line gives them: `0.8` is that of `exit_layer`, `8=0.9` of exit layer 8.
+def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, tuple[float, ...]]:
+    """Match rates as the command line gives them: `0.8` is that of `exit_layer`, `8=0.9` of exit layer 8, `8=0.9,0.3`
+    those of exit layer 8 in two kinds of text.
 
     Raises:
         RequestError: something else.
     """
-    rates = {}
+    found: dict[int, tuple[float, ...]] = {}
     for text in texts:
-        layer, equals, rate = text.rpartition("=")
+        layer, equals, rates = text.rpartition("=")
         try:
-            rates[int(layer) if equals else exit_layer] = float(rate)
-            if not 0 <= float(rate) <= 1:
+            own = tuple(map(float, rates.split(",")))
+            found[int(layer) if equals else exit_layer] = own
+            if not all(0 <= rate <= 1 for rate in own):
                 raise ValueError
         except ValueError:
-            raise RequestError("match rate", f"{text!r}", wanted="a share from 0 to 1, or E=share") from None
-    return rates
+            wanted = "a share from 0 to 1, or E=share, or several shares, as 0.9,0.3"
+            raise RequestError("match rate", f"{text!r:.60}", wanted=wanted) from None
+    return found
 
 
 def parse_ngrams(text: str) -> tuple[float, float]:
@@ -485,8 +522,12 @@ def held_bytes(
 def _check(architecture: Architecture, device: Device, settings: PlanSettings) -> None:
     context = architecture.max_position_embeddings
     check_exit_layers((settings.exit_layer, *settings.other_exits), architecture.num_layers)
-    for exit_layer in settings.match_rates:
+    kinds = max(map(len, settings.match_rates.values()), default=1)
+    for exit_layer, rates in settings.match_rates.items():
         check_exit_layer(exit_layer, architecture.num_layers)
+        if len(rates) not in (1, kinds):
+            wanted = f"{kinds}, one for each kind of text, or one for all"
+            raise RequestError("match rate", f"{len(rates)} of exit layer {exit_layer}", wanted=wanted)
     check_draft_vocabulary(settings.draft_vocabulary, architecture.vocab_size)
     if settings.max_length is None or not 2 <= settings.max_length <= context:
         raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
@@ -741,41 +782,68 @@ def _efficiency(device: Device, reports: Sequence[BenchReport]) -> str:
     )
 
 
-def _stages(cost: Cost, sizes: Mapping[GraphName, GraphSize], k: int, position: int) -> Iterator[StagePlan]:
-    """Each kind of call in a plain step and a round of K drafts, once."""
-    for call in distinct_calls((chains(sizes),), (0, k), sizes):
+def _stages(cost: Cost, cut: Cut, k: int, position: int) -> Iterator[StagePlan]:
+    """Each kind of call in a plain step and in rounds of K drafts of each exit, once."""
+    for call in distinct_calls(cut.splits.values(), (0, k), cut.sizes):
         graph, rows = call.key
-        size = sizes[graph]
+        size = cut.sizes[graph]
         yield StagePlan(graph, rows, size.read_bytes(position + rows), call_ms(cost, size, rows, position + rows))
 
 
-def _first_token_ms(cost: Cost, sizes: Mapping[GraphName, GraphSize], tokens: int) -> float:
+def _first_token_ms(cost: Cost, cut: Cut, tokens: int) -> float:
     """Time of a prompt of this many tokens, in chunks, and of its first new token."""
-    starts = range(0, max(tokens, 1), DEFAULT_PREFILL_CHUNK)
+    starts, split = range(0, max(tokens, 1), DEFAULT_PREFILL_CHUNK), next(iter(cut.splits.values()))
     rows = min(max(tokens, 1), DEFAULT_PREFILL_CHUNK)
     return sum(
-        call_ms(cost, sizes[call.graph], call.rows, start + rows)
+        call_ms(cost, cut.sizes[call.graph], call.rows, start + rows)
         for start in starts
-        for call in prefill_round(chains(sizes), rows, last=start == starts[-1], early_exit=False).calls
+        for call in prefill_round(split, rows, last=start == starts[-1], early_exit=False).calls
     )
 
 
-def _widened(sizes: Mapping[GraphName, GraphSize]) -> dict[GraphName, GraphSize]:
+def _widened(cut: Cut) -> Cut:
     """What a prompt's calls of engines read: quantized matrices once more in the dtype, which is written before."""
-    return {
-        name: replace(size, weight_bytes=size.weight_bytes + 2 * size.widened_bytes) for name, size in sizes.items()
+    sizes = {
+        name: replace(size, weight_bytes=size.weight_bytes + 2 * size.widened_bytes) for name, size in cut.sizes.items()
     }
+    return replace(cut, sizes=sizes)
 
 
-def _speed(k: int, ms: float, match_rate: float | None) -> SpeedPlan:
-    if match_rate is None:
+def _speeds(rounds: Mapping[int, float], plain: float, match_rates: Sequence[float] | None) -> tuple[SpeedPlan, ...]:
+    """Plain steps, then rounds of each K."""
+    return (SpeedPlan(0, plain, 1.0, plain), *(_speed(k, ms, match_rates) for k, ms in rounds.items()))
+
+
+def _speed(k: int, ms: float, match_rates: Sequence[float] | None) -> SpeedPlan:
+    if match_rates is None:
         return SpeedPlan(k, ms, None, None)
-    tokens = tokens_per_round(match_rate, k)
-    return SpeedPlan(k, ms, tokens, ms / tokens)
+    per_token = ms_per_token(ms, k, match_rates)
+    return SpeedPlan(k, ms, ms / per_token, per_token)
+
+
+def _choice(
+    rounds: Mapping[int, Mapping[int, float]], plain: float, match_rates: Mapping[int, Sequence[float]]
+) -> ChoicePlan | None:
+    """What a choice of exit and K gives, by the rounds of each exit; None where there is none, or a rate is unknown."""
+    if not rounds.keys() <= match_rates.keys():
+        return None
+    kinds = max(len(match_rates[e]) for e in rounds)
+    if len(rounds) == kinds == 1:
+        return None
+
+    def best(kind: int | None = None) -> PairPlan:
+        found = [PairPlan(None, None, plain)]
+        for e, rates in ((e, match_rates[e]) for e in rounds):
+            of_kind = rates if kind is None else (rates[kind % len(rates)],)
+            found.append(PairPlan(e, *best_speculation(rounds[e], of_kind)))
+        return min(found, key=lambda one: one.ms_per_token)
+
+    by_kind = tuple(map(best, range(kinds)))
+    return ChoicePlan(best(), by_kind, fmean(one.ms_per_token for one in by_kind))
 
 
 def _rate(rounds: Mapping[int, float], match_rate: float, plain: float) -> RatePlan:
-    k, ms = best_speculation(rounds, match_rate)
+    k, ms = best_speculation(rounds, (match_rate,))
     return RatePlan(match_rate, k, ms) if ms < plain else RatePlan(match_rate, None, plain)
 
 
@@ -785,24 +853,18 @@ def _ngrams(rounds: dict[int, float], plain: float, known: tuple[float, float] |
         return NgramPlan(rounds, pays, None, None, None, None)
     share, match_rate = known
 
-    def ms_per_token(k: int) -> float:
+    def of_all(k: int) -> float:
         ms, tokens = (share * one + (1 - share) * other for one, other in ((rounds[k], plain), (of[k], 1)))
         return ms / tokens
 
     of = {k: tokens_per_round(match_rate, k) for k in rounds}
-    k = min(rounds, key=ms_per_token)
-    return NgramPlan(rounds, pays, share, match_rate, k, ms_per_token(k))
+    k = min(rounds, key=of_all)
+    return NgramPlan(rounds, pays, share, match_rate, k, of_all(k))
 
 
-def _exit(
-    exit_layer: int,
-    sizes: Mapping[GraphName, GraphSize],
-    cost: Cost,
-    position: int,
-    plain: float,
-    match_rates: Mapping[int, float],
-) -> ExitPlan:
-    match_rate = match_rates.get(exit_layer)
-    rounds = {k: round_ms(cost, sizes, k, position) for k in GRID}
-    best = (None, None) if match_rate is None else best_speculation(rounds, match_rate)
-    return ExitPlan(exit_layer, break_even(plain, rounds), match_rate, *best)
+def _exit(exit_layer: int, cut: Cut, cost: Cost, position: int, match_rates: Mapping[int, Sequence[float]]) -> ExitPlan:
+    rates = match_rates.get(exit_layer)
+    rounds = {k: round_ms(cost, cut, exit_layer, k, position) for k in GRID}
+    plain = round_ms(cost, cut, exit_layer, 0, position)
+    best = (None, None) if rates is None else best_speculation(rounds, rates)
+    return ExitPlan(exit_layer, break_even(plain, rounds), None if rates is None else fmean(rates), *best)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from edgeskip.recipes.plan.plan import Plan
+from edgeskip.recipes.plan.plan import PairPlan, Plan, SpeedPlan
 from edgeskip.runtime.terminal import bytes_text, shown, table
 
 _WIDTH = 60
@@ -92,15 +92,10 @@ def _print_times(plan: Plan, console: Console) -> None:
         f"{plan.plain_ms_per_token:.2f} ms ({1e3 / plan.plain_ms_per_token:.0f} tokens/s); just reading the weights, "
         f"at the rate of a copy: {plan.ideal_ms_per_token:.2f} ms.\n"
     )
-    speeds = table("K", "ms per round", "tokens per round", "ms per token", "tokens/s", "speedup")
-    for speed in plan.speeds:
-        cells = [str(speed.num_speculations) if speed.num_speculations else "plain", f"{speed.round_ms:.2f}"]
-        if speed.ms_per_token is not None:
-            cells += [f"{speed.tokens_per_round:.2f}", f"{speed.ms_per_token:.2f}", f"{1e3 / speed.ms_per_token:.0f}"]
-            cells += [f"{plan.plain_ms_per_token / speed.ms_per_token:.2f}x"]
-        chosen = speed.num_speculations == plan.num_speculations
-        speeds.add_row(*cells, style="bold" if chosen else "")
-    console.print(speeds)
+    if plan.other_speeds:
+        _print_side_by_side(plan, console)
+    else:
+        _print_speeds(plan, console)
     rates = table("match rate", "best K", "ms per token", "speedup")
     for rate in plan.rates:
         k = "plain" if rate.num_speculations is None else str(rate.num_speculations)
@@ -121,7 +116,65 @@ def _print_times(plan: Plan, console: Console) -> None:
         exits.add_row(*cells, style="bold" if exit_plan.exit_layer in own else "")
     console.print("Exit layers, and the match rate below which self-speculation loses:")
     console.print(exits)
+    _print_choice(plan, console)
     _print_ngrams(plan, console)
+
+
+def _print_speeds(plan: Plan, console: Console) -> None:
+    """Rounds of the only exit."""
+    speeds = table("K", "ms per round", "tokens per round", "ms per token", "tokens/s", "speedup")
+    for speed in plan.speeds:
+        cells = [_length(speed), f"{speed.round_ms:.2f}"]
+        if speed.ms_per_token is not None:
+            cells += [f"{speed.tokens_per_round:.2f}", f"{speed.ms_per_token:.2f}", f"{1e3 / speed.ms_per_token:.0f}"]
+            cells += [f"{plan.plain_ms_per_token / speed.ms_per_token:.2f}x"]
+        speeds.add_row(*cells, style="bold" if speed.num_speculations == plan.num_speculations else "")
+    console.print(speeds)
+
+
+def _print_side_by_side(plan: Plan, console: Console) -> None:
+    """Rounds of each exit, and what they take per token where the match rate is known."""
+    by_exit = {plan.exit_layer: plan.speeds} | plan.other_speeds
+    speeds = table("K", *(name for e in by_exit for name in (f"E = {e}: ms per round", "ms per token", "speedup")))
+    for row in zip(*by_exit.values(), strict=True):
+        cells = [_length(row[0])]
+        for speed in row:
+            ms = speed.ms_per_token
+            faster = "" if ms is None else f"{plan.plain_ms_per_token / ms:.2f}x"
+            cells += [f"{speed.round_ms:.2f}", _number(ms, ".2f", ""), faster]
+        speeds.add_row(*cells)
+    console.print(speeds)
+
+
+def _length(speed: SpeedPlan) -> str:
+    return str(speed.num_speculations) if speed.num_speculations else "plain"
+
+
+def _print_choice(plan: Plan, console: Console) -> None:
+    """What choosing exit and K by the text could bring."""
+    choice, several = plan.choice, bool(plan.other_exits)
+    options = "-e auto" if several else "-k auto"
+    if choice is None:
+        if several:
+            console.print(f"What a choice by the text ({options}) could bring: give --match-rate for each exit.")
+    elif len(choice.by_kind) == 1:
+        console.print(
+            f"With these match rates throughout, {_pair(choice.fixed)} is the fastest, and a choice by the text "
+            f"({options}) brings nothing: it gains where texts differ. Give rates of several kinds, as E=0.9,0.3."
+        )
+    else:
+        kinds, gain = "; ".join(map(_pair, choice.by_kind)), choice.fixed.ms_per_token / choice.ms_per_token
+        console.print(
+            f"If a text has as many tokens of each of these {len(choice.by_kind)} kinds, {_pair(choice.fixed)} is the "
+            f"fastest throughout. The fastest for each kind: {kinds}. A choice by the text ({options}) takes at least "
+            f"{choice.ms_per_token:.2f} ms per token, {gain:.2f} times as fast as the former; it has to find out which "
+            "kind it is, and that takes part of the gain."
+        )
+
+
+def _pair(one: PairPlan) -> str:
+    name = "plain decoding" if one.exit_layer is None else f"E = {one.exit_layer} with K = {one.num_speculations}"
+    return f"{name} ({one.ms_per_token:.2f} ms)"
 
 
 def _print_ngrams(plan: Plan, console: Console) -> None:

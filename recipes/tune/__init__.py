@@ -1,1 +1,1 @@
-"""The best exit layer and speculation length for a text and a device."""
+"""The best exit layers and speculation length for a text and a device."""

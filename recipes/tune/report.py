@@ -30,7 +30,7 @@ _CROWDED = 40
 
 def print_tuning(report: TuneReport, console: Console) -> None:
     """The best pair of every exit layer, and the best of all."""
-    best, present, measured = report.best, report.present, report.measured
+    best, measured = report.best, report.measured
     synthetic = ", [bold]synthetic weights[/bold]" if report.synthetic else ""
     console.print(
         f"{shown(report.source)}{synthetic}, {report.num_layers} layers; {shown(report.backend)}; "
@@ -67,42 +67,64 @@ def print_tuning(report: TuneReport, console: Console) -> None:
     top = sorted(report.pairs, key=lambda p: p.ms_per_token)[:_TOP]
     console.print("Fastest: " + ", ".join(f"E={p.exit_layer} K={p.num_speculations} {p.ms_per_token:.3f}" for p in top))
     console.print(
-        f"Measured here: plain {measured.plain_ms_per_token:.3f} ms per token, the bundle's exit layer "
-        f"{present.exit_layer} with {_drafts(present)} {present.ms_per_token:.3f}: {report.scale:.2f} times what its "
-        "calls add up to, a factor that is applied to all pairs."
+        f"Measured here: plain {measured.plain_ms_per_token:.3f} ms per token, the bundle's "
+        f"{_pair_text(report.present)}: {report.scale:.2f} times what its calls add up to, a factor that is applied to "
+        "all pairs."
     )
+    if report.here:
+        console.print(f"In this bundle, at best: {'; '.join(map(_pair_text, report.here))}.")
     if report.departures:
         console.print(f"{report.departures} of the tokens are ties, which the probe rounds the other way.")
     console.print("\nWhat should draft:")
     console.print(_drafting_table(report))
-    console.print("by the text: the share of rounds whose drafts n-grams found\n")
+    console.print(
+        "--exit-layer: what to export with; drafted by: the share of rounds with drafts of each exit, and of n-grams\n"
+    )
     console.print(f"[bold]{verdict(report)}[/bold]")
     print_doubts(report.doubts, console)
 
 
 def _drafting_table(report: TuneReport) -> Table:
-    """What the exit, n-grams and both give, each with its best pair."""
+    """What exits, n-grams and both give, each with its best pair."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for name in ("--draft", "-k", "exit layer", "ms", "speedup", "match", "per round", "by the text"):
+    for name in ("--exit-layer", "--draft", "-e", "-k", "ms", "speedup", "match", "per round", "drafted by"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in report.drafting:
+        options = options_text(one)
         table.add_row(
+            options["--exit-layer"],
             one.draft,
-            length_text(one),
-            "" if one.draft == "ngram" else str(one.exit_layer),
+            options["-e"],
+            options["-k"],
             f"{one.ms_per_token:.3f}",
             f"{one.speedup:.2f}x",
             f"{one.match_rate:.0%}",
             f"{one.tokens_per_round:.2f}",
-            f"{one.ngram_share:.0%}",
+            shares_text(one),
             style="bold" if one == report.fastest else "",
         )
     return table
 
 
-def length_text(one: Drafting) -> str:
-    """What `-k` is given."""
-    return str(one.num_speculations or "auto")
+def options_text(one: Drafting) -> dict[str, str]:
+    """What these options are given: the first when exporting, the others when decoding; empty where it says nothing."""
+    return {
+        "--exit-layer": "" if one.draft == "ngram" else ",".join(map(str, one.exit_layers)),
+        "-e": "" if one.draft == "ngram" else str(one.exit_layer or "auto"),
+        "-k": str(one.num_speculations or "auto"),
+    }
+
+
+def shares_text(one: Drafting) -> str:
+    """The shares of rounds with drafts of each exit and of the text."""
+    shares = {f"E={e}": share for e, share in one.exit_shares.items()} | {"ngram": one.ngram_share}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+
+
+def decoding_text(one: Drafting) -> str:
+    """The options to decode so with a bundle exported for it."""
+    exit_layer = " -e auto" if one.chooses_exit else ""
+    return f"--draft {one.draft}{exit_layer} -k {options_text(one)['-k']}"
 
 
 def _without(report: TuneReport) -> str:
@@ -119,17 +141,36 @@ def _is_faster(other: Pair | None, report: TuneReport) -> bool:
 
 
 def verdict(report: TuneReport) -> str:
-    """The choice in a sentence or two."""
-    pair, fastest = _pair_verdict(report), report.fastest
+    """The choice in some sentences: the best pair, which exits to export, and what should draft."""
+    return " ".join(_verdicts(report))
+
+
+def _verdicts(report: TuneReport) -> Iterator[str]:
+    fastest, alone, together = report.fastest, report.alone, report.together
+    yield _pair_verdict(report)
+    if together is not None and together.ms_per_token < alone.ms_per_token:
+        gain = alone.ms_per_token / together.ms_per_token
+        yield f"Worth exporting together: {_choice_text(together)}, {gain:.2f} times as fast as one exit alone."
+    elif together is not None and fastest.speedup > 1:
+        yield f"One exit is enough: at best, {_choice_text(together)}."
     if fastest.speedup <= 1:
-        return f"{pair} Nor do drafts of the text."
-    if fastest.draft == "exit":
-        return f"{pair} Drafts of the text bring no more: --draft exit."
-    at = f" at exit layer {fastest.exit_layer}" if fastest.draft == "auto" else ""
-    return (
-        f"{pair} With drafts of the text it is {fastest.ms_per_token:.3f} ms, {fastest.speedup:.2f} times as fast as "
-        f"plain decoding: --draft {fastest.draft} -k {length_text(fastest)}{at}."
-    )
+        yield "Nor does anything else."
+    elif fastest == report.drafting[0]:
+        yield "Drafts of the text bring no more: --draft exit."
+    else:
+        exits = "" if fastest.draft == "ngram" else f" after an export with {_export_text(fastest)}"
+        yield (
+            f"Fastest is {decoding_text(fastest)}{exits}: {fastest.ms_per_token:.3f} ms, {fastest.speedup:.2f} times "
+            "as fast as plain decoding."
+        )
+
+
+def _choice_text(together: Drafting) -> str:
+    return f"{_export_text(together)} with -e auto takes {together.ms_per_token:.3f} ms"
+
+
+def _export_text(one: Drafting) -> str:
+    return f"--exit-layer {options_text(one)['--exit-layer']}"
 
 
 def _pair_verdict(report: TuneReport) -> str:
@@ -153,6 +194,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
     """The choice as an export recipe in TOML, for `edgeskip export --recipe`."""
     other, text = report.best_of_all_rows, _toml_text
     best = other if other is not None and _is_faster(other, report) else _best(report)
+    others = [e for e in report.fastest.exit_layers if e != best.exit_layer] if report.fastest.chooses_exit else []
     source = (
         f"edgeskip tune, {report.hardware.device}, {datetime.date.today().isoformat()}: {report.prompts} prompts, "
         f"{report.new_tokens} new tokens; {figure(best.ms_per_token)} ms per token, plain "
@@ -166,6 +208,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         "",
         f"checkpoint = {text(report.source)}",
         f"exit_layer = {best.exit_layer}",
+        *([f"other_exits = {others}"] if others and best is not other else []),
         f"num_speculations = {best.num_speculations}",
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
@@ -181,17 +224,17 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
 
 
 def _best(report: TuneReport) -> Pair:
-    """The pair to export: the best, or, where text and exit together are faster, the best at that exit."""
-    exit_layer = report.fastest.exit_layer if report.fastest.draft == "auto" else report.best.exit_layer
+    """The pair to export: the best, or, where something else is faster, the best at the exit that it has first."""
+    exit_layer = report.best.exit_layer if report.fastest.draft == "ngram" else report.fastest.exit_layers[0]
     return min((p for p in report.pairs if p.exit_layer == exit_layer), key=lambda p: p.ms_per_token)
 
 
 def _drafting_comment(report: TuneReport) -> Iterator[str]:
     """How to decode with it, where that is not what a bundle does by itself."""
     fastest = report.fastest
-    if fastest.draft != "exit" and fastest.speedup > 1:
-        how = f"--draft {fastest.draft} -k {length_text(fastest)}"
-        yield _comment(f"Fastest on these texts with {how}: {figure(fastest.ms_per_token)} ms per token")
+    if fastest != report.drafting[0] and fastest.speedup > 1:
+        ms = figure(fastest.ms_per_token)
+        yield _comment(f"Fastest on these texts with {decoding_text(fastest)}: {ms} ms per token")
 
 
 def _formats(formats: Mapping[str, str], num_layers: int) -> Iterator[str]:
@@ -232,6 +275,10 @@ def _drafts(pair: Pair) -> str:
     return f"{pair.num_speculations} draft{'s' * (pair.num_speculations > 1)}"
 
 
+def _pair_text(pair: Pair) -> str:
+    return f"exit layer {pair.exit_layer} with {_drafts(pair)} {pair.ms_per_token:.3f}"
+
+
 def tuning_page(report: TuneReport) -> str:
     """The page: ms per token over exit layer and speculation length, and match rates.
 
@@ -243,7 +290,9 @@ def tuning_page(report: TuneReport) -> str:
         plots = {name: svg(name, *plot) for name, plot in drawn.items()}
     except ImportError as error:
         raise no_plots("tune page", error) from None
-    return render("tune.html.jinja", report=report, verdict=verdict(report), plots=plots, length_text=length_text)
+    return render(
+        "tune.html.jinja", report=report, verdict=verdict(report), plots=plots, options=options_text, shares=shares_text
+    )
 
 
 def _surface(report: TuneReport) -> Plot:
@@ -279,7 +328,7 @@ def _surface(report: TuneReport) -> Plot:
 
 
 def _drafting(report: TuneReport) -> Plot:
-    names = [f"{one.draft}, K = {length_text(one)}" for one in report.drafting]
+    names = [_name(one) for one in report.drafting]
     times = [one.ms_per_token for one in report.drafting]
     plain, fastest = report.measured.plain_ms_per_token, report.drafting.index(report.fastest)
 
@@ -295,6 +344,11 @@ def _drafting(report: TuneReport) -> Plot:
         ax.grid(axis="x")
 
     return 0.7 + 0.26 * (len(times) + 1), draw
+
+
+def _name(one: Drafting) -> str:
+    exits = "" if one.draft == "ngram" else f", E = {options_text(one)['--exit-layer']}"
+    return f"{one.draft}{exits}, K = {options_text(one)['-k']}"
 
 
 def _match(report: TuneReport) -> Plot:

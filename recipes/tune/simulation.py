@@ -6,66 +6,88 @@ The texts are known, and so is what would have drafted them, so no model runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
 from edgeskip.runtime.decoding.decode import count_accepted, drafts_that_fit
-from edgeskip.runtime.drafting.drafters import Draft, Drafter, Source
+from edgeskip.runtime.drafting.drafters import Draft, Source
 from edgeskip.runtime.drafting.length import Pace, RoundCosts
 from edgeskip.runtime.drafting.ngram import NgramIndex
-
-_EXIT = 1
-"""The layer of the exit, which does not matter here."""
-
-SLOPES: dict[Source, float] = {_EXIT: 0.3, "ngram": 0.05}
-"""What a draft is thought to add to a round while none was measured."""
 
 NOTHING = -1
 """Where a text has no drafts, in place of how many of them are right."""
 
 
 @dataclass(frozen=True)
-class Drafts:
-    """What would have been drafted for the m tokens after a text's first.
-
-    Of an exit: which of its drafts are right, and its probability for each [m]. Of the text itself, by n-grams: how
-    many of its drafts are right after the token before each, MAX_SPECULATIONS at most, or `NOTHING` [m]. `room` is the
-    number of cache rows after the prompt or, if that is less, of new tokens that were asked for.
+class ExitDrafts:
+    """What an exit would have drafted for the m tokens after a text's first: which of its drafts are right, and its
+    probability for each [m].
     """
 
     right: npt.NDArray[np.bool_]
     confidences: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What would have been drafted for the m tokens after a text's first.
+
+    Of exits, by layer. Of the text itself, by n-grams: how many of its drafts are right after the token before each,
+    MAX_SPECULATIONS at most, or `NOTHING` [m]. `room` is the number of cache rows after the prompt or, if that is less,
+    of new tokens that were asked for.
+    """
+
+    exits: Mapping[int, ExitDrafts]
     room: int
     copied: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """The rounds of decoding some texts: `by_drafts[d]` of them made d drafts at the exit, 0 in plain steps, and
-    `by_ngram[d]` had d drafts of the text, which is empty where those were not asked for. The rest is counted as in
-    `Statistics`.
+    """The rounds of decoding some texts: how many had so many drafts of a source, by both, where plain ones have 0 of
+    an exit; and how often it was looked what an exit would have drafted for so many tokens, by both. The rest is
+    counted as in `Statistics`.
 
-    Where EOS ends a text, its last round may draft beyond that; the statistics leave that out, `by_drafts` and
-    `by_ngram` do not.
+    Where EOS ends a text, its last round may draft beyond that; the statistics leave that out, `by_drafts` does not.
     """
 
-    by_drafts: tuple[int, ...]
+    by_drafts: Mapping[tuple[Source, int], int]
     tokens: int
     drafted: int
     tested: int
     accepted: int
-    by_ngram: tuple[int, ...] = ()
+    looks: Mapping[tuple[int, int], int]
 
     @property
     def count(self) -> int:
         """All rounds."""
-        return sum(self.by_drafts) + sum(self.by_ngram)
+        return sum(self.by_drafts.values())
+
+    def share(self, source: Source) -> float:
+        """The share of rounds that had drafts of a source."""
+        return sum(n for (one, drafts), n in self.by_drafts.items() if one == source and drafts) / self.count
+
+
+class Costs(Protocol):
+    """What rounds take."""
+
+    @property
+    def slopes(self) -> Mapping[Source, float]:
+        """What may draft, and what a draft is thought to add, as for `RoundCosts`."""
+
+    def round_ms(self, source: Source, drafts: int) -> float:
+        """A round with so many drafts of a source, as a session would tell it."""
+
+    def look_ms(self, exit_layer: int, rows: int) -> float:
+        """A look at what an exit would have drafted for so many tokens."""
 
 
 def copied_drafts(prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[int]:
@@ -80,96 +102,162 @@ def copied_drafts(prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[i
 
 
 def simulate(
-    texts: Sequence[Drafts], num_speculations: int, confidence_threshold: float, draft: Draft = "exit"
+    texts: Sequence[Drafts],
+    exit_layer: int,
+    num_speculations: int,
+    confidence_threshold: float,
+    draft: Draft = "exit",
 ) -> Rounds:
-    """The rounds of up to K drafts; of the text where that may draft and has any.
+    """The rounds of up to K drafts of an exit; of the text where that may draft and has any.
 
     Rounds, tokens, tested and accepted drafts are exact. What the exit drafts after a confident wrong draft is not
     known: there, and beyond a text's end, the text's own confidences and certainty stand in, and only the number of
     drafts made can differ.
     """
-
-    def choose(most: int, copies: int) -> tuple[Drafter, int]:
-        if copies:
-            return "ngram", copies
-        return "exit", 0 if draft == "ngram" else most
-
-    return _rounds(texts, num_speculations, confidence_threshold, draft, choose)
+    fixed = _Fixed(exit_layer, at_exit=draft != "ngram")
+    return _rounds(texts, (exit_layer,), num_speculations, confidence_threshold, draft, fixed)
 
 
 def simulate_paced(
-    texts: Sequence[Drafts], confidence_threshold: float, draft: Draft, cost_ms: Callable[[Drafter, int], float]
+    texts: Sequence[Drafts], exit_layers: Sequence[int], confidence_threshold: float, draft: Draft, costs: Costs
 ) -> tuple[Rounds, float]:
-    """The same where each round has the drafts that promise most for their time (`-k auto`), by the runtime's own code.
-    What that takes the host, in ms a round, is measured and returned too.
+    """The same where each round has the drafts that promise most for their time, by the runtime's own code: of the only
+    exit (`-k auto`), or of one of several (`-e auto`). What choosing takes the host, in ms a round, is measured and
+    returned too.
 
     Args:
         texts: as for `simulate`, one after another.
+        exit_layers: the exits that may draft, with ties going to the first.
         confidence_threshold: as there.
         draft: what may draft.
-        cost_ms: what a round takes, by what drafts and how many drafts were made.
+        costs: what rounds take.
     """
-    now_ms, taken = 0.0, [0.0]
-    pace = Pace(RoundCosts(SLOPES), lambda: now_ms)
+    paced = _Paced(costs, exit_layers, draft)
+    rounds = _rounds(texts, exit_layers, MAX_SPECULATIONS, confidence_threshold, draft, paced)
+    return rounds, 1e3 * median(paced.taken)
 
-    def choose(most: int, copies: int) -> tuple[Drafter, int]:
+
+class _Choice(Protocol):
+    """What drafts each round, and how much."""
+
+    def begin(self) -> None:
+        """Another text begins."""
+
+    def chosen(self, most: int, copies: int) -> tuple[Source, int]:
+        """The next round's, by the most drafts that have room, and those that the text has."""
+
+    def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
+        """What became of it: drafts made and accepted, and which of the text's were right."""
+
+    @property
+    def looks_at(self) -> int | None:
+        """The exit to look at after it, if any."""
+
+    def looked(self, exit_layer: int, right: Sequence[bool], sure: Sequence[bool]) -> None:
+        """What it would have drafted, as for `Pace.looked`."""
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """The text's drafts where it has any, else those of an exit, if it may."""
+
+    exit_layer: int
+    at_exit: bool
+
+    def begin(self) -> None:
+        pass
+
+    def chosen(self, most: int, copies: int) -> tuple[Source, int]:
+        return ("ngram", copies) if copies else (self.exit_layer, most if self.at_exit else 0)
+
+    def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
+        pass
+
+    @property
+    def looks_at(self) -> None:
+        return None
+
+    def looked(self, exit_layer: int, right: Sequence[bool], sure: Sequence[bool]) -> None:
+        pass
+
+
+class _Paced:
+    """By a `Pace`; `taken` has the seconds of each choice."""
+
+    def __init__(self, costs: Costs, exit_layers: Sequence[int], draft: Draft) -> None:
+        self._costs, self._exit_layers, self._draft = costs, exit_layers, draft
+        self._pace = Pace(RoundCosts(costs.slopes), lambda: 0.0)  # it is told times, and asks for none
+        self._chosen: tuple[Source, int] = (exit_layers[0], 0)
+        self.looks_at: int | None = None
+        self.taken = [0.0]
+
+    def begin(self) -> None:
+        self._pace.begin()
+
+    def chosen(self, most: int, copies: int) -> tuple[Source, int]:
+        limits: dict[Source, int] = dict.fromkeys(self._exit_layers, 0 if self._draft == "ngram" else most)
         start = perf_counter()
-        source, k = pace.chosen({_EXIT: 0 if draft == "ngram" else most, "ngram": copies})
-        taken.append(perf_counter() - start)
-        return "ngram" if source == "ngram" else "exit", k
+        self._chosen = self._pace.chosen(limits if self._draft == "exit" else limits | {"ngram": copies})
+        self.looks_at = self._pace.worth_a_look()
+        self.taken.append(perf_counter() - start)
+        return self._chosen
 
-    def note(chosen: tuple[Drafter, int], made: int, accepted: int, copies: Sequence[bool]) -> None:
-        nonlocal now_ms
-        now_ms += (ms := cost_ms(chosen[0], made))
+    def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
+        source, limit = self._chosen
+        ms = self._costs.round_ms(source, made)
         start = perf_counter()
-        pace.note("ngram" if chosen[0] == "ngram" else _EXIT, chosen[1], made, accepted, ms)
-        if draft != "exit":
-            pace.compare(copies, [True] * (accepted + 1))  # it looks at nothing but which are alike
-        taken[-1] += perf_counter() - start
+        self._pace.note(source, limit, made, accepted, ms)
+        if self._draft != "exit":
+            self._pace.compare(copies, [True] * (accepted + 1))  # it looks at nothing but which are alike
+        self.taken[-1] += perf_counter() - start
 
-    rounds = _rounds(texts, MAX_SPECULATIONS, confidence_threshold, draft, choose, note)
-    return rounds, 1e3 * median(taken)
+    def looked(self, exit_layer: int, right: Sequence[bool], sure: Sequence[bool]) -> None:
+        self._pace.looked(exit_layer, right, sure, self._costs.look_ms(exit_layer, len(right)))
 
 
 def _rounds(
     texts: Sequence[Drafts],
+    exit_layers: Sequence[int],
     longest: int,
     confidence_threshold: float,
     draft: Draft,
-    choose: Callable[[int, int], tuple[Drafter, int]],
-    note: Callable[[tuple[Drafter, int], int, int, Sequence[bool]], None] = lambda *_: None,
+    choice: _Choice,
 ) -> Rounds:
-    """Rounds whose drafter and most drafts are chosen by the most drafts that have room, and those that the text has.
-    What became of each is noted: the choice, drafts made and accepted, and which of the text's were right.
-    """
-    made: dict[Drafter, list[int]] = {"exit": [0] * (longest + 1), "ngram": [0] * (longest + 1)}
+    """Rounds whose source and most drafts are chosen."""
+    made: Counter[tuple[Source, int]] = Counter()
+    looks: Counter[tuple[int, int]] = Counter()
     tokens = drafted = tested = accepted = 0
     for text in texts:
-        left, at = len(text.right), 0
-        runs = _runs(text.right, end=0)
-        sure = _runs(text.confidences >= confidence_threshold, end=longest)
+        right = {e: text.exits[e].right.tolist() for e in exit_layers}
+        sure = {e: (text.exits[e].confidences >= confidence_threshold).tolist() for e in exit_layers}
+        runs = {e: _runs(flags, end=0) for e, flags in right.items()}
+        certain = {e: _runs(flags, end=longest) for e, flags in sure.items()}
+        at, left = 0, len(right[exit_layers[0]])
+        choice.begin()
         while left:
             most = drafts_that_fit(longest, text.room - at)
             copied = text.copied[at] if draft != "exit" else NOTHING
             copies = most if copied != NOTHING else 0
-            drafter, k = chosen = choose(most, copies)
-            count, right = (k, copied) if drafter == "ngram" else (min(sure[at] + 1, k), runs[at])
-            made[drafter if count else "exit"][count] += 1
-            good = min(right, count, left) if count else 0
-            note(chosen, count, good, [place < copied for place in range(copies)])
+            source, k = choice.chosen(most, copies)
+            count, good = (k, copied) if source == "ngram" else (min(certain[source][at] + 1, k), runs[source][at])
+            made[source if count else exit_layers[0], count] += 1
+            good = min(good, count, left) if count else 0
+            new = min(good + 1, left)
+            choice.note(count, good, [place < copied for place in range(copies)])
+            if (seen := choice.looks_at) is not None:
+                choice.looked(seen, right[seen][at : at + new], sure[seen][at : at + new])
+                looks[seen, new] += 1
             if good == left:  # a stop drops the rest of its round, also from the statistics
                 count = left
-            new = min(good + 1, left)
             tokens, drafted, accepted = tokens + new, drafted + count, accepted + good
             tested += min(good + 1, count)
             at, left = at + new, left - new
-    by_ngram = () if draft == "exit" else tuple(made["ngram"])
-    return Rounds(tuple(made["exit"]), tokens, drafted, tested, accepted, by_ngram)
+    return Rounds(dict(made), tokens, drafted, tested, accepted, dict(looks))
 
 
-def _runs(flags: npt.NDArray[np.bool_], end: int) -> list[int]:
+def _runs(flags: Iterable[bool], end: int) -> list[int]:
     """At each place, how many flags are set from there on without a gap; `end` more where nothing stops them."""
     runs = [end]
-    for flag in reversed(flags.tolist()):
+    for flag in reversed(list(flags)):
         runs.append(runs[-1] + 1 if flag else 0)
     return runs[::-1]

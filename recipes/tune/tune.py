@@ -6,41 +6,36 @@
                                                |                                   |
                     rounds, simulated for every E and K  --------->  ms per token for every E and K
 
-Only the texts are decoded, so no exit layer needs an export of its own. The simulation (simulation.py) follows the
-runtime's loop round by round. What the texts themselves would have drafted, by their n-grams, needs no model at all.
+Only the texts are decoded, so no exit layer needs an export of its own, nor do several together. The simulation
+(simulation.py) follows the runtime's loop round by round, with its own code where exit and K are chosen. What the texts
+themselves would have drafted, by their n-grams, needs no model at all.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Literal
+from functools import cache, cached_property
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from edgeskip.exporter.graphs.probe import Exits, Probe, check_probed
-from edgeskip.recipes.plan.cost import Sample, call_ms, chains, fit_cost, graph_sizes
-from edgeskip.recipes.tune.simulation import Drafts, Rounds, copied_drafts, simulate, simulate_paced
+from edgeskip.recipes.plan.cost import Cut, cut_model
+from edgeskip.recipes.tune.simulation import Drafts, ExitDrafts, Rounds, copied_drafts, simulate, simulate_paced
+from edgeskip.recipes.tune.times import CallTime, Measured, RoundTimes, carried, fitted_cost
 from edgeskip.runtime.bench.prompts import encoded_prompts
 from edgeskip.runtime.bench.validity import Watch, doubts
-from edgeskip.runtime.bundle.graphs import (
-    DRAFT_HEAD,
-    MAX_SPECULATIONS,
-    GraphName,
-    Split,
-    check_num_speculations,
-    single_exit,
-)
+from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS, GraphName, Split, check_num_speculations
 from edgeskip.runtime.bundle.manifest import Bundle, Manifest, Progress
 from edgeskip.runtime.bundle.weights import read_bytes
 from edgeskip.runtime.decoding.model import Generation, Model
 from edgeskip.runtime.decoding.rounds import Round, draft_round, given_round, speculative_round, verification_round
 from edgeskip.runtime.decoding.session import MeasuredSession
 from edgeskip.runtime.decoding.statistics import Statistics
-from edgeskip.runtime.drafting.drafters import Draft, Drafter
+from edgeskip.runtime.drafting.drafters import Draft
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.provenance import Provenance, provenance
 from edgeskip.runtime.sampling import GREEDY
@@ -65,34 +60,6 @@ class TuneSettings:
     max_new_tokens: int
     confidence_threshold: float | None = None
     prompt_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class CallTime:
-    """A graph over `rows` tokens within a round, at the bundle's exit layer: the lower quartile of its times."""
-
-    graph: GraphName
-    rows: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What decoding costs at the bundle's exit layer.
-
-    `calls` are those of rounds with 0 to K drafts of the exit, and with 1 to MAX_SPECULATIONS of the text; their rows
-    are at about `position`. Around them the host takes `host_round_ms` for each round, `host_draft_ms` more for each
-    draft, and `host_ngram_ms` more for each round where the text may draft. These are lower quartiles, since whatever
-    else runs on a machine only ever adds to a time. `plain_ms_per_token` is plain decoding's wall time, for the median
-    prompt.
-    """
-
-    calls: tuple[CallTime, ...]
-    position: int
-    host_round_ms: float
-    host_draft_ms: float
-    plain_ms_per_token: float
-    host_ngram_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,28 +89,39 @@ class Pair:
 
 @dataclass(frozen=True)
 class Drafting(Pair):
-    """What drafts (`--draft`), with the pair that is fastest with it; K is 0 where it is chosen for each round (`-k
-    auto`). `ngram_share` is the share of rounds whose drafts the text had; where it alone drafts, E says nothing.
+    """What drafts (`--draft`) in a bundle with these exits, the default one first. E and K are 0 where they are chosen
+    for each round (`-e auto`, `-k auto`); where the text alone drafts, E says nothing. `ngram_share` is the share of
+    rounds whose drafts the text had, and `exit_shares` that of those with drafts of each exit.
     """
 
     draft: Draft
     ngram_share: float
+    exit_layers: tuple[int, ...]
+    exit_shares: dict[int, float]
+
+    @property
+    def chooses_exit(self) -> bool:
+        """Whether each round has its own."""
+        return len(self.exit_layers) > 1
 
 
 @dataclass(frozen=True)
 class TuneReport(Provenance):
-    """The best pair, the bundle's `present` one, and all `pairs`, which draft at their exit alone. `drafting` compares
-    that with n-grams and with both, each with a fixed K and, but for the exit, with one chosen for each round.
+    """The best pair, the bundle's `present` one, and all `pairs`, which draft at their exit alone and as in a bundle
+    without others. `drafting` compares that with exits and lengths chosen for each round, with n-grams, and with both;
+    the `fastest` says what to export and what should draft. `here` has the best pair of each exit as in this bundle, if
+    it has several.
 
-    `match_rates` are the shares of the texts' tokens that an exit layer drafts right. `prompt_tokens` is a median,
-    `new_tokens` a sum; of these tokens, `departures` are not what the probe's last layer gives: they are ties, which
-    rounding decides. Rounds take `scale` times what their calls and the host add up to, as they did for the median
-    text, decoded whole with the present pair. `tensor_formats` has those of the bundle's quantized tensors, by name,
-    and `quantizer` the method that found their numbers. If drafts come from `draft_vocabulary` rows of the vocabulary
-    alone, `covered` is the share of the texts' tokens that are among them, which no exit drafts more of right, and
-    `best_of_all_rows` the best pair without such a head.
+    `exit_layers` are the bundle's, the default one first. `match_rates` are the shares of the texts' tokens that an
+    exit layer drafts right. `prompt_tokens` is a median, `new_tokens` a sum; of these tokens, `departures` are not what
+    the probe's last layer gives: they are ties, which rounding decides. Rounds take `scale` times what their calls and
+    the host add up to, as they did for the median text, decoded whole with the present pair. `tensor_formats` has those
+    of the bundle's quantized tensors, by name, and `quantizer` the method that found their numbers. If drafts come from
+    `draft_vocabulary` rows of the vocabulary alone, `covered` is the share of the texts' tokens that are among them,
+    which no exit drafts more of right, and `best_of_all_rows` the best pair without such a head.
     """
 
+    exit_layers: tuple[int, ...]
     prompts: int
     prompt_tokens: int
     new_tokens: int
@@ -155,6 +133,9 @@ class TuneReport(Provenance):
     pairs: tuple[Pair, ...]
     scale: float
     measured: Measured
+    drafting: tuple[Drafting, ...]
+    fastest: Drafting
+    here: tuple[Pair, ...] = ()
     valid: bool = True
     doubts: tuple[str, ...] = ()
     tensor_formats: dict[str, str] = field(default_factory=dict)
@@ -162,12 +143,17 @@ class TuneReport(Provenance):
     draft_vocabulary: int | None = None
     covered: float | None = None
     best_of_all_rows: Pair | None = None
-    drafting: tuple[Drafting, ...] = ()
 
     @property
-    def fastest(self) -> Drafting:
-        """What should draft."""
-        return min(self.drafting, key=lambda one: one.ms_per_token)
+    def alone(self) -> Drafting:
+        """The best that drafts of one exit give."""
+        return _best_pair(one for one in self.drafting if one.draft == "exit" and not one.chooses_exit)
+
+    @property
+    def together(self) -> Drafting | None:
+        """The best that several exits give, if the model can have several."""
+        chosen = [one for one in self.drafting if one.draft == "exit" and one.chooses_exit]
+        return _best_pair(chosen) if chosen else None
 
 
 def tune(
@@ -180,7 +166,7 @@ def tune(
     """Measures a bundle on its device, closes it, probes its layers, and weighs every pair.
 
     Args:
-        open_model: loads the bundle; its exit layer does not matter.
+        open_model: loads the bundle; its exit layers do not matter.
         prompts: texts to continue.
         settings: what to choose from.
         command: kept in the report.
@@ -194,8 +180,6 @@ def tune(
         check_num_speculations(k)
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
-        if manifest.graphs != single_exit(manifest.architecture, manifest.exit_layer, manifest.draft_vocabulary):
-            raise RequestError(bundle.folder, "has several exits", wanted="a bundle with one to measure")
         device, head = session.device, provenance(model, command)
         check_probed(bundle, device)
         if settings.confidence_threshold is None:
@@ -204,23 +188,22 @@ def tune(
         watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
         texts, measured, halves = _measure(model, prompt_ids, settings, progress)
         copy_rates.append(session.copy_bytes_per_second())
-        others_share, weights = watch.others_share(), read_bytes(bundle)
+        others_share, weights, waits = watch.others_share(), read_bytes(bundle), not session.is_asynchronous
     probed = _probe(bundle, device, texts, manifest.draft_vocabulary, progress)
-    drafts = _drafts_by_exit(probed, texts, manifest, settings.max_new_tokens)
-    own, threshold = (manifest.exit_layer, manifest.num_speculations), settings.confidence_threshold or 0.0
+    drafts = _drafts(probed, texts, manifest, settings.max_new_tokens)
+    cut, own = _cut_model(manifest, manifest.draft_vocabulary), (manifest.exit_layer, *manifest.other_exits)
+    k, threshold = manifest.num_speculations, settings.confidence_threshold or 0.0
+    weighing = _Weighing(measured, cut(own), cut, 1.0, threshold, waits)
     scale = statistics.median(
-        text.speculative_ms / rounds_ms(measured, simulate([one], own[1], threshold))
-        for text, one in zip(texts, drafts[own[0]], strict=True)
+        text.speculative_ms / (len(text.token_ids) - 1) / weighing.pair([one], own, own[0], k).ms_per_token
+        for text, one in zip(texts, drafts, strict=True)
     )
-
-    grid = sorted(set(settings.grid))
-    weighing = _Weighing(_costs(measured, manifest), scale, threshold, measured.plain_ms_per_token)
+    weighing, grid = replace(weighing, scale=scale), sorted(set(settings.grid))
     all_rows: tuple[Pair, ...] = ()
     if manifest.draft_vocabulary is not None:
         probed_whole = _probe(bundle, device, texts, None, progress)
-        others = _drafts_by_exit(probed_whole, texts, manifest, settings.max_new_tokens)
-        without = replace(weighing, costs=_costs(without_draft_head(measured), manifest))
-        all_rows = without.pairs(others, grid)
+        others = _drafts(probed_whole, texts, manifest, settings.max_new_tokens)
+        all_rows = replace(weighing, cut=_cut_model(manifest, None)).pairs(others, grid)
     rates = [
         (f"{call.graph} over {call.rows} row{'s' * (call.rows > 1)}", size, 1e3 * size / call.ms / max(copy_rates))
         for call in measured.calls
@@ -230,17 +213,19 @@ def tune(
     if scale > BUSY:
         found += (f"rounds took {scale:.2f} times what their calls add up to",)
     pairs = weighing.pairs(drafts, grid)
-    best = min(pairs, key=lambda one: one.ms_per_token)
+    best = _best_pair(pairs)
+    compared = tuple(_compared(weighing, drafts, grid, own, best))
     return TuneReport(
         **vars(head),
+        exit_layers=own,
         prompts=len(texts),
         prompt_tokens=int(statistics.median(len(text.prompt_ids) for text in texts)),
         new_tokens=sum(len(text.token_ids) for text in texts),
         departures=sum(int((one.token_ids[-1] != t.token_ids).sum()) for one, t in zip(probed, texts, strict=True)),
         settings=settings,
         best=best,
-        present=weighing.pair(*own, drafts[own[0]]),
-        match_rates={e: float(np.concatenate([d.right for d in kept]).mean()) for e, kept in drafts.items()},
+        present=weighing.pair(drafts, own, own[0], k),
+        match_rates={e: float(np.concatenate([one.exits[e].right for one in drafts]).mean()) for e in drafts[0].exits},
         pairs=pairs,
         scale=scale,
         measured=measured,
@@ -250,45 +235,87 @@ def tune(
         quantizer=manifest.quantization.method if manifest.quantization else None,
         draft_vocabulary=manifest.draft_vocabulary,
         covered=_covered(manifest, texts),
-        best_of_all_rows=min(all_rows, key=lambda one: one.ms_per_token, default=None),
-        drafting=tuple(_compared(weighing, drafts, grid, own[0], best)),
+        best_of_all_rows=_best_pair(all_rows) if all_rows else None,
+        drafting=compared,
+        fastest=_best_pair(compared),
+        here=tuple(_best_pair(weighing.pair(drafts, own, e, k) for k in grid) for e in own if len(own) > 1),
     )
+
+
+def _ms_per_token(pair: Pair) -> float:
+    return pair.ms_per_token
+
+
+_P = TypeVar("_P", bound=Pair)
+
+
+def _best_pair(pairs: Iterable[_P]) -> _P:
+    return min(pairs, key=_ms_per_token)
+
+
+def _cut_model(manifest: Manifest, draft_vocabulary: int | None) -> Callable[[Sequence[int]], Cut]:
+    return cut_model(manifest.architecture, manifest.dtype, manifest.formats, draft_vocabulary)
 
 
 @dataclass(frozen=True)
 class _Weighing:
-    """What rounds cost at each exit layer, for whatever is weighed; as in `TuneReport`."""
+    """What decoding costs with whatever exits a bundle has, by what was `measured` of the one that is cut as `here`.
+    `cut` cuts it otherwise; the rest is as in `TuneReport`. Some devices work while the next round is chosen.
+    """
 
-    costs: Mapping[int, Measured]
+    measured: Measured
+    here: Cut
+    cut: Callable[[Sequence[int]], Cut]
     scale: float
     threshold: float
-    plain_ms_per_token: float
+    waits_for_choice: bool
 
-    def pairs(self, drafts: Mapping[int, Sequence[Drafts]], grid: Sequence[int]) -> tuple[Pair, ...]:
-        """Every exit layer with every K."""
-        return tuple(self.pair(exit_layer, k, drafts[exit_layer]) for exit_layer in drafts for k in grid)
+    @cached_property
+    def times(self) -> Callable[[tuple[int, ...]], RoundTimes]:
+        """What rounds take in a bundle with these exits."""
+        cost = fitted_cost(self.measured, self.here)
 
-    def pair(self, exit_layer: int, k: int, drafts: Sequence[Drafts]) -> Pair:
-        """What drafts of the exit alone give."""
-        return self._of(exit_layer, k, simulate(drafts, k, self.threshold))
+        def times(exit_layers: tuple[int, ...]) -> RoundTimes:
+            there = self.cut(exit_layers)
+            return RoundTimes(carried(self.measured, cost, self.here, there), there)
 
-    def drafting(self, draft: Draft, exit_layer: int, k: int, drafts: Sequence[Drafts]) -> Drafting:
-        """What drafts of the exit, of the text or of both give."""
-        rounds, choosing_ms = (
-            (simulate(drafts, k, self.threshold, draft), 0.0)
-            if k
-            else simulate_paced(drafts, self.threshold, draft, calls_ms(self.costs[exit_layer]))
+        return cache(times)
+
+    def pairs(self, drafts: Sequence[Drafts], grid: Sequence[int]) -> tuple[Pair, ...]:
+        """Every exit layer with every K, as in bundles with one exit."""
+        return tuple(self.pair(drafts, (exit_layer,), exit_layer, k) for exit_layer in drafts[0].exits for k in grid)
+
+    def pair(self, drafts: Sequence[Drafts], exit_layers: tuple[int, ...], exit_layer: int, k: int) -> Pair:
+        """What drafts of one exit alone give."""
+        rounds = simulate(drafts, exit_layer, k, self.threshold)
+        return self._of(exit_layer, k, rounds, self.times(exit_layers).total_ms(rounds))
+
+    def drafting(
+        self, drafts: Sequence[Drafts], draft: Draft, exit_layers: tuple[int, ...], exit_layer: int = 0, k: int = 0
+    ) -> Drafting:
+        """What drafts of exits, of the text or of both give; an exit layer and a K of 0 are chosen for each round."""
+        times, choosing_ms = self.times(exit_layers), 0.0
+        if k:
+            rounds = simulate(drafts, exit_layer, k, self.threshold, draft)
+        else:
+            choice = (exit_layer,) if exit_layer else exit_layers
+            rounds, choosing_ms = simulate_paced(drafts, choice, self.threshold, draft, times)
+        total_ms = times.total_ms(rounds, draft) + rounds.count * choosing_ms * self.waits_for_choice
+        return Drafting(
+            **vars(self._of(exit_layer, k, rounds, total_ms)),
+            draft=draft,
+            ngram_share=rounds.share("ngram"),
+            exit_layers=exit_layers,
+            exit_shares={e: share for e in exit_layers if (share := rounds.share(e))},
         )
-        pair, share = self._of(exit_layer, k, rounds, choosing_ms), sum(rounds.by_ngram) / rounds.count
-        return Drafting(**vars(pair), draft=draft, ngram_share=share)
 
-    def _of(self, exit_layer: int, k: int, rounds: Rounds, choosing_ms: float = 0.0) -> Pair:
-        ms = self.scale * (rounds_ms(self.costs[exit_layer], rounds) + rounds.count * choosing_ms) / rounds.tokens
+    def _of(self, exit_layer: int, k: int, rounds: Rounds, total_ms: float) -> Pair:
+        ms = self.scale * total_ms / rounds.tokens
         return Pair(
             exit_layer=exit_layer,
             num_speculations=k,
             ms_per_token=ms,
-            speedup=self.plain_ms_per_token / ms,
+            speedup=self.measured.plain_ms_per_token / ms,
             tokens_per_round=rounds.tokens / rounds.count,
             acceptance_rate=rounds.accepted / max(rounds.drafted, 1),
             match_rate=rounds.accepted / max(rounds.tested, 1),
@@ -296,20 +323,24 @@ class _Weighing:
 
 
 def _compared(
-    weighing: _Weighing, drafts: Mapping[int, Sequence[Drafts]], grid: Sequence[int], own: int, best: Pair
+    weighing: _Weighing, drafts: Sequence[Drafts], grid: Sequence[int], own: tuple[int, ...], best: Pair
 ) -> Iterator[Drafting]:
-    """The best pair of the exit; then the best of n-grams, which need no exit, and of both, and each with `-k auto`."""
-    yield weighing.drafting("exit", best.exit_layer, best.num_speculations, drafts[best.exit_layer])
-    exits: dict[Draft, Iterable[int]] = {"ngram": (own,), "auto": drafts}
+    """The best exit; exits that are chosen for each round, the best of these and the bundle's own; the best of n-grams,
+    which need no exit; and of both. Each with a fixed K and with `-k auto`, which a choice of exits always has.
+    """
+    yield weighing.drafting(drafts, "exit", (best.exit_layer,), best.exit_layer, best.num_speculations)
+    yield weighing.drafting(drafts, "exit", (best.exit_layer,), best.exit_layer)
+    own_set = tuple(sorted(own, key=lambda e: (e != best.exit_layer, e)))
+    sets: set[tuple[int, ...]] = {own_set, *((best.exit_layer, e) for e in drafts[0].exits)}
+    chosen = [weighing.drafting(drafts, "exit", some) for some in sorted(sets) if len(set(some)) > 1]
+    together = _best_pair(chosen) if chosen else None
+    yield from [one for one in chosen if one is together or one.exit_layers == own_set]
+    exits: dict[Draft, Iterable[int]] = {"ngram": own[:1], "auto": drafts[0].exits}
     for draft, layers in exits.items():
-        found = (weighing.drafting(draft, e, k, drafts[e]) for e in layers for k in grid)
-        yield (fixed := min(found, key=lambda one: one.ms_per_token))
-        yield weighing.drafting(draft, fixed.exit_layer, 0, drafts[fixed.exit_layer])
-
-
-def _costs(measured: Measured, manifest: Manifest) -> dict[int, Measured]:
-    """What would have been measured at each exit layer."""
-    return {e: carried(measured, manifest, e) for e in range(1, manifest.architecture.num_layers)}
+        yield (fixed := _best_pair(weighing.drafting(drafts, draft, (e,), e, k) for e in layers for k in grid))
+        yield weighing.drafting(drafts, draft, fixed.exit_layers, fixed.exit_layer)
+    if together is not None:
+        yield weighing.drafting(drafts, "auto", together.exit_layers)
 
 
 def _covered(manifest: Manifest, texts: Sequence[Text]) -> float | None:
@@ -336,78 +367,20 @@ def _probe(
     return found
 
 
-def _drafts_by_exit(
-    probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest, max_new_tokens: int
-) -> dict[int, list[Drafts]]:
-    """What each exit drafts for each text, beside what the text does."""
-    copied = [copied_drafts(text.prompt_ids, text.token_ids) for text in texts]
+def _drafts(probed: Sequence[Exits], texts: Sequence[Text], manifest: Manifest, max_new_tokens: int) -> list[Drafts]:
+    """What would have drafted each text: every exit, and the text itself."""
     rooms = [min(manifest.max_length - len(text.prompt_ids), max_new_tokens) for text in texts]
-    return {
-        exit_layer: [
-            replace(drafts_of_exit(exits, text, exit_layer, room), copied=copies)
-            for exits, text, room, copies in zip(probed, texts, rooms, copied, strict=True)
-        ]
-        for exit_layer in range(1, manifest.architecture.num_layers)
-    }
+    return [
+        drafts_of_text(exits, text.prompt_ids, text.token_ids, room)
+        for exits, text, room in zip(probed, texts, rooms, strict=True)
+    ]
 
 
-def drafts_of_exit(exits: Exits, text: Text, exit_layer: int, room: int) -> Drafts:
-    """The part of a probed text that concerns one exit layer; `room` as in `Drafts`."""
-    row = exit_layer - 1
-    right = exits.token_ids[row, 1:] == np.array(text.token_ids[1:])
-    return Drafts(right, exits.confidences[row, 1:], room)
-
-
-def carried(measured: Measured, manifest: Manifest, exit_layer: int) -> Measured:
-    """What would have been measured at another exit layer: the same calls, scaled by a cost that was fitted to them."""
-    a, dtype = manifest.architecture, manifest.dtype
-    here, there = (
-        graph_sizes(a, layer, dtype, manifest.formats, manifest.draft_vocabulary)
-        for layer in (manifest.exit_layer, exit_layer)
-    )
-
-    def sample(call: CallTime) -> Sample:
-        size = here[call.graph]
-        return Sample(size.layers, call.rows, size.read_bytes(measured.position), call.ms)
-
-    cost = fit_cost([sample(call) for call in measured.calls])
-
-    def moved(call: CallTime) -> CallTime:
-        fitted, wanted = (call_ms(cost, sizes[call.graph], call.rows, measured.position) for sizes in (here, there))
-        return replace(call, ms=call.ms * wanted / fitted)
-
-    return replace(measured, calls=tuple(map(moved, measured.calls)))
-
-
-def without_draft_head(measured: Measured) -> Measured:
-    """What would have been measured if the head over all rows drafted too."""
-    return replace(measured, calls=tuple(call for call in measured.calls if call.graph != DRAFT_HEAD))
-
-
-def rounds_ms(measured: Measured, rounds: Rounds) -> float:
-    """Time of all these rounds, the host's share included."""
-    calls = calls_ms(measured)
-    host_ms = measured.host_round_ms + (measured.host_ngram_ms if rounds.by_ngram else 0.0)
-    at_exit = sum(
-        count * (calls("exit", drafts) + drafts * measured.host_draft_ms)
-        for drafts, count in enumerate(rounds.by_drafts)
-        if count
-    )
-    copied = sum(count * calls("ngram", drafts) for drafts, count in enumerate(rounds.by_ngram) if count)
-    return at_exit + copied + rounds.count * host_ms
-
-
-def calls_ms(measured: Measured) -> Callable[[Drafter, int], float]:
-    """What the calls of a round take, in ms, by what drafts and how many drafts there are."""
-    calls = {(call.graph, call.rows): call.ms for call in measured.calls}
-    split = chains({call.graph for call in measured.calls})
-    rounds: dict[Drafter, Callable[[Split, int], Round]] = {"exit": speculative_round, "ngram": given_round}
-
-    @cache
-    def ms(drafter: Drafter, drafts: int) -> float:
-        return sum(calls[call.key] for call in rounds[drafter](split, drafts).calls)
-
-    return ms
+def drafts_of_text(exits: Exits, prompt_ids: Sequence[int], token_ids: Sequence[int], room: int) -> Drafts:
+    """What would have drafted a probed text: every exit, and the text itself; `room` as in `Drafts`."""
+    rows = zip(exits.token_ids[:-1, 1:], exits.confidences[:-1, 1:], strict=True)
+    of_exits = {e: ExitDrafts(drafts == token_ids[1:], confidences) for e, (drafts, confidences) in enumerate(rows, 1)}
+    return Drafts(of_exits, room, copied_drafts(prompt_ids, token_ids))
 
 
 @dataclass(frozen=True)
@@ -433,6 +406,7 @@ def _measure(
     longest = min(MAX_SPECULATIONS, manifest.max_length - 1)
     in_situ = set(session.stage_ns or ()) == set(manifest.graphs)
     repeats, copy_repeats = (-(-n // len(prompt_ids)) if in_situ else 0 for n in (_TIMED_ROUNDS, _TIMED_COPIES))
+    splits = [manifest.split(e) for e in (manifest.exit_layer, *manifest.other_exits)]
 
     def turn(ids: list[int], max_new_tokens: int) -> _Turn:
         model.forget()
@@ -453,12 +427,12 @@ def _measure(
             **GREEDY.settings,
         )
         position = max(min(len(ids) + len(plain.token_ids) // 2, manifest.max_length - 1 - longest), 0)
-        times = tuple(_times_in_rounds(session, model.split, largest, position) for _ in range(repeats))
+        times = tuple(_times_in_rounds(session, splits, largest, position) for _ in range(repeats))
         copies = tuple(_times_of_copies(session, model.split, longest, position) for _ in range(copy_repeats))
         return _Turn(plain, speculative.statistics, copying.statistics, position, times, copies)
 
     if not in_situ:  # a device captures a round on its second run, which says nothing of decoding
-        rounds = [speculative_round(model.split, k) for k in range(largest + 1)]
+        rounds = [speculative_round(split, k) for split in splits for k in range(largest + 1)]
         rounds += [given_round(model.split, k) for k in range(1, min(manifest.num_speculations, longest) + 1)]
         for round_ in [one for one in rounds for _ in range(3)]:
             _run(session, round_, 0)
@@ -473,7 +447,7 @@ def _measure(
         raise RequestError("prompts", "the model ends after the first token of each", wanted="one that it continues")
     position = int(statistics.median(one.position for one in turns))
     laps = [t for one in turns for t in one.times] or [
-        _times_alone(session, model.split, (largest, longest), position) for _ in range(2)
+        _times_alone(session, splits, (largest, longest), position) for _ in range(2)
     ]
     times = _by_call([*laps, *(t for one in turns for t in one.copy_times)])
     halves = [float(sum(map(_quiet, _by_call(half).values()))) for half in (laps[::2], laps[1::2])]
@@ -513,16 +487,17 @@ _Times = Sequence[tuple[tuple[GraphName, int], float]]
 """Calls by graph and rows, and ms."""
 
 
-def _times_in_rounds(session: MeasuredSession, split: Split, largest: int, position: int) -> _Times:
-    """Every call of a round for each K from 0 to `largest`, timed by the session's clock of its graphs.
+def _times_in_rounds(session: MeasuredSession, splits: Sequence[Split], largest: int, position: int) -> _Times:
+    """Every call of a round of each exit for each K from 0 to `largest`, timed by the session's clock of its graphs.
 
     A graph that runs alone in a loop finds its weights in the processor's caches; here it finds what a round leaves.
     """
     times: list[tuple[tuple[GraphName, int], float]] = []
-    for k in range(largest + 1):
-        for part in (*(draft_round(split, row) for row in range(k)), verification_round(split, k)):
-            times += _lap(session, part, position)
-        session.carry(0)
+    for split in splits:
+        for k in range(largest + 1):
+            for part in (*(draft_round(split, row) for row in range(k)), verification_round(split, k)):
+                times += _lap(session, part, position)
+            session.carry(0)
     return times
 
 
@@ -549,11 +524,11 @@ def _run(session: MeasuredSession, round_: Round, position: int) -> None:
     bound.wait()
 
 
-def _times_alone(session: MeasuredSession, split: Split, lengths: tuple[int, int], position: int) -> _Times:
+def _times_alone(session: MeasuredSession, splits: Sequence[Split], lengths: tuple[int, int], position: int) -> _Times:
     """Each call of these rounds by itself, for devices that hide what happens within one; there the sum is the same."""
     largest, longest = lengths
-    rounds = [given_round(split, k) for k in range(1, longest + 1)]
-    rounds += [speculative_round(split, k) for k in range(largest + 1)]
+    rounds = [given_round(splits[0], k) for k in range(1, longest + 1)]
+    rounds += [speculative_round(split, k) for split in splits for k in range(largest + 1)]
     calls = {call.key: call for round_ in rounds for call in round_.calls}
     return [(key, session.time_call_ms(call, position, _REPEATS)) for key, call in calls.items()]
 

@@ -177,14 +177,6 @@ def heads_of(
     return heads if draft_vocabulary is None else heads | {DRAFT_HEAD: HeadRecord(draft_vocabulary, picker)}
 
 
-def single_exit(
-    architecture: Architecture, exit_layer: int, draft_vocabulary: int | None = None
-) -> dict[GraphName, Graph]:
-    """The graphs of a model with one exit and, unless drafts have a head of their own, one head: the common case."""
-    heads = heads_of(architecture.vocab_size, draft_vocabulary)
-    return graph_table(architecture.num_layers, (exit_layer,), heads)
-
-
 def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | None = None) -> Split:
     """How graphs are chained to draft from an exit layer, with the smallest head that picks in this way; by default the
     way of the first head.

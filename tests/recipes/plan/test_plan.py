@@ -54,7 +54,8 @@ def test_all_published_models_and_devices_have_a_recipe():
 def test_every_pair_is_planned(recipe, device):
     chosen, path = load_export_recipe(recipe)
     machine, architecture = load_device(device), recipe_shape(chosen, path).architecture
-    settings = PlanSettings(chosen.exit_layer, max_length=chosen.max_length, match_rates=chosen.match_rates)
+    rates = {e: (rate,) for e, rate in chosen.match_rates.items()}
+    settings = PlanSettings(chosen.exit_layer, max_length=chosen.max_length, match_rates=rates)
     plan = make_plan(recipe, architecture, machine, settings)
     total = sum(plan.memory.values())
     assert (total > plan.available) == any(problem.at == "run" for problem in plan.problems)
@@ -128,7 +129,7 @@ def test_the_sms_of_rtx_are_those_of_the_library():
 
 
 def test_the_best_pair_is_the_fastest_of_the_known_exits():
-    rates = {2: 0.5, 4: 0.8, 8: 0.82}
+    rates = {2: (0.5,), 4: (0.8,), 8: (0.82,)}
     plan = make_plan("", ONE_B, load_device("h100"), PlanSettings(4, match_rates=rates))
     known = {e.exit_layer: e.ms_per_token for e in plan.exits if e.match_rate is not None}
     assert known.keys() == rates.keys()
@@ -139,11 +140,64 @@ def test_the_best_pair_is_the_fastest_of_the_known_exits():
     assert own.ms_per_token == min(ms for k, ms in speeds.items() if k)
 
 
+def test_several_exits_are_planned_side_by_side():
+    """Their graphs hold the same weights, and each exit's rounds are those of its chain of graphs."""
+    machine, rates = load_device("h100"), {4: (0.9, 0.3), 8: (0.9, 0.85), 6: (0.5,)}
+    alone = {e: make_plan("", ONE_B, machine, PlanSettings(e, match_rates=rates)) for e in (4, 8)}
+    both = make_plan("", ONE_B, machine, PlanSettings(4, match_rates=rates, other_exits=(8,)))
+    weights = {kind: size for kind, size in both.memory.items() if kind.endswith("weights")}
+    assert list(weights) == ["draft weights", "middle_4_8 weights", "verify weights", "head weights"]
+    for plan in alone.values():
+        held = sum(size for kind, size in plan.memory.items() if kind.endswith("weights"))
+        assert sum(weights.values()) == held
+        assert (both.disk, both.memory["caches"]) == (plan.disk, plan.memory["caches"])
+    speeds = {4: both.speeds, **both.other_speeds}
+    assert speeds.keys() == {4, 8}
+    kernel = both.cost.call_ms  # of the graph in between
+    for e, of_exit in speeds.items():
+        for speed, other in zip(of_exit, alone[e].speeds, strict=True):
+            calls = 1 if e == 4 else speed.num_speculations + 1  # it verifies once, or drafts with each row
+            assert speed.round_ms == pytest.approx(other.round_ms + calls * kernel, rel=1e-3)
+        own = next(one for one in both.exits if one.exit_layer == e)
+        best = min(of_exit[1:], key=lambda speed: speed.ms_per_token)
+        assert (own.num_speculations, own.ms_per_token) == (best.num_speculations, pytest.approx(best.ms_per_token))
+    assert next(e for e in both.exits if e.exit_layer == 6) == next(e for e in alone[4].exits if e.exit_layer == 6)
+
+
+def test_what_a_choice_by_the_text_could_bring_is_what_each_kind_has_at_best():
+    machine, rates = load_device("h100"), {4: (0.9, 0.3, 0.1), 8: (0.9, 0.85, 0.1)}
+    plan = make_plan("", ONE_B, machine, PlanSettings(4, match_rates=rates, other_exits=(8,)))
+    rounds = {
+        e: {s.num_speculations: s.round_ms for s in of} for e, of in ((4, plan.speeds), *plan.other_speeds.items())
+    }
+
+    def ms(kind, e, k):
+        return rounds[e][k] / sum(rates[e][kind] ** i for i in range(k + 1))
+
+    pairs = [(e, k) for e in rounds for k in rounds[e]]
+    each = [min(ms(kind, *pair) for pair in pairs) for kind in range(3)]
+    fixed = min(sum(ms(kind, *pair) for kind in range(3)) / 3 for pair in pairs)
+    assert [one.ms_per_token for one in plan.choice.by_kind] == pytest.approx(each)
+    assert [one.exit_layer for one in plan.choice.by_kind] == [4, 8, None]
+    assert plan.choice.ms_per_token == pytest.approx(sum(each) / 3)
+    assert plan.choice.fixed.ms_per_token == pytest.approx(fixed)
+    assert plan.choice.ms_per_token < plan.choice.fixed.ms_per_token
+    # one rate throughout, for either: nothing to choose
+    one = make_plan("", ONE_B, machine, PlanSettings(4, match_rates={4: (0.8,), 8: (0.9,)}, other_exits=(8,))).choice
+    assert one.by_kind == (one.fixed,)
+    assert one.ms_per_token == one.fixed.ms_per_token
+    # of a single exit, K alone is chosen; without all rates, nobody knows
+    k = make_plan("", ONE_B, machine, PlanSettings(4, match_rates={4: (0.9, 0.1)})).choice
+    assert [one.exit_layer for one in k.by_kind] == [4, None]
+    assert make_plan("", ONE_B, machine, PlanSettings(4, match_rates={4: (0.8,)})).choice is None
+    assert make_plan("", ONE_B, machine, PlanSettings(4, match_rates={4: (0.8,)}, other_exits=(8,))).choice is None
+
+
 def test_below_the_break_even_rate_speculation_loses():
     machine = load_device("orin-nano-8gb")
     rate = next(e for e in make_plan("", ONE_B, machine, PlanSettings(8)).exits if e.exit_layer == 8).break_even
     for sign, better in ((-1, False), (1, True)):
-        plan = make_plan("", ONE_B, machine, PlanSettings(8, match_rates={8: rate + sign * 0.01}))
+        plan = make_plan("", ONE_B, machine, PlanSettings(8, match_rates={8: (rate + sign * 0.01,)}))
         assert (plan.best.ms_per_token < plan.plain_ms_per_token) == better
 
 
@@ -264,7 +318,8 @@ def test_a_build_that_needs_more_than_the_device_has_is_said():
     ("changes", "message"),
     [
         ({"exit_layer": 16}, "exit layer: 16; wanted 1 to 15: the model has 16 layers"),
-        ({"match_rates": {20: 0.5}}, "exit layer: 20; wanted 1 to 15"),
+        ({"match_rates": {20: (0.5,)}}, "exit layer: 20; wanted 1 to 15"),
+        ({"match_rates": {4: (0.5, 0.6, 0.7), 8: (0.5, 0.6)}}, "match rate: 2 of exit layer 8; wanted 3, one for each"),
         ({"max_length": 1}, "max length: 1; wanted 2 to 131072"),
         ({"backend": "tensorrt-rtx"}, "backend: tensorrt-rtx does not serve H100"),
         ({"jetpack": "7.2"}, "JetPack: 7.2, which is not in the table of H100"),
@@ -287,6 +342,27 @@ def test_the_command_prints_a_plan_and_its_json(tmp_path):
     assert next(e for e in plan["exits"] if e["exit_layer"] == 4)["match_rate"] == 0.8
     piped = run("llama3.2-1b", "--device", "orin-nano-8gb", "-e", 4, "--json", "-")
     assert json.loads(piped.stdout)["works"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["-e", "4,8", "--match-rate", "4=0.8", "--match-rate", "8=0.9"],
+            "a choice by the text (-e auto) brings nothing",
+        ),
+        (
+            ["-e", "4,8", "--match-rate", "0.9,0.3", "--match-rate", "8=0.9"],
+            "has as many tokens of each of these 2 kinds",
+        ),
+        (["-e", "4,8", "--match-rate", "4=0.8"], "could bring: give --match-rate for each exit"),
+        (["-e", "4", "--match-rate", "0.9,0.1"], "A choice by the text (-k auto) takes at least"),
+    ],
+)
+def test_the_command_says_what_a_choice_could_bring(arguments, said):
+    done = run("llama3.2-1b", "-d", "h100", *arguments)
+    assert done.exit_code == 0, done.output
+    assert said in " ".join(done.output.split())
 
 
 def test_the_command_says_no_with_its_exit_code():
