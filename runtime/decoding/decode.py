@@ -308,7 +308,8 @@ class _Rounds:
         self._drafts = lookup.text.drafts(most) if lookup else []
         if how.pace is None:
             source: Source = "ngram" if self._drafts else how.split.exit_layer
-            self._choice = _Choice(source, len(self._drafts) or (0 if how.draft == "ngram" else most))
+            k = len(self._drafts) or (0 if how.draft == "ngram" else most)
+            self._choice = _Choice(source, self._length(source, k, k))
         elif self._session.is_asynchronous:
             choice = self._ahead[bool(self._drafts)]
             there = len(self._drafts) if choice.source == "ngram" else most
@@ -318,11 +319,11 @@ class _Rounds:
             self._choice = self._chosen(how.pace, most, len(self._drafts))
         if how.pace is not None:
             self._begun_ms = how.pace.clock_ms()
-        k = self._choice.num_drafts
+        drafts = self._choice.num_drafts
         if self.source == "ngram":
             assert lookup is not None
-            return self._given(k).of((lookup.text.last, *self._drafts[:k]))
-        return self._at_exit(self.source, k)
+            return self._given(drafts).of((lookup.text.last, *self._drafts[:drafts]))
+        return self._at_exit(self.source, drafts)
 
     def note(self, position: int, drafted: int, kept: Sequence[int]) -> None:
         """What has become of it: its first position, the drafts that it made, and the tokens that came."""
