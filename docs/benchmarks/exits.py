@@ -10,7 +10,8 @@ how much more time the choice takes.
 
 With a bundle of several exits, its own texts are decoded once more in this way: what each exit would have drafted, and
 how sure it would have been, is read off, and the costs are the processor time of its calls, measured one by one. The
-rounds are those that `edgeskip tune` simulates.
+rounds are those that `edgeskip tune` simulates. They end by the CPU's threshold, or where the choice, which weighs how
+sure the exit is of each draft, has no more, against the best pair with that threshold; or never early.
 """
 
 from __future__ import annotations
@@ -130,11 +131,13 @@ def time_of(rounds: Rounds, costs: Costs) -> float:
     return sum(times) + sum(count * costs.look_ms(*look) for look, count in rounds.looks.items())
 
 
-def regret(name: str, texts: Sequence[Drafts], exits: Sequence[int], costs: Costs, threshold: float) -> str:
-    """The best pair, and how much slower the choice is."""
+def regret(
+    name: str, texts: Sequence[Drafts], exits: Sequence[int], costs: Costs, threshold: float, *, weighs: bool = False
+) -> str:
+    """The best pair, and how much slower the choice is, with the same threshold or with confidences weighed."""
     fixed = {(e, k): time_of(simulate(texts, e, k, threshold), costs) for e in exits for k in LENGTHS[:13]}
     best = min(fixed, key=lambda pair: fixed[pair])
-    chosen, _ = simulate_paced(texts, exits, threshold, "exit", Scattered(costs))
+    chosen, _ = simulate_paced(texts, exits, None if weighs else threshold, "exit", Scattered(costs))
     counts: Counter[Source] = Counter()
     for (source, drafts), count in chosen.by_drafts.items():
         counts[source if drafts else 0] += count
@@ -169,7 +172,8 @@ def of_a_bundle(folder: str, prompts: int) -> list[str]:
         drafts_of_text(one, text.prompt_token_ids, text.token_ids, min(m.max_length - len(text.prompt_token_ids), TEXT))
         for text, one in zip(texts, probed, strict=True)
     ]
-    return [regret(f"{m.source}, threshold {limit:g}", drafts, exits, costs, limit) for limit in (threshold, 0.0)]
+    ways = {f"threshold {threshold:g}": (threshold, False), "weighed": (threshold, True), "always K": (0.0, False)}
+    return [regret(way, drafts, exits, costs, limit, weighs=weighs) for way, (limit, weighs) in ways.items()]
 
 
 if __name__ == "__main__":

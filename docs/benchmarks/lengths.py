@@ -11,6 +11,10 @@ that of all texts together, known afterwards.
 
 With --ahead, it is as on a GPU: while a round runs, the next one is chosen, without knowing what comes of this one, and
 from a few lengths.
+
+An exit also says how sure it is of each draft. The choice that weighs this ends a round where one more draft is not
+worth its time. Confidences are drawn so that a draft is right as often as they say, and with the spread that they have
+in models of `edgeskip synth`; or, useless, they are the same ones in any order.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from edgeskip.runtime.drafting.drafters import Source
 from edgeskip.runtime.drafting.length import FEW_LENGTHS, Pace, RoundCosts, nearest_length
 
 LENGTHS = np.arange(MAX_SPECULATIONS + 1)
+SPREAD = 3.0
+"""Of confidences: how many drafts would tell as much of a rate as one of them."""
+
 MIXED, UNIFORM, SEGMENTS, SCATTER = (0.3, 0.6, 0.95), (0.1, 0.3, 0.5, 0.6, 0.8, 0.95), 12, 0.03
 TOKENS = (300, 1500)
 EXIT = 4
@@ -64,10 +71,10 @@ class Ahead(Pace):
         self._untold: list[Callable[[], None]] = []
         self._next: tuple[Source, int] | None = None
 
-    def begin(self) -> None:
+    def begin(self, *, weighs: bool = False) -> None:
         """Another text begins."""
         self._learn()
-        super().begin()
+        super().begin(weighs=weighs)
         self._next = None
 
     def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
@@ -95,10 +102,20 @@ class Ahead(Pace):
         self._untold.clear()
 
 
+def confidences_of(right: Array, rates: Array, random: np.random.Generator) -> Array:
+    """Of drafts that are right or not, at these rates."""
+    return random.beta(SPREAD * rates + right, SPREAD * (1 - rates) + ~right)
+
+
 def chosen_times(
-    kind: type[Pace], texts: Sequence[Array], costs: Array, drafter: Source, random: np.random.Generator
+    kind: type[Pace],
+    texts: Sequence[Array],
+    costs: Array,
+    drafter: Source,
+    random: np.random.Generator,
+    confidences: Sequence[Array] | None = None,
 ) -> list[float]:
-    """With K chosen as the texts come, one after another."""
+    """With K chosen as the texts come, one after another, and confidences weighed where there are any."""
     pace = kind(RoundCosts({EXIT: 0.3, "ngram": 0.05}), lambda: 0.0)
     most: dict[Source, int] = {EXIT: 0, drafter: MAX_SPECULATIONS}
 
@@ -108,10 +125,19 @@ def chosen_times(
         if drafter == "ngram":  # what would have been drafted is known after plain rounds too
             pace.compare([1] * MAX_SPECULATIONS, [1] * accepted + [1 if accepted < run else 0])
 
+    def chosen(at: int) -> int:
+        made = k = pace.chosen(most)[1]
+        if k and sure is not None:
+            made = 1
+            while made < k and pace.drafts_on(EXIT, float(sure[at + made - 1])):
+                made += 1
+        return made
+
     times = []
-    for right in texts:
-        pace.begin()
-        times.append(time_of(right, costs, lambda _: pace.chosen(most)[1], learn))
+    for i, right in enumerate(texts):
+        sure = None if confidences is None else np.append(confidences[i], np.ones(MAX_SPECULATIONS))
+        pace.begin(weighs=sure is not None)
+        times.append(time_of(right, costs, chosen, learn))
     return times
 
 
@@ -138,14 +164,22 @@ def fixed_times(texts: Sequence[Array], costs: Array) -> Array:
     return np.sum([[time_of(right, costs, lambda _, k=k: k) for k in LENGTHS] for right in texts], 0)
 
 
-def both(kind: type[Pace], texts: Sequence[Array], costs: Array, drafter: Source) -> tuple[float, float]:
-    """The time of the second half of the texts, each from nothing and after the first half."""
-    measured = texts[len(texts) // 2 :]
+def all_ways(
+    kind: type[Pace], texts: Sequence[Array], rates: Sequence[Array], costs: Array, drafter: Source
+) -> list[float]:
+    """The time of the second half of the texts: each from nothing, and after the first half; and of an exit that too
+    with confidences weighed, and with useless ones.
+    """
+    half, random = len(texts) // 2, np.random.default_rng(len(texts))
     alone = sum(
-        chosen_times(kind, [right], costs, drafter, np.random.default_rng(n))[0] for n, right in enumerate(measured)
+        chosen_times(kind, [right], costs, drafter, np.random.default_rng(n))[0] for n, right in enumerate(texts[half:])
     )
-    learned = chosen_times(kind, texts, costs, drafter, np.random.default_rng(len(texts)))
-    return alone, sum(learned[len(texts) // 2 :])
+    times = [alone, sum(chosen_times(kind, texts, costs, drafter, random)[half:])]
+    if drafter == EXIT and kind is Pace:
+        sure = [confidences_of(right, of, random) for right, of in zip(texts, rates, strict=True)]
+        useless = np.split(random.permutation(np.concatenate(sure)), np.cumsum([len(one) for one in sure])[:-1])
+        times += [sum(chosen_times(kind, texts, costs, EXIT, random, one)[half:]) for one in (sure, useless)]
+    return times
 
 
 def mixed(kind: type[Pace], slope: float, drafter: Source, segment: int, texts: int) -> str:
@@ -160,7 +194,8 @@ def mixed(kind: type[Pace], slope: float, drafter: Source, segment: int, texts: 
         for right, one in zip(rights[texts:], rates[texts:], strict=True)
     )
     bound = sum(bound_time(right, costs, drafter, segment) for right in rights[texts:])
-    shares = [(fixed.min() - time) / (fixed.min() - knowing) for time in (bound, *both(kind, rights, costs, drafter))]
+    times = (bound, *all_ways(kind, rights, rates, costs, drafter))
+    shares = [(fixed.min() - time) / (fixed.min() - knowing) for time in times]
     shown = "  ".join(f"{share:4.0%}" for share in shares)
     return f"{slope:.2f}  {segment:3d} tokens  K = {fixed.argmin():2d}  {fixed.min() / knowing - 1:5.1%}  {shown}"
 
@@ -170,7 +205,8 @@ def uniform(kind: type[Pace], slope: float, drafter: Source, rate: float, tokens
     costs, random = 1 + slope * LENGTHS, np.random.default_rng(tokens)
     rights = [random.random(tokens) < rate for _ in range(2 * texts)]
     fixed = fixed_times(rights[texts:], costs)
-    shown = "  ".join(f"{time / fixed.min() - 1:+5.1%}" for time in both(kind, rights, costs, drafter))
+    times = all_ways(kind, rights, [np.full(tokens, rate)] * len(rights), costs, drafter)
+    shown = "  ".join(f"{time / fixed.min() - 1:+5.1%}" for time in times)
     return f"{slope:.2f}  {tokens:4d} tokens  match {rate:.2f}  K = {fixed.argmin():2d}  {shown}"
 
 
@@ -194,12 +230,13 @@ if __name__ == "__main__":
     given = parser.parse_args()
     pace_of = Ahead if given.ahead else Pace
     print(
-        "slope, segments, best fixed K, a clairvoyant's gain over it, and shares of that: bound, from nothing, learned"
+        "slope, segments, best fixed K, a clairvoyant's gain over it, and shares of that: bound, from nothing, "
+        "learned, the same with confidences, with useless ones"
     )
     for one in given.slopes:
         for length in (64, 128, 256):
             print(mixed(pace_of, one, SLOPES[one], length, given.texts), flush=True)
-    print("slope, tokens, match of the whole text, best fixed K, and how much slower than it: from nothing, learned")
+    print("slope, tokens, match of the whole text, best fixed K, and how much slower than it, in the same ways")
     for one in given.slopes:
         for length in TOKENS:
             for match in UNIFORM:

@@ -119,7 +119,7 @@ def simulate(
 
 
 def simulate_paced(
-    texts: Sequence[Drafts], exit_layers: Sequence[int], confidence_threshold: float, draft: Draft, costs: Costs
+    texts: Sequence[Drafts], exit_layers: Sequence[int], confidence_threshold: float | None, draft: Draft, costs: Costs
 ) -> tuple[Rounds, float]:
     """The same where each round has the drafts that promise most for their time, by the runtime's own code: of the only
     exit (`-k auto`), or of one of several (`-e auto`). What choosing takes the host, in ms a round, is measured and
@@ -128,12 +128,12 @@ def simulate_paced(
     Args:
         texts: as for `simulate`, one after another.
         exit_layers: the exits that may draft, with ties going to the first.
-        confidence_threshold: as there.
+        confidence_threshold: as there; None has the confidence of each draft weighed.
         draft: what may draft.
         costs: what rounds take.
     """
-    paced = _Paced(costs, exit_layers, draft)
-    rounds = _rounds(texts, exit_layers, MAX_SPECULATIONS, confidence_threshold, draft, paced)
+    paced = _Paced(costs, exit_layers, draft, weighs=confidence_threshold is None)
+    rounds = _rounds(texts, exit_layers, MAX_SPECULATIONS, confidence_threshold or 0.0, draft, paced)
     return rounds, 1e3 * median(paced.taken)
 
 
@@ -145,6 +145,9 @@ class _Choice(Protocol):
 
     def chosen(self, most: int, copies: int) -> tuple[Source, int]:
         """The next round's, by the most drafts that have room, and those that the text has."""
+
+    def drafts_on(self, confidence: float) -> bool:
+        """Whether it goes on after a draft of an exit that gave it this probability, no less than the threshold."""
 
     def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
         """What became of it: drafts made and accepted, and which of the text's were right."""
@@ -170,6 +173,9 @@ class _Fixed:
     def chosen(self, most: int, copies: int) -> tuple[Source, int]:
         return ("ngram", copies) if copies else (self.exit_layer, most if self.at_exit else 0)
 
+    def drafts_on(self, confidence: float) -> bool:
+        return True
+
     def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
         pass
 
@@ -184,7 +190,8 @@ class _Fixed:
 class _Paced:
     """By a `Pace`; `taken` has the seconds of each choice."""
 
-    def __init__(self, costs: Costs, exit_layers: Sequence[int], draft: Draft) -> None:
+    def __init__(self, costs: Costs, exit_layers: Sequence[int], draft: Draft, *, weighs: bool) -> None:
+        self._weighs = weighs
         self._costs, self._exit_layers, self._draft = costs, exit_layers, draft
         self._pace = Pace(RoundCosts(costs.slopes), lambda: 0.0)  # it is told times, and asks for none
         self._chosen: tuple[Source, int] = (exit_layers[0], 0)
@@ -192,7 +199,7 @@ class _Paced:
         self.taken = [0.0]
 
     def begin(self) -> None:
-        self._pace.begin()
+        self._pace.begin(weighs=self._weighs)
 
     def chosen(self, most: int, copies: int) -> tuple[Source, int]:
         limits: dict[Source, int] = dict.fromkeys(self._exit_layers, 0 if self._draft == "ngram" else most)
@@ -201,6 +208,12 @@ class _Paced:
         self.looks_at = self._pace.worth_a_look()
         self.taken.append(perf_counter() - start)
         return self._chosen
+
+    def drafts_on(self, confidence: float) -> bool:
+        source, start = self._chosen[0], perf_counter()
+        goes_on = not self._weighs or source == "ngram" or self._pace.drafts_on(source, confidence)
+        self.taken[-1] += perf_counter() - start
+        return goes_on
 
     def note(self, made: int, accepted: int, copies: Sequence[bool]) -> None:
         source, limit = self._chosen
@@ -232,6 +245,7 @@ def _rounds(
         sure = {e: (text.exits[e].confidences >= confidence_threshold).tolist() for e in exit_layers}
         runs = {e: _runs(flags, end=0) for e, flags in right.items()}
         certain = {e: _runs(flags, end=longest) for e, flags in sure.items()}
+        confidences = {e: [*text.exits[e].confidences.tolist(), *[1.0] * longest] for e in exit_layers}
         at, left = 0, len(right[exit_layers[0]])
         choice.begin()
         while left:
@@ -239,7 +253,12 @@ def _rounds(
             copied = text.copied[at] if draft != "exit" else NOTHING
             copies = most if copied != NOTHING else 0
             source, k = choice.chosen(most, copies)
-            count, good = (k, copied) if source == "ngram" else (min(certain[source][at] + 1, k), runs[source][at])
+            if source == "ngram":
+                count, good = k, copied
+            else:
+                count, good = min(certain[source][at] + 1, k), runs[source][at]
+                drafts = confidences[source][at : at + count - 1] if count else []
+                count = next((n for n, one in enumerate(drafts, 1) if not choice.drafts_on(one)), count)
             made[source if count else exit_layers[0], count] += 1
             good = min(good, count, left) if count else 0
             new = min(good + 1, left)

@@ -182,6 +182,7 @@ def tune(
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
         device, head = session.device, provenance(model, command)
         check_probed(bundle, device)
+        weighs = settings.confidence_threshold is None and bool(session.confidence_threshold)
         if settings.confidence_threshold is None:
             settings = replace(settings, confidence_threshold=session.confidence_threshold)
         prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
@@ -193,7 +194,7 @@ def tune(
     drafts = _drafts(probed, texts, manifest, settings.max_new_tokens)
     cut, own = _cut_model(manifest, manifest.draft_vocabulary), (manifest.exit_layer, *manifest.other_exits)
     k, threshold = manifest.num_speculations, settings.confidence_threshold or 0.0
-    weighing = _Weighing(measured, cut(own), cut, 1.0, threshold, waits)
+    weighing = _Weighing(measured, cut(own), cut, 1.0, threshold, None if weighs else threshold, waits)
     scale = statistics.median(
         text.speculative_ms / (len(text.token_ids) - 1) / weighing.pair([one], own, own[0], k).ms_per_token
         for text, one in zip(texts, drafts, strict=True)
@@ -260,7 +261,8 @@ def _cut_model(manifest: Manifest, draft_vocabulary: int | None) -> Callable[[Se
 @dataclass(frozen=True)
 class _Weighing:
     """What decoding costs with whatever exits a bundle has, by what was `measured` of the one that is cut as `here`.
-    `cut` cuts it otherwise; the rest is as in `TuneReport`. Some devices work while the next round is chosen.
+    `cut` cuts it otherwise; the rest is as in `TuneReport`. Some devices work while the next round is chosen. Where K
+    is chosen, rounds have a threshold of their own, or None: each draft's confidence is weighed.
     """
 
     measured: Measured
@@ -268,6 +270,7 @@ class _Weighing:
     cut: Callable[[Sequence[int]], Cut]
     scale: float
     threshold: float
+    threshold_of_choice: float | None
     waits_for_choice: bool
 
     @cached_property
@@ -299,7 +302,7 @@ class _Weighing:
             rounds = simulate(drafts, exit_layer, k, self.threshold, draft)
         else:
             choice = (exit_layer,) if exit_layer else exit_layers
-            rounds, choosing_ms = simulate_paced(drafts, choice, self.threshold, draft, times)
+            rounds, choosing_ms = simulate_paced(drafts, choice, self.threshold_of_choice, draft, times)
         total_ms = times.total_ms(rounds, draft) + rounds.count * choosing_ms * self.waits_for_choice
         return Drafting(
             **vars(self._of(exit_layer, k, rounds, total_ms)),

@@ -51,10 +51,10 @@ _STAGE_REPEATS = 30
 class BenchSettings:
     """Speculation lengths to measure, tokens per prompt, how often, when drafting ends early, and what drafts.
 
-    `confidence_threshold` is that of `Model.generate`: None takes the backend's where the exit drafts. Prompts are cut
-    to `prompt_tokens`, if given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length
-    is measured from each of `exit_layers`, or from the model's own; with `adaptive_exit`, rounds whose exit is chosen
-    too.
+    `confidence_threshold` is that of `Model.generate`: None takes the backend's where the exit drafts; `weighs` says
+    that rounds whose length is chosen had none, and weighed each draft's confidence. Prompts are cut to
+    `prompt_tokens`, if given. `adaptive` measures rounds too whose length is chosen as the text comes. Each length is
+    measured from each of `exit_layers`, or from the model's own; with `adaptive_exit`, rounds whose exit is chosen too.
     """
 
     grid: tuple[int, ...]
@@ -67,6 +67,7 @@ class BenchSettings:
     adaptive: bool = False
     exit_layers: tuple[int, ...] = ()
     adaptive_exit: bool = False
+    weighs: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def run_bench(
     prompt_ids = encoded_prompts(model, prompts, settings.prompt_tokens, settings.max_new_tokens)
     longest = max(map(len, prompt_ids))
     if settings.confidence_threshold is None and settings.draft != "ngram":
-        settings = replace(settings, confidence_threshold=session.confidence_threshold)
+        weighs = bool(session.confidence_threshold) and (settings.adaptive or settings.adaptive_exit)
+        settings = replace(settings, confidence_threshold=session.confidence_threshold, weighs=weighs)
     watch, copy_rates = Watch(session.device), [session.copy_bytes_per_second()]
     exits = settings.exit_layers or (() if settings.adaptive_exit else (model.split.exit_layer,))
     splits = [model.bundle.manifest.split(exit_layer) for exit_layer in exits]
@@ -389,6 +391,7 @@ def _best_match_rate(model: Model, prompts: Sequence[list[int]], settings: Bench
 
 def _ours(model: Model, k: int | Literal["auto"], exit_layer: ExitChoice | None, settings: BenchSettings) -> Contestant:
     mode: Mode = "self-speculative" if k else "autoregressive"
+    threshold = None if not k or (k == "auto" and settings.weighs) else settings.confidence_threshold
 
     def run(ids: list[int], max_new_tokens: int) -> Run:
         model.forget()  # every run is a whole one
@@ -396,7 +399,7 @@ def _ours(model: Model, k: int | Literal["auto"], exit_layer: ExitChoice | None,
             ids,
             mode=mode,
             num_speculations=k or None,
-            confidence_threshold=settings.confidence_threshold if k else None,
+            confidence_threshold=threshold,
             draft=settings.draft if k else None,
             exit_layer=exit_layer,
             max_new_tokens=max_new_tokens,

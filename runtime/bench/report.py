@@ -31,7 +31,8 @@ def print_bench(report: BenchReport, console: Console) -> None:
         f"repeats; ms per token; {plain.distinct_tokens:.0%} of tokens and {plain.distinct_4grams:.0%} of 4-grams "
         "distinct; "
         + (
-            f"drafting ends below a confidence of {settings.confidence_threshold:g}\n"
+            f"drafting ends below a confidence of {settings.confidence_threshold:g}"
+            + (", with K auto where one more does not pay\n" if settings.weighs else "\n")
             if settings.confidence_threshold
             else "always K drafts\n"
         )

@@ -112,7 +112,8 @@ exit_option = click.option(
 threshold_option = click.option(
     "--confidence-threshold",
     type=click.FloatRange(0, 1),
-    help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's]",
+    help="A draft less probable than this is the last of its round; 0 always drafts K.  [default: the backend's; a CPU "
+    "with a K that goes by the text has none, and drafts while that pays]",
 )
 draft_option = click.option(
     "--draft",

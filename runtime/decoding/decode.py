@@ -67,7 +67,8 @@ class Decoding:
     Args:
         split: which graphs draft and which verify.
         num_speculations: K, the most drafts per round; 0 is plain decoding.
-        confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K.
+        confidence_threshold: a draft less probable than this is the last of its round; 0 always drafts K. None leaves
+            to the pace, draft by draft, whether there is another.
         early_exit: decode with the draft subgraph alone (K is then 0).
         trusts_exit: take the drafts that the exit was sure of untested: all but the last of each round.
         picker: how the heads pick tokens; the split's must pick so.
@@ -84,7 +85,7 @@ class Decoding:
 
     split: Split
     num_speculations: int = 0
-    confidence_threshold: float = 0.0
+    confidence_threshold: float | None = 0.0
     early_exit: bool = False
     trusts_exit: bool = False
     picker: Picker = GREEDY
@@ -294,7 +295,7 @@ class _Rounds:
         self._ahead = self._choice, self._choice  # where the text has no drafts, and where it has
         self._untold: list[Callable[[], None]] = []
         if how.pace is not None:
-            how.pace.begin()
+            how.pace.begin(weighs=how.confidence_threshold is None)
             self.catch_up()
 
     @property
@@ -372,7 +373,7 @@ class _Rounds:
     ) -> tuple[int, list[bool], list[bool], float]:
         """What an exit that did not draft would have drafted in place of these tokens, for `Pace.looked`."""
         how, session = self._how, self._session
-        vocabulary, threshold = self._splits[exit_layer].draft_head.vocabulary, how.confidence_threshold
+        vocabulary, threshold = self._splits[exit_layer].draft_head.vocabulary, how.confidence_threshold or 0.0
         begun_ms, rows = pace.clock_ms(), len(kept)
         looked_at = next(k + 1 for k in FEW_LIMITS if k >= rows - 1) if session.is_asynchronous else rows
         look = self._looks(exit_layer, looked_at)
@@ -403,7 +404,8 @@ def _steps_of_rounds(session: Session, how: Decoding, splits: Mapping[int, Split
 
 def _ends_rounds(session: Session, how: Decoding) -> bool:
     """Whether the device ends rounds by itself."""
-    return how.picks != "history" and how.confidence_threshold > 0 and session.ends_below(how.confidence_threshold)
+    threshold = how.confidence_threshold or 0.0
+    return how.picks != "history" and threshold > 0 and session.ends_below(threshold)
 
 
 def _at_exit(
@@ -419,7 +421,7 @@ def _at_exit(
     split = splits[exit_layer]
     if how.early_exit:
         return _Whole(session, how, early_exit_round(split))
-    if not (k and (how.confidence_threshold or how.picks == "history")):
+    if not (k and (how.confidence_threshold != 0 or how.picks == "history")):
         return _Whole(session, how, speculative_round(split, k))
     if _ends_rounds(session, how):
         return (_Trusting if how.trusts_exit else _Whole)(session, how, ending_round(split, k))
@@ -485,8 +487,9 @@ class _Given:
 
 
 class _WhileConfident:
-    """A round that the host looks at draft by draft, for picks that depend on the drafts before, or for a threshold: it
-    stops drafting after the first draft less probable than that, or the last of these.
+    """A round that the host looks at draft by draft, for picks that depend on the drafts before, or for how probable
+    they are: it stops drafting after the first draft less probable than a threshold, or where the pace says that
+    another one is not worth its time; or after the last of these.
     """
 
     def __init__(
@@ -500,6 +503,7 @@ class _WhileConfident:
     ) -> None:
         self._session, self._k, self._draft, self._check = session, k, draft, check
         self._threshold, self._vocabulary = how.confidence_threshold, split.draft_head.vocabulary
+        self._pace, self._exit_layer = how.pace, split.exit_layer
         self._first, self._position = draft(0), 0
 
     def start(self, position: int) -> None:
@@ -521,7 +525,13 @@ class _WhileConfident:
         return step.wait()
 
     def _is_sure(self, row: int) -> bool:
-        return not self._threshold or self._session.draft_confidence(row, self._vocabulary) >= self._threshold
+        if self._threshold == 0:
+            return True
+        confidence = self._session.draft_confidence(row, self._vocabulary)
+        if self._threshold is None:
+            assert self._pace is not None
+            return self._pace.drafts_on(self._exit_layer, confidence)
+        return confidence >= self._threshold
 
 
 def drafts_that_fit(num_speculations: int, room: int) -> int:

@@ -178,8 +178,10 @@ class Model:
             num_speculations: K, the most drafts per round; `auto` chooses it for each round, by how often drafts were
                 right of late and what rounds take. By default the bundle's, and `auto` unless only the exit drafts.
             confidence_threshold: a draft less probable than this, 0 to 1, is the last of its round; 0 always drafts K.
-                It changes the speed, never the tokens. By default, what suits the backend. With `early-exit`, tokens
-                less probable than this are the whole model's, and 0, the default, leaves all to the exit.
+                It changes the speed, never the tokens. By default, what suits the backend; on a CPU, rounds whose K is
+                chosen end instead where one more draft is not worth its time, by how sure the exit is. With
+                `early-exit`, tokens less probable than this are the whole model's, and 0, the default, leaves all to
+                the exit.
             max_new_tokens: by default, until the caches are full.
             stop: texts that end the generation.
             logprobs: how many of the most probable tokens to give with each token, and their probabilities, in the
@@ -259,10 +261,13 @@ class Model:
         paced = "auto" in (num_speculations, exit_layer) and mode == "self-speculative"
         others = tuple(one for one in self._splits.values() if one != split) if paced and exit_layer == "auto" else ()
         most = MAX_SPECULATIONS if num_speculations == "auto" else num_speculations
-        if confidence_threshold is None:
+        if confidence_threshold is None and not (paced and self.session.confidence_threshold):
             confidence_threshold = 0.0 if mode == "early-exit" else self.session.confidence_threshold
         check_num_speculations(most, " or 'auto'")
-        if not (isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1):
+        bounded = confidence_threshold is None or (
+            isinstance(confidence_threshold, (int, float)) and 0 <= confidence_threshold <= 1
+        )
+        if not bounded:
             raise RequestError("confidence threshold", f"{confidence_threshold!r:.60}", wanted="0 to 1")
         trusted = MAX_SPECULATIONS if confidence_threshold else 0
         k = {"self-speculative": most, "autoregressive": 0, "early-exit": trusted}[mode]
@@ -595,7 +600,7 @@ class _Drafting:
     num_speculations: int
     paced: bool
     draft: Draft
-    confidence_threshold: float
+    confidence_threshold: float | None
 
     @property
     def exits_always(self) -> bool:

@@ -67,8 +67,9 @@ class Session(ABC):
     """
 
     confidence_threshold = 0.0
-    """A draft below this probability ends a round's drafting, unless the user asks otherwise. 0 always drafts K, for
-    devices that cannot end a round and should not wait for the host."""
+    """A draft below this probability ends a round's drafting, unless the user asks otherwise, or K is chosen and the
+    confidence of each draft weighed. 0 always drafts K, for devices that cannot end a round and should not wait for the
+    host."""
 
     is_asynchronous = False
     """Whether a round that was started runs by itself, so that the host can do something else. Each kind of round is

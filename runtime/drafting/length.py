@@ -14,6 +14,7 @@ changes or restless where it does not.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -69,6 +70,14 @@ _PLAIN = 2.0
 
 _RECENT, _FADED = 128, 512
 """How many rounds back is not long ago, and after how many more of other kinds those of a kind count half."""
+
+_BIAS, _TRUST, _KEPT = 0.05, 0.3, 0.9995
+"""How uncertain it is at first whether an exit thinks too well of its drafts, and how far it can be believed, as
+variances; and the share of what was learned that is kept from one draft to the next.
+"""
+
+_LEAST, _LEAST_SLOPE = 0.002, 0.02
+"""Probabilities that are not told from 0, and the least part of what a draft tells that is told by its being right."""
 
 _HORIZON, _LONG_HORIZON = 3.0, 240.0
 """Tokens for which a look at what an exit would have drafted is worth as much as to know how often it is right, and a
@@ -185,6 +194,45 @@ def _kept(tokens: int) -> list[float]:
     return [(1 - change) ** tokens for change in CHANGES]
 
 
+class Certainty:
+    """How probable it is that a draft is right, by the probability that the exit gave it and by how often its drafts
+    are right: the log odds of both, with a weight and a bias that are learned (Platt scaling, by Kalman's filter). At
+    first the exit is not believed at all.
+    """
+
+    def __init__(self) -> None:
+        self._bias = self._trust = 0.0
+        self._variances = _BIAS, 0.0, _TRUST  # of the bias, of both, of the trust
+
+    def of(self, confidence: float, rate: float) -> float:
+        """The probability."""
+        prior = _log_odds(rate)
+        return 1 / (1 + math.exp(-self._bias - prior - self._trust * (_log_odds(confidence) - prior)))
+
+    def note(self, confidence: float, rate: float, right: bool) -> None:
+        """Learns whether it was."""
+        expected, news = self.of(confidence, rate), _log_odds(confidence) - _log_odds(rate)
+        slope, (bias, both, trust) = max(expected * (1 - expected), _LEAST_SLOPE), self._variances
+        to_bias, to_trust = bias + both * news, both + trust * news
+        spread = 1 / slope + to_bias + to_trust * news
+        step = (right - expected) / slope / spread
+        self._bias, self._trust = self._bias + to_bias * step, self._trust + to_trust * step
+        kept = (
+            _KEPT if bias < _BIAS and trust < _TRUST else 1.0
+        )  # what no draft tells is never less certain than it was
+        self._variances = (
+            (bias - to_bias * to_bias / spread) / kept,
+            (both - to_bias * to_trust / spread) / kept,
+            (trust - to_trust * to_trust / spread) / kept,
+        )
+
+
+def _log_odds(probability: float) -> float:
+    """Of a probability, and not beyond what drafts could tell; no number is the least."""
+    bounded = min(max(_LEAST, probability), 1 - _LEAST)
+    return math.log(bounded / (1 - bounded))
+
+
 class RoundCosts:
     """What rounds take, in ms, by what drafts and how many drafts were made: of each kind, the median of the latest.
 
@@ -233,6 +281,11 @@ class RoundCosts:
         if source not in self._curves:
             self._curves[source] = self._curve(source)
         return self._curves[source]
+
+    def of_a_draft(self, source: Source) -> float:
+        """What one more adds, in the same unit: on average, as what a single one adds is too little to be measured."""
+        curve = self.curve(source)
+        return float(curve[-1] - curve[1]) / (len(curve) - 2)
 
     @property
     def plain_known(self) -> bool:
@@ -285,6 +338,10 @@ class Pace:
         self._costs, self.clock_ms = costs, clock_ms
         self._accepted = {source: Rate() for source in costs.sources}  # once more; where no draft was made, it was not
         self._goes_on = {source: Rate() for source in costs.sources}  # drafting, where a lack of confidence ends it
+        self._certainty = {source: Certainty() for source in costs.sources}
+        self._weighs, self._reached = False, 1.0
+        self._confidences: list[float] = []  # of the drafts of the latest round
+        self._again: list[float] = []  # how probable it was before that the first one is right, the next one too, ...
         self._ends = False
         self._looks: deque[float] = deque(maxlen=_ENOUGH)
         self._has_looked, self._best = False, 0.0
@@ -293,8 +350,9 @@ class Pace:
         self._chosen = self._untested = 0
         self._unnoted: dict[Source, int] = dict.fromkeys(costs.sources, 0)  # tokens that came without its drafts
 
-    def begin(self) -> None:
-        """Another text begins."""
+    def begin(self, *, weighs: bool = False) -> None:
+        """Another text begins. If it `weighs`, rounds are told to draft on, draft by draft (`drafts_on`)."""
+        self._weighs = weighs
         for rate in (*self._accepted.values(), *self._goes_on.values()):
             rate.begin()
         self._unnoted = dict.fromkeys(self._unnoted, 0)
@@ -305,6 +363,12 @@ class Pace:
         Args:
             most: the most drafts that each source could give, with ties going to the first.
         """
+        source, k = self._promising(most)
+        self._confidences, self._reached = [], 1.0
+        return source, most[source] if k and self._weighs and source != "ngram" else k
+
+    def _promising(self, most: Mapping[Source, int]) -> tuple[Source, int]:
+        """The same, by what is known before the round."""
         exits = [source for source, limit in most.items() if source != "ngram" and limit]
         if len(exits) < 2:
             self._exit = None
@@ -342,6 +406,18 @@ class Pace:
         if not k and exits and self._untested >= _UNTESTED:
             return exits[0], 1
         return best, k
+
+    def drafts_on(self, exit_layer: int, confidence: float) -> bool:
+        """Whether one more draft is worth its time in the round that was chosen last, after one that the exit gave this
+        probability.
+        """
+        if not self._confidences:
+            runs = self._accepted[exit_layer].runs(MAX_SPECULATIONS)
+            self._again = (runs[1:] / runs[:-1]).tolist()
+        made = len(self._confidences)
+        self._confidences.append(confidence)
+        self._reached *= self._certainty[exit_layer].of(confidence, self._again[made])
+        return self._reached * self._again[made + 1] > self._costs.of_a_draft(exit_layer) * self._best
 
     def _tokens(self, source: Source, limit: int) -> Array:
         """Tokens that rounds limited to 0, 1, ... drafts are expected to have."""
@@ -387,6 +463,9 @@ class Pace:
             if one != source and one != "ngram":
                 self._unnoted[one] += accepted + 1
         if source != "ngram":
+            for at, confidence in enumerate(self._confidences[: accepted + 1]):
+                self._certainty[source].note(confidence, self._again[at], at < accepted)
+            limit = drafted if self._weighs else limit
             self._ends |= drafted < limit
             self._accepted[source].note(accepted, int(accepted < limit), accepted + 1)
             if drafted and self._ends:

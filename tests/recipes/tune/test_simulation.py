@@ -114,6 +114,17 @@ def test_rounds_whose_length_is_chosen_are_those_of_the_runtime(draft, repeating
         assert choosing_ms > 0
 
 
+def test_rounds_that_weigh_confidence_are_about_those_of_the_runtime(repeating, monkeypatch):
+    """What the exit is sure of after a wrong draft is not known: it changes how many are made, and what that takes."""
+    model, texts, drafts = repeating
+    monkeypatch.setattr(model, "_pace", Timed(Device()))
+    real = [model.complete(text.prompt_ids, num_speculations="auto").statistics for text in texts]
+    found, _ = simulate_paced(drafts, (3,), None, "exit", Device())
+    assert found.tokens == sum(one.new_tokens - 1 for one in real)
+    assert found.count == pytest.approx(sum(one.rounds for one in real), abs=3)
+    assert found.drafted == pytest.approx(sum(one.drafted for one in real), rel=0.2)
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
     """The same with three exits."""

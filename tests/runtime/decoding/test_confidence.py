@@ -9,6 +9,7 @@ from tests.runtime.decoding.test_decode import prompts
 
 import edgeskip
 from edgeskip.runtime.bundle.graphs import LEAST_DRAFT_VOCABULARY, MAX_SPECULATIONS
+from edgeskip.runtime.drafting.length import Pace
 from edgeskip.runtime.errors import RequestError
 
 PROMPT = list(range(40, 60))
@@ -43,6 +44,25 @@ def test_a_higher_threshold_drafts_less_and_wastes_less(model):
     ]
     assert runs[0].drafted > runs[1].drafted > runs[2].drafted
     assert runs[0].acceptance_rate < runs[2].acceptance_rate
+
+
+def test_a_length_that_is_chosen_weighs_confidence_unless_a_threshold_is_given(model, monkeypatch):
+    weighed, drafts_on = [], Pace.drafts_on
+
+    def noted(pace, exit_layer, confidence):
+        weighed.append(confidence)
+        return drafts_on(pace, exit_layer, confidence)
+
+    monkeypatch.setattr(Pace, "drafts_on", noted)
+    plain = model.complete(PROMPT, mode="autoregressive")
+    for threshold in (0.0, 1.0, None):
+        assert not weighed
+        ours = model.complete(PROMPT, num_speculations="auto", confidence_threshold=threshold)
+        assert ours.token_ids == plain.token_ids
+        if threshold == 1:
+            assert ours.statistics.drafted <= ours.statistics.rounds
+    assert weighed
+    assert all(0 < one <= 1 for one in weighed)
 
 
 def test_the_confidence_is_the_softmax_probability_of_the_drafted_token(model):

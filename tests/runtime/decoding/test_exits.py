@@ -149,8 +149,8 @@ def test_a_look_shows_what_an_exit_would_have_drafted(draft_vocabulary, bundles,
 class Looking(Pace):
     """Drafts from the first exit, and looks at the other one after each round."""
 
-    def begin(self):
-        super().begin()
+    def begin(self, **settings):
+        super().begin(**settings)
         self.seen = []
 
     def chosen(self, most):

@@ -10,6 +10,7 @@ from edgeskip.runtime.drafting.length import (
     FEW_LENGTHS,
     FEW_LIMITS,
     MAX_SPECULATIONS,
+    Certainty,
     Pace,
     Rate,
     RoundCosts,
@@ -42,14 +43,21 @@ def new_pace():
     return pace
 
 
-def paced(right, costs, pace=None):
+def paced(right, costs, pace=None, confidences=None):
     pace = pace or new_pace()
+
+    def choose(at):
+        k = pace.chosen({EXIT: MAX_SPECULATIONS})[1]
+        if confidences is None or not k:
+            return k
+        drafts = range(at, min(at + k, len(right)) - 1)
+        return next((i + 1 - at for i in drafts if not pace.drafts_on(EXIT, confidences[i])), len(drafts) + 1)
 
     def learn(k, accepted, ms):
         pace.note(EXIT, k, k, accepted, ms)
 
-    pace.begin()
-    return ms_of_text(right, costs, lambda _: pace.chosen({EXIT: MAX_SPECULATIONS})[1], learn)
+    pace.begin(weighs=confidences is not None)
+    return ms_of_text(right, costs, choose, learn)
 
 
 @pytest.mark.parametrize("slope", [0.15, 0.3])
@@ -62,6 +70,28 @@ def test_a_mixed_text_gains_most_of_what_who_knows_its_parts_would(slope):
     fixed = min(ms_of_text(right, costs, lambda _, k=k: k) for k in range(9))
     assert knowing < 0.95 * fixed  # there is something to gain
     assert fixed - paced(right, costs) > 0.6 * (fixed - knowing)
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.6, 0.95), (0.3,), (0.8,)])
+def test_confidence_ends_rounds_where_it_tells_something_and_else_costs_next_to_nothing(rates):
+    costs, random = 5 * (1 + 0.3 * LENGTHS), np.random.default_rng(6)
+    rate = np.repeat(random.permutation(rates * (18 // len(rates))), 192)
+    confidences = random.beta(3 * rate, 3 * (1 - rate))
+    right, told = random.random(len(rate)) < confidences, confidences.tolist()
+    blind, seeing = paced(right, costs), paced(right, costs, confidences=told)
+    assert seeing < (0.97 if max(rates) > 0.5 else 1.01) * blind
+    assert paced(right, costs, confidences=random.permutation(told).tolist()) < 1.015 * blind
+
+
+@pytest.mark.parametrize(("bias", "believed"), [(0.0, 0.0), (-1.0, 1.0), (2.0, 0.5)])
+def test_how_far_an_exit_can_be_believed_is_learned(bias, believed):
+    certainty, random, rate = Certainty(), np.random.default_rng(7), 0.6
+    odds = random.normal(scale=2, size=4000)
+    chances = 1 / (1 + np.exp(-bias - believed * odds - (1 - believed) * np.log(rate / (1 - rate))))
+    for one, right in zip(1 / (1 + np.exp(-odds)), random.random(len(odds)) < chances, strict=True):
+        certainty.note(float(one), rate, bool(right))
+    found = [certainty.of(float(1 / (1 + np.exp(-one))), rate) for one in odds]
+    assert np.abs(np.array(found) - chances).mean() < 0.04
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
