@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from edgeskip.recipes.tune.tune import Drafting, Pair, TuneReport
+from edgeskip.recipes.tune.tune import WORTH, Drafting, Pair, TuneReport
 from edgeskip.runtime.bench.page import no_plots, render
 from edgeskip.runtime.bench.plots import BLUE, GREY, ORANGE, Plot, figure, svg
 from edgeskip.runtime.bench.report import print_doubts
@@ -148,7 +148,7 @@ def verdict(report: TuneReport) -> str:
 def _verdicts(report: TuneReport) -> Iterator[str]:
     fastest, alone, together = report.fastest, report.alone, report.together
     yield _pair_verdict(report)
-    if together is not None and together.ms_per_token < alone.ms_per_token:
+    if together is not None and WORTH * together.ms_per_token < alone.ms_per_token:
         gain = alone.ms_per_token / together.ms_per_token
         yield f"Worth exporting together: {_choice_text(together)}, {gain:.2f} times as fast as one exit alone."
     elif together is not None and fastest.speedup > 1:

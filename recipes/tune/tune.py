@@ -48,6 +48,10 @@ BUSY = 1.3
 """A scale beyond this is not the model's: idle machines show 1.0 to 1.1."""
 
 
+WORTH = 1.02
+"""How much faster several exits have to be than one: times that are carried to others are off by 1 to 2%."""
+
+
 @dataclass(frozen=True)
 class TuneSettings:
     """Speculation lengths to choose from, new tokens per prompt at most, and when drafting ends early.
@@ -109,8 +113,8 @@ class Drafting(Pair):
 class TuneReport(Provenance):
     """The best pair, the bundle's `present` one, and all `pairs`, which draft at their exit alone and as in a bundle
     without others. `drafting` compares that with exits and lengths chosen for each round, with n-grams, and with both;
-    the `fastest` says what to export and what should draft. `here` has the best pair of each exit as in this bundle, if
-    it has several.
+    the `fastest`, by `fastest_of`, says what to export and what should draft. `here` has the best pair of each exit as
+    in this bundle, if it has several.
 
     `exit_layers` are the bundle's, the default one first. `match_rates` are the shares of the texts' tokens that an
     exit layer drafts right. `prompt_tokens` is a median, `new_tokens` a sum; of these tokens, `departures` are not what
@@ -238,7 +242,7 @@ def tune(
         covered=_covered(manifest, texts),
         best_of_all_rows=_best_pair(all_rows) if all_rows else None,
         drafting=compared,
-        fastest=_best_pair(compared),
+        fastest=fastest_of(compared),
         here=tuple(_best_pair(weighing.pair(drafts, own, e, k) for k in grid) for e in own if len(own) > 1),
     )
 
@@ -252,6 +256,12 @@ _P = TypeVar("_P", bound=Pair)
 
 def _best_pair(pairs: Iterable[_P]) -> _P:
     return min(pairs, key=_ms_per_token)
+
+
+def fastest_of(drafting: Sequence[Drafting]) -> Drafting:
+    """The fastest of what was compared; several exits only where they are worth it."""
+    fastest, simplest = _best_pair(drafting), _best_pair(one for one in drafting if not one.chooses_exit)
+    return fastest if WORTH * fastest.ms_per_token < simplest.ms_per_token else simplest
 
 
 def _cut_model(manifest: Manifest, draft_vocabulary: int | None) -> Callable[[Sequence[int]], Cut]:
