@@ -130,7 +130,7 @@ class HostDevice:
 
     multiprocessors = 2
 
-    def kernel(self, source, name, macros):
+    def kernel(self, source, name, macros, shared_bytes=0):
         """A kernel that this file has in Python."""
         assert re.search(rf"__global__ void (__launch_bounds__\(.*\) )?{name}\(", source)
         run = KERNELS[name]
@@ -307,14 +307,6 @@ def matrix_at(macros, address, scales, lines):
     return whole.reshape(lines, inputs).astype(kind).astype(np.float32)
 
 
-def widen(macros, grid, block, matrix, scales, whole, eights):
-    """The kernel of widen.cu."""
-    inputs = int(macros["IN"])
-    lines = int(eights) * 8 // inputs
-    assert grid[0] * block[0] >= int(eights)
-    array_at(whole, [lines, inputs], NUMBERS[macros["STORE"]])[:] = matrix_at(macros, matrix, scales, lines)
-
-
 def pick(macros, grid, block, logits, table, scales, token_ids, token_logits, embeddings, parts, counters, vocabulary):
     """The kernel of pick.cu."""
     kind, rows, vocabulary = NUMBERS[macros["STORE"]], grid[1], int(vocabulary)
@@ -387,16 +379,40 @@ def embed(macros, grid, block, token_ids, table, scales, embeddings):
 
 def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, rows, outs, eps):
     """The kernel of product.cu."""
-    kind, inputs, gated = NUMBERS[macros["STORE"]], int(macros["IN"]), macros["GATE"] == "1"
-    rows, outs = int(rows), int(outs)
-    assert grid[0] * int(macros["BANDS"]) * (8 if gated else 16) >= outs
+    assert grid[0] * int(macros["BANDS"]) * (8 if macros["GATE"] == "1" else 16) >= outs
     assert int(macros["TILES"]) * 8 >= rows
-    states = array_at(x, [rows, inputs], kind).astype(np.float32)
+    states = array_at(x, [int(rows), int(macros["IN"])], NUMBERS[macros["STORE"]])
     if macros["NORM"] == "1":
-        states = (states / np.sqrt((states**2).mean(-1, keepdims=True) + float(eps))).astype(kind)
-        states = (states * array_at(norm, [inputs], kind)).astype(np.float32)
+        states = normalized(states, norm, eps)
+    multiplied(macros, states, weight, scales, bias, residual, out, outs)
+
+
+def long_product(macros, grid, block, x, weight, scales, bias, residual, out, rows, outs):
+    """The kernel of long_product.cu."""
+    assert grid[0] * 64 >= rows
+    assert grid[1] * int(macros["LINES"]) >= outs * (2 if macros["GATE"] == "1" else 1)
+    states = array_at(x, [int(rows), int(macros["IN"])], NUMBERS[macros["STORE"]])
+    multiplied(macros, states, weight, scales, bias, residual, out, outs)
+
+
+def normalize(macros, grid, block, x, norm, out, eps):
+    """The kernel of normalize.cu."""
+    shape, kind = [grid[0], int(macros["IN"])], NUMBERS[macros["STORE"]]
+    array_at(out, shape, kind)[:] = normalized(array_at(x, shape, kind), norm, eps)
+
+
+def normalized(states, norm, eps):
+    """Rows over their root mean squares, times `norm`."""
+    whole = states.astype(np.float32)
+    whole = (whole / np.sqrt((whole**2).mean(-1, keepdims=True) + float(eps))).astype(states.dtype)
+    return whole * array_at(norm, [states.shape[1]], states.dtype)
+
+
+def multiplied(macros, states, weight, scales, bias, residual, out, outs):
+    """A product, and what is done to it on the way."""
+    kind, gated, (rows, _), outs = states.dtype, macros["GATE"] == "1", states.shape, int(outs)
     lines = 2 * outs if gated else outs
-    y = states @ matrix_at(macros, weight, scales, lines).T
+    y = states.astype(np.float32) @ matrix_at(macros, weight, scales, lines).T
     if macros["BIAS"] == "1":
         y += array_at(bias, [lines], kind)
     y = y.astype(kind)
@@ -409,10 +425,8 @@ def product(macros, grid, block, x, weight, scales, bias, norm, residual, out, r
 
 
 NUMBERS = {"16": np.float16, "32": np.float32}
-KERNELS = {
-    kernel.__name__: kernel
-    for kernel in (write_rows, rotate, attend, attend_long, product, widen, pick, embed, narrow, draw, judge)
-}
+ROWS_AND_PRODUCTS = write_rows, rotate, attend, attend_long, product, long_product, normalize
+KERNELS = {kernel.__name__: kernel for kernel in (*ROWS_AND_PRODUCTS, pick, embed, narrow, draw, judge)}
 
 
 class StandInTensorRT:

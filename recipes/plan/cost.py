@@ -73,16 +73,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class GraphSize:
-    """What one call of a graph reads: its weights, and one row of its layers' caches for each token.
-
-    `widened_bytes` is the size in the dtype of its quantized matrices of layers.
-    """
+    """What one call of a graph reads: its weights, and one row of its layers' caches for each token."""
 
     layers: int
     parameters: int
     weight_bytes: int
     cache_row_bytes: int
-    widened_bytes: int = 0
 
     def __add__(self, other: GraphSize) -> GraphSize:
         """Of the layers of both."""
@@ -122,10 +118,9 @@ def cut_model(
             records = [
                 replace(one, shape=(head.vocabulary, *one.shape[1:])) if one.name in TABLES else one for one in records
             ]
-        quantized = [one for one in records if layers and FORMATS[one.format].bits]
-        parameters, widened = (sum(math.prod(one.shape) for one in of) for of in (records, quantized))
+        parameters = sum(math.prod(one.shape) for one in records)
         read = sum(FORMATS[one.format].bytes(one.shape, dtype) for one in records)
-        return GraphSize(len(layers), parameters, read, len(layers) * row, widened * itemsize)
+        return GraphSize(len(layers), parameters, read, len(layers) * row)
 
     each = [size(range(i, i + 1)) for i in range(a.num_layers)]
 

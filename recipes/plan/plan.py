@@ -63,7 +63,7 @@ from edgeskip.runtime.bundle.graphs import (
     heads_of,
 )
 from edgeskip.runtime.bundle.layers import LEAST_SM, has_products
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors, kind_of
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors
 from edgeskip.runtime.bundle.weights import bytes_by_format
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
@@ -341,7 +341,7 @@ def make_plan(
         cost=cost,
         position=position,
         stages=tuple(_stages(cost, cut, k, position)),
-        first_token_ms=_first_token_ms(cost, cut if basis.dialect is None else _widened(cut), position),
+        first_token_ms=_first_token_ms(cost, cut, position),
         ideal_ms_per_token=sum(size.weight_bytes for name, size in cut.sizes.items() if name != DRAFT_HEAD)
         / _copy_bytes_per_ms(device, reports),
         plain_ms_per_token=plain,
@@ -400,11 +400,10 @@ def make_basis(
     cut_after = cut_model(a, dtype, formats, settings.draft_vocabulary)
     cut = cut_after((settings.exit_layer, *settings.other_exits))
     held = held_bytes(a, cut.sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
-    widened = {} if dialect is None else _widened_memory(a, dtype, formats)
 
     def memory_of(tokens: int) -> dict[str, int]:
         memory = _memory(a, settings.exit_layers, held, dtype, tokens, libraries, shared=device.shared_memory)
-        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect) | widened
+        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect, formats)
 
     longest = max(last - first for first, last in pairwise((0, *settings.exit_layers, a.num_layers)))
     build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
@@ -604,11 +603,14 @@ def _memory(
     return memory
 
 
-def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dialect: str) -> dict[str, int]:
+def _engine_memory(
+    architecture: Architecture, dtype: DType, capacity: int, dialect: str, formats: Mapping[str, str]
+) -> dict[str, int]:
     """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
     hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
-    values, sums = 3 * ffn + 4 * hidden, 0  # of a row within a layer, less attention
+    # of a row within a layer, less attention; where layers are quantized, kernels of ours do what engines would
+    values, sums = ffn + hidden if is_quantized(formats.values()) else 3 * ffn + 4 * hidden, 0
     # in parts: what lies between these and between products, and the attention's partial sums
     if ENGINE_DIALECTS[dialect].in_parts:
         values += qkv + 2 * attended + 2 * hidden
@@ -619,13 +621,6 @@ def _engine_memory(architecture: Architecture, dtype: DType, capacity: int, dial
     scratch = chunk * values * ITEMSIZE[dtype] + sums
     kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
     return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
-
-
-def _widened_memory(architecture: Architecture, dtype: DType, formats: Mapping[str, str]) -> dict[str, int]:
-    """What prompts multiply with in place of quantized matrices: those of one layer in the dtype, which all share."""
-    matrices = (one for one in bundle_tensors(architecture, 1, dtype, formats).values() if one.layer is not None)
-    wide = {kind_of(one.name): math.prod(one.shape) for one in matrices if FORMATS[one.format].bits}
-    return {"a layer in the dtype": sum(wide.values()) * ITEMSIZE[dtype]} if wide else {}
 
 
 def _layers_of_a_graph(dialect: str, layers: int) -> int:
@@ -799,14 +794,6 @@ def _first_token_ms(cost: Cost, cut: Cut, tokens: int) -> float:
         for start in starts
         for call in prefill_round(split, rows, last=start == starts[-1], early_exit=False).calls
     )
-
-
-def _widened(cut: Cut) -> Cut:
-    """What a prompt's calls of engines read: quantized matrices once more in the dtype, which is written before."""
-    sizes = {
-        name: replace(size, weight_bytes=size.weight_bytes + 2 * size.widened_bytes) for name, size in cut.sizes.items()
-    }
-    return replace(cut, sizes=sizes)
 
 
 def _speeds(rounds: Mapping[int, float], plain: float, match_rates: Sequence[float] | None) -> tuple[SpeedPlan, ...]:

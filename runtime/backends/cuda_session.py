@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, out_of_memory
+from edgeskip.runtime.backends.device import ALIGNMENT, CudaDevice, DeviceArray, Step, in_order, out_of_memory
 from edgeskip.runtime.backends.engines import confidence
 from edgeskip.runtime.backends.engines.heads import Picked
 from edgeskip.runtime.backends.engines.products import Matrix
@@ -48,6 +48,7 @@ from edgeskip.runtime.backends.memory import buffer_sizes, cache_sizes
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, dimensions
 from edgeskip.runtime.bundle.manifest import Bundle
+from edgeskip.runtime.bundle.profiles import PROMPT_STEP
 from edgeskip.runtime.bundle.weights import Rows, TokenRows, embedding_table, read_rows
 from edgeskip.runtime.decoding.rounds import GIVEN, Call, Round, View, prefill_round
 from edgeskip.runtime.decoding.sampling import HostSampler, picks_of
@@ -64,15 +65,9 @@ from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.grammar.masks import TokenMask
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
-PROMPT_STEP = 64
-"""Rows of prompts are rounded up to a multiple of it, so that a few captured graphs serve all of them."""
-
 _MADE = "drafts_made"
 _COUNTS = ("draft_token_ids", "target_token_ids", _MADE)
 _READ_BACK = (*_COUNTS, "target_token_logits")
-
-Step = Callable[[], None]
-"""What enqueues something."""
 
 
 def is_frequent(rows: int) -> bool:
@@ -478,12 +473,6 @@ class CudaSession(MeasuredSession):
     def _shape(self, graph: GraphName, tensor: Tensor, rows: int) -> tuple[int, ...]:
         sizes = self._graph_table[graph].dimensions(self._dims) | {"T": rows}
         return tuple(sizes[dim] for dim in tensor.shape)
-
-
-def in_order(steps: Sequence[Step]) -> None:
-    """Enqueues one after another."""
-    for step in steps:
-        step()
 
 
 def _stage(drafting: Sequence[Step], judge: confidence.Judge, next_row: Sequence[Step], following: int) -> None:

@@ -32,6 +32,9 @@ INSTALL = install("cuda")
 LEAST_CUDA_FOR_CONDITIONS = (12, 4)
 """The first CUDA whose driver has graphs with conditional nodes."""
 
+Step = Callable[[], None]
+"""What enqueues something."""
+
 _KERNELS: dict[Any, Any] = {}
 
 _COLLECTOR = threading.Lock()
@@ -215,11 +218,11 @@ class CudaDevice:
         finally:
             block.close()
 
-    def kernel(self, source: str, name: str, macros: Mapping[str, str]) -> Callable[..., None]:
+    def kernel(self, source: str, name: str, macros: Mapping[str, str], shared_bytes: int = 0) -> Callable[..., None]:
         """Compiles a kernel from CUDA C++ for this device, once for each process.
 
         The result is called with a grid and a block, each (x, y, z), and the kernel's arguments, NumPy scalars, and
-        enqueues it.
+        enqueues it. A block has `shared_bytes` of shared memory besides what the source itself declares.
 
         Raises:
             BackendError: there is no NVRTC, or it refuses the source.
@@ -237,9 +240,12 @@ class CudaDevice:
                 raise BackendError("NVRTC", f"does not compile {name} ({reason(error)})", fix=INSTALL) from None
         kernel, launch, config, stream = _KERNELS[key], self._core.launch, self._core.LaunchConfig, self.stream
         overlaps = self.compute_capability >= 90 and "griddepcontrol.wait" in source  # see numbers.cuh
+        if shared_bytes:
+            most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._checked(self._driver.cuKernelSetAttribute(most, shared_bytes, kernel.handle, self.index))
 
         def enqueue(grid: tuple[int, int, int], block: tuple[int, int, int], *arguments: Any) -> None:
-            how = config(grid=grid, block=block, programmatic_stream_serialization=overlaps)
+            how = config(grid=grid, block=block, shmem_size=shared_bytes, programmatic_stream_serialization=overlaps)
             launch(stream, how, kernel, *arguments)
 
         return enqueue
@@ -414,6 +420,12 @@ class DeviceTimer:
         """Waits for the end and says how long it took."""
         self.end.sync()
         return int((self.end - self.begin) * 1e6)
+
+
+def in_order(steps: Iterable[Step]) -> None:
+    """Enqueues one after another."""
+    for step in steps:
+        step()
 
 
 def out_of_memory(place: object, wanted_bytes: int, free_bytes: int, error: object = "") -> BackendError:

@@ -21,6 +21,11 @@ EXACT_ROWS = (8, 24)
 On an H100 a product of 8 rows takes as long as one of a single row, and one of 4 rows a fifth more.
 """
 
+PROMPT_STEP = 64
+"""Chunks of prompts are rounded up to a multiple of so many rows, so that kernels for a few numbers of rows, and a few
+captured graphs, serve all of them.
+"""
+
 
 @dataclass(frozen=True)
 class EngineProfile:
@@ -49,7 +54,7 @@ def engine_profiles(
     for name, graph in files_of(manifest.graphs, dialect).items():
         if only_prompts:
             if name in PARTS:
-                profiles[name] = (EngineProfile(1, chunk, max(chunk, most)),)
+                profiles[name] = _exact(*range(PROMPT_STEP, chunk, PROMPT_STEP), max(chunk, most))
             continue
         many = name in verifies or name in PARTS
         if not dialect.padded:
@@ -57,9 +62,17 @@ def engine_profiles(
         else:
             # a head takes as long for 8 rows as for one, and a row's logits are then the same in all rounds
             exact = (*(() if graph.head else (1,)), *(EXACT_ROWS if many else EXACT_ROWS[: bool(graph.head)]))
-            decode = [EngineProfile(n, n, n) for n in exact]
+            decode = [*_exact(*exact)]
         after = decode[-1].max_rows
         if chunk > after and not graph.head:
-            decode.append(EngineProfile(after + 1 if dialect.padded else 1, chunk, chunk))
+            decode += (
+                _exact(*range(PROMPT_STEP, chunk, PROMPT_STEP), chunk)
+                if dialect.padded
+                else [EngineProfile(1, chunk, chunk)]
+            )
         profiles[name] = tuple(decode)
     return profiles
+
+
+def _exact(*rows: int) -> tuple[EngineProfile, ...]:
+    return tuple(EngineProfile(n, n, n) for n in rows)

@@ -2,30 +2,26 @@
 
 Rounds, which are bound by the bytes of the weights, do without those engines: each linear layer, the head's too, is a
 kernel of ours that reads its matrix once, as it is stored, at the pace of memory. Prompts, which are bound by
-arithmetic, run in the engines; a quantized matrix is brought into the dtype for that, in memory that all layers share.
+arithmetic, run in the engines, unless matrices of layers are quantized: TensorRT never sees one of those.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from edgeskip.runtime.backends.cuda_session import Step, in_order
+from edgeskip.runtime.backends.device import Step, in_order
 from edgeskip.runtime.backends.engines.attention import Attention, Operands
 from edgeskip.runtime.backends.engines.heads import Picked, embedder, picker, room
-from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, long_enqueued
 from edgeskip.runtime.backends.engines.session import TrtSession
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE
 from edgeskip.runtime.bundle.formats import FORMATS, SCALES
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName
 from edgeskip.runtime.bundle.layers import PARTS
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES, kind_of
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, LM_HEAD, NORM, ROPE_TABLES
 from edgeskip.runtime.decoding.rounds import Call
-
-_BEFORE, _AFTER = ("self_attn.qkv_proj",), ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-"""The matrices of a layer that come before its attention, and those that come after it."""
 
 
 class LayersSession(TrtSession):
@@ -35,6 +31,16 @@ class LayersSession(TrtSession):
     the host nothing.
     """
 
+    @cached_property
+    def _needs_engines(self) -> bool:
+        return not any(
+            one.layer is not None and FORMATS[one.format].bits for one in self._bundle.manifest.tensors.values()
+        )
+
+    @cached_property
+    def _has_products(self) -> bool:
+        return self._bundle.manifest.has_products(self._device.compute_capability)
+
     def _prepare(self) -> None:
         manifest, itemsize = self._bundle.manifest, ITEMSIZE[self._dtype]
         a, longest = manifest.architecture, self._longest
@@ -43,21 +49,14 @@ class LayersSession(TrtSession):
         for taken in self._attention.memory:
             self._workspace_bytes += taken.bytes
             self.planned_bytes += taken.bytes
-        self._has_products = manifest.has_products(self._device.compute_capability)
         sizes = {name: self._dims[dim] for name, dim in (("qkv", "Q"), ("attended", "A"), ("even", "H"), ("odd", "H"))}
         shapes = {name: (longest, size) for name, size in sizes.items()}
-        if self._has_products:  # what gate and up give is between products of ours alone
-            shapes["gated"] = HEAD_ROWS, a.intermediate_size
+        if self._has_products:  # what lies between products of ours alone
+            shapes["gated"] = HEAD_ROWS if self._needs_engines else longest, a.intermediate_size
+        if not self._needs_engines:
+            shapes["normalized"] = longest, a.hidden_size
         self._between = {
             name: self._taken(rows * size * itemsize, f"for {name}").address for name, (rows, size) in shapes.items()
-        }
-        kinds = {
-            kind_of(one.name): math.prod(one.shape)
-            for one in manifest.tensors.values()
-            if one.layer is not None and FORMATS[one.format].bits
-        }
-        self._wide = {
-            kind: self._taken(size * itemsize, f"for {kind} in {self._dtype}").address for kind, size in kinds.items()
         }
         if self._has_products:
             parts, counters = (self._taken(size, "for picking tokens").address for size in room())
@@ -71,11 +70,11 @@ class LayersSession(TrtSession):
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
         if call.graph in self._engines:
             return (call.graph,)
-        return () if self._is_few(call) else tuple(PARTS)
+        return () if self._is_ours(call) else tuple(PARTS)
 
-    def _is_few(self, call: Call) -> bool:
+    def _is_ours(self, call: Call) -> bool:
         """Whether kernels of ours do all of a call."""
-        return self._has_products and call.rows <= HEAD_ROWS
+        return self._has_products and (call.rows <= HEAD_ROWS or not self._needs_engines)
 
     def _enqueued(self, call: Call) -> Step:
         if call.graph in self._engines:
@@ -83,7 +82,7 @@ class LayersSession(TrtSession):
         if self._graph_table[call.graph].head:
             steps = self._head(call)
         else:
-            steps = self._by_products(call) if self._is_few(call) else self._by_engines(call)
+            steps = self._by_products(call) if self._is_ours(call) else self._by_engines(call)
         return partial(in_order, steps)
 
     def _head(self, call: Call) -> list[Step]:
@@ -101,7 +100,7 @@ class LayersSession(TrtSession):
         ]
 
     def _by_products(self, call: Call) -> list[Step]:
-        """A run of layers of few rows: each linear layer is a kernel that reads its matrix once."""
+        """A run of layers, each linear layer of which is a kernel that reads its matrix as it is stored."""
         a, dims, rows, bind = self._bundle.manifest.architecture, self._dims, call.rows, self._binder(call.rows)
         hidden, size, ffn = self._address(call.inputs[0][1]), dims["H"], a.intermediate_size
         qkv, attended, gated, between = (self._between[name] for name in ("qkv", "attended", "gated", "even"))
@@ -124,7 +123,8 @@ class LayersSession(TrtSession):
 
     def _binder(self, rows: int) -> Callable[[Product, int, int], Step]:
         eps = self._bundle.manifest.architecture.rms_norm_eps
-        return partial(enqueued, self._device, rows=rows, dtype=self._dtype, eps=eps)
+        bound = enqueued if rows <= HEAD_ROWS else partial(long_enqueued, normalized=self._between["normalized"])
+        return partial(bound, self._device, rows=rows, dtype=self._dtype, eps=eps)
 
     def _product(self, name: str, inputs: int, outputs: int, **more: Any) -> Product:
         return Product(self._matrix(f"{name}.weight"), inputs, outputs, bias=self._weight(f"{name}.bias"), **more)
@@ -138,12 +138,6 @@ class LayersSession(TrtSession):
         """Where an array of the weights file is; 0 if the model has none of this name."""
         return self._weights.address_of(name) if name in self._weights.arrays else 0
 
-    def _whole(self, weight: str) -> int:
-        return self._wide[kind_of(weight)] if self._is_quantized(weight) else super()._whole(weight)
-
-    def _is_quantized(self, weight: str) -> bool:
-        return FORMATS[self._bundle.manifest.tensors[weight].format].bits is not None
-
     def _by_engines(self, call: Call) -> list[Step]:
         """A run of layers of many rows."""
         layers = self._graph_table[call.graph].layers
@@ -153,27 +147,17 @@ class LayersSession(TrtSession):
         hidden = self._on_grid(call.inputs[0][1], rows, before, is_input=True)
         out = self._on_grid(call.outputs[0][1], rows, after, is_input=False)
         qkv, attended = self._between["qkv"], self._between["attended"]
-        steps = self._widenings(layers[0], _BEFORE)
-        steps.append(self._execution("first", profile, rows, {"hidden_states": hidden, "qkv": qkv}, (0, layers[0])))
+        steps = [self._execution("first", profile, rows, {"hidden_states": hidden, "qkv": qkv}, (0, layers[0]))]
         for layer in layers:
-            steps += [self._attention.enqueued(call.rows, self._operands(call, layer)), *self._widenings(layer, _AFTER)]
+            steps.append(self._attention.enqueued(call.rows, self._operands(call, layer)))
             tensors = {"hidden_states": hidden, "attended": attended}
             if layer == layers[-1]:
                 steps.append(self._execution("last", profile, rows, tensors | {"output_states": out}, (layer, 0)))
                 break
             hidden = self._between["odd" if layer % 2 else "even"]
             tensors |= {"output_states": hidden, "qkv": qkv}
-            steps += self._widenings(layer + 1, _BEFORE)
             steps.append(self._execution("between", profile, rows, tensors, (layer, layer + 1)))
         return [*before, *steps, *after]
-
-    def _widenings(self, layer: int, kinds: tuple[str, ...]) -> list[Step]:
-        """What brings a layer's quantized matrices into the dtype."""
-        names = [name for name in (f"model.layers.{layer}.{kind}.weight" for kind in kinds) if self._is_quantized(name)]
-        shapes = {name: self._bundle.manifest.tensors[name].shape for name in names}
-        return [
-            widened(self._device, self._matrix(name), shapes[name], self._whole(name), self._dtype) for name in names
-        ]
 
     def _operands(self, call: Call, layer: int) -> Operands:
         keys, values = (self._caches[call.cache(f"past_key_values.{layer}.{part}")] for part in ("key", "value"))

@@ -1,23 +1,25 @@
-"""Linear layers of few rows, as a kernel of ours: product.cu says how, and why rows do not depend on each other.
+"""Linear layers as kernels of ours, which read a matrix as it is stored: product.cu for few rows, long_product.cu for
+many. They say how, and why rows do not depend on each other.
 
-Such a product only reads its matrix, which takes as long as memory takes. TensorRT 10.6 reads it at half of that pace.
+A product of few rows only reads its matrix, which takes as long as memory takes. TensorRT 10.6 reads it at half of that
+pace. One of many rows is bound by arithmetic, and for matrices in the dtype itself TensorRT has the faster kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from edgeskip.runtime.backends.device import CudaDevice
+from edgeskip.runtime.backends.device import CudaDevice, Step, in_order
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 
 HERE = Path(__file__).parent
-_THREADS = 256
+_LONG_ROWS, _LONG_THREADS, _LONG_STAGES = 64, 128, 4
+_NORM_THREADS = 256
 
 STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
 """What numbers.cuh calls the dtypes."""
@@ -63,6 +65,11 @@ class Product:
     residual: int = 0
     gated: bool = False
 
+    @property
+    def lines(self) -> int:
+        """Rows of the matrix."""
+        return self.outputs * (2 if self.gated else 1)
+
 
 def macros(product: Product, dtype: DType, rows: int, multiprocessors: int) -> dict[str, str]:
     """What the kernel is compiled with for a product of this many rows."""
@@ -87,8 +94,7 @@ def tiles(rows: int) -> int:
 
 def has_many_lines(product: Product, multiprocessors: int) -> bool:
     """Whether two bands for a block of a quantized matrix still leave a block for each multiprocessor."""
-    lines = product.outputs * (2 if product.gated else 1)
-    return product.weight.bits < 16 and lines >= 32 * multiprocessors
+    return product.weight.bits < 16 and product.lines >= 32 * multiprocessors
 
 
 def bands(product: Product, rows: int, multiprocessors: int) -> int:
@@ -107,9 +113,7 @@ def warps(product: Product, multiprocessors: int) -> int:
     return 8 if product.inputs < 2048 or has_many_lines(product, multiprocessors) else 16
 
 
-def enqueued(
-    device: CudaDevice, product: Product, x: int, out: int, *, rows: int, dtype: DType, eps: float
-) -> Callable[[], None]:
+def enqueued(device: CudaDevice, product: Product, x: int, out: int, *, rows: int, dtype: DType, eps: float) -> Step:
     """Binds a product of at most HEAD_ROWS rows to addresses [rows, inputs] and [rows, outputs]; calling the result
     enqueues it.
     """
@@ -123,11 +127,45 @@ def enqueued(
     return lambda: kernel(grid, (32 * int(defined["WARPS"]), 1, 1), *arguments)
 
 
-def widened(device: CudaDevice, matrix: Matrix, shape: tuple[int, ...], whole: int, dtype: DType) -> Callable[[], None]:
-    """Binds the widening of a stored matrix [N,K] to the dtype, at `whole`; calling the result enqueues it."""
-    defined = {"STORE": STORES[dtype], **matrix.macros, "IN": str(shape[1])}
-    kernel = device.kernel(source("mma.cuh", "packs.cuh", "widen.cu"), "widen", defined)
-    eights = shape[0] * shape[1] // 8
-    grid, block = (-(-eights // _THREADS), 1, 1), (_THREADS, 1, 1)
-    arguments = (*map(np.uint64, (matrix.address, matrix.scales, whole, eights)),)
-    return lambda: kernel(grid, block, *arguments)
+def long_macros(product: Product, dtype: DType, multiprocessors: int) -> dict[str, str]:
+    """What the kernel for many rows is compiled with.
+
+    A block has many lines where prompts of 256 rows then still have blocks for every multiprocessor. It does not depend
+    on the rows, so that a row's sum is added in one order, however many rows there are.
+    """
+    blocks = 256 // _LONG_ROWS * -(-product.lines // 128)
+    return {
+        "STORE": STORES[dtype],
+        **product.weight.macros,
+        "IN": str(product.inputs),
+        "LINES": "128" if 2 * blocks >= 3 * multiprocessors else "32",
+        "BIAS": str(int(product.bias != 0)),
+        "RESIDUAL": str(int(product.residual != 0)),
+        "GATE": str(int(product.gated)),
+    }
+
+
+def long_enqueued(
+    device: CudaDevice, product: Product, x: int, out: int, *, normalized: int, rows: int, dtype: DType, eps: float
+) -> Step:
+    """Binds a product of any number of rows likewise; at `normalized` is room for [rows, inputs] numbers, for rows that
+    are normalized before.
+    """
+    defined, weight = long_macros(product, dtype, device.multiprocessors), product.weight
+    lines = int(defined["LINES"])
+    step = 64 if lines == 128 else 128
+    shared = _LONG_STAGES * step * (_LONG_ROWS * 16 + lines * weight.bits) // 8
+    kernel = device.kernel(source("mma.cuh", "packs.cuh", "long_product.cu"), "long_product", defined, shared)
+    grid = (-(-rows // _LONG_ROWS), -(-product.lines // lines), 1)
+    from_ = normalized if product.norm else x
+    addresses = map(np.uint64, (from_, weight.address, weight.scales, product.bias, product.residual, out))
+    arguments = (*addresses, np.uint32(rows), np.uint32(product.outputs))
+
+    def multiply() -> None:
+        kernel(grid, (_LONG_THREADS, 1, 1), *arguments)
+
+    if not product.norm:
+        return multiply
+    norm = device.kernel(source("normalize.cu"), "normalize", {"STORE": STORES[dtype], "IN": str(product.inputs)})
+    given = (*map(np.uint64, (x, product.norm, normalized)), np.float32(eps))
+    return partial(in_order, [lambda: norm((rows, 1, 1), (_NORM_THREADS, 1, 1), *given), multiply])

@@ -71,15 +71,15 @@ class TrtSession(CudaSession):
     ) -> None:
         self._library, self._build = library, engines.build
         self.dialect, self._conventions = engines.build.dialect, engines.dialect
+        self._bundle = bundle
         files = files_of(bundle.manifest.graphs, self._conventions)
-        self._files = {graph: files[graph] for graph in engines.build.engines}
+        self._files = {graph: files[graph] for graph in engines.build.engines if self._needs_engines}
         self._new_rows = self._conventions.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int, int], Any] = {}
         self._aligned: dict[tuple[View, int], DeviceArray] = {}
         self._runtime_caches: dict[str, Any] = {}
         self._rows: tuple[DeviceArray, RowsLayout] | None = None
-        self._bundle = bundle
         again = build_command(bundle, engines.build.backend, device.compute_capability)
         if reason := why_not(engines, device.compute_capability, library.__version__):
             raise BundleError(engines.folder, reason, fix=again)
@@ -106,6 +106,11 @@ class TrtSession(CudaSession):
             f"{engines.build.backend} {library.__version__}, {device.name}, {self.dialect} dialect, "
             f"{bundle.manifest.dtype}"
         )
+
+    @property
+    def _needs_engines(self) -> bool:
+        """Whether any call runs an engine."""
+        return True
 
     def _prepare(self) -> None:
         """Takes what else the calls of these engines need."""
@@ -155,12 +160,12 @@ class TrtSession(CudaSession):
 
     def _shared_scratch(self) -> DeviceArray:
         """One block for the activations of whichever context runs."""
-        size = max(
+        sizes = (
             engine.get_device_memory_size_for_profile_v2(profile)
             for engine in self._engines.values()
             for profile in range(engine.num_optimization_profiles)
         )
-        return self._taken(max(size, ALIGNMENT), "for scratch and activations")
+        return self._taken(max((ALIGNMENT, *sizes)), "for scratch and activations")
 
     def _room_for_new_rows(self) -> tuple[DeviceArray, RowsLayout]:
         """One block for the new rows of whichever graph runs, and how they and the caches lie."""
@@ -224,7 +229,7 @@ class TrtSession(CudaSession):
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if (weight := weight_of(name, *layers)) in self._weights.arrays:
-                addresses[name] = self._whole(weight)
+                addresses[name] = self._weights.address_of(weight)
         if misplaced := [name for name, address in addresses.items() if address % ALIGNMENT]:
             raise BackendError(f"the {graph} engine", f"{misplaced[0]} off the {ALIGNMENT}-byte grid")
         shapes = {
@@ -238,10 +243,6 @@ class TrtSession(CudaSession):
                 raise BackendError(f"the {graph} engine", f"does not run ({self._logger.last})")
 
         return enqueue
-
-    def _whole(self, weight: str) -> int:
-        """Where a tensor is in the dtype."""
-        return self._weights.address_of(weight)
 
     def _context(self, graph: GraphName, profile: int, rows: int) -> Any:
         """The context of a graph for this many rows; lengths of prompts that do not come again share one."""

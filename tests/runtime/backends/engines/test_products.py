@@ -1,4 +1,4 @@
-"""The kernels of product.cu and widen.cu: compiled for every SM that they serve, and on a GPU against NumPy."""
+"""The kernels of products: compiled for every SM that they serve, and on a GPU against NumPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.standin import HostDevice
 
 from edgeskip.runtime.backends.device import CudaDevice
 from edgeskip.runtime.backends.engines import products
-from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, widened
+from edgeskip.runtime.backends.engines.products import Matrix, Product, enqueued, long_enqueued
 from edgeskip.runtime.bundle.layers import has_products
 
 KIND_OF = {"plain": {}, "bias": {"bias": 1}, "norm": {"norm": 1}, "residual": {"residual": 1}, "gated": {"gated": True}}
@@ -30,11 +30,14 @@ KIND_OF["all"] = {"bias": 1, "norm": 1, "gated": True}
 )
 def test_the_kernels_compile(arch, product, rows):
     for dtype in ("fp16", "bf16"):
-        defined = products.macros(product, dtype, rows, 16)
-        for file in ("product.cu", "widen.cu"):
-            source = products.source("mma.cuh", "packs.cuh", file)
-            options = ProgramOptions(arch=arch, define_macro=[*defined.items()])
-            assert Program(source, "c++", options).compile("cubin").code
+        defined = {
+            "product.cu": products.macros(product, dtype, rows, 16),
+            "long_product.cu": products.long_macros(product, dtype, 16),
+            "normalize.cu": {"STORE": products.STORES[dtype], "IN": str(product.inputs)},
+        }
+        for file, macros in defined.items():
+            options = ProgramOptions(arch=arch, define_macro=[*macros.items()])
+            assert Program(products.source("mma.cuh", "packs.cuh", file), "c++", options).compile("cubin").code
 
 
 def test_models_and_gpus_that_the_kernel_does_not_serve_are_known():
@@ -105,17 +108,48 @@ def test_products_are_those_of_numpy_and_rows_do_not_depend_on_each_other(device
                 np.testing.assert_array_equal(found[rows], found[17][:rows])
 
 
-@pytest.mark.parametrize("format_", ["int8", "int4-32", "int4-64", "int4-128"])
-def test_a_stored_matrix_is_widened(device, format_):
-    for dtype in ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16"):
-        kind, random = KINDS[dtype], np.random.default_rng(1)
-        matrix = random.normal(size=(37, 384))
-        matrix[3] = 0
-        array, scales, wanted = stored(matrix, format_, kind)
-        whole = device.zeros([(wanted.size * 2, 1)])[0].address
-        widened(device, on_device(device, format_, array, scales), matrix.shape, whole, dtype)()
-        found = fetched(device, whole, np.empty(matrix.shape, kind)).astype(np.float64)
-        np.testing.assert_array_equal(found, wanted.astype(kind).astype(np.float64))
+LONG_CASES = [(format_, what, 576, 96) for format_ in BLOCK_OF if format_ != "int4-128" for what in KIND_OF]
+LONG_CASES += [(format_, "all", 2048, 2500) for format_ in BLOCK_OF]
+LONG_CASES += [
+    ("plain", "all", 72, 36),
+    ("int8", "norm", 48, 36),
+    ("int4-32", "gated", 96, 20),
+    ("int4-128", "residual", 8192, 48),
+]
+LONG_CASES += [(format_, "gated", 256, 9000) for format_ in BLOCK_OF]  # where a block has many lines
+
+
+@pytest.mark.parametrize(("format_", "what", "inputs", "outputs"), LONG_CASES)
+def test_products_of_many_rows_are_those_of_numpy_and_rows_do_not_depend_on_each_other(
+    device, format_, what, inputs, outputs
+):
+    dtypes = ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16")
+    for dtype in dtypes:
+        kind, given, random = KINDS[dtype], KIND_OF[what], np.random.default_rng(inputs)
+        gated = bool(given.get("gated"))
+        array, scales, weight = stored(
+            random.normal(size=(outputs * (1 + gated), inputs)) * inputs**-0.5, format_, kind
+        )
+        arrays = {
+            "bias": random.normal(size=len(weight)).astype(kind),
+            "norm": random.normal(size=inputs).astype(kind),
+            "residual": random.normal(size=(200, outputs)).astype(kind),
+        }
+        x = random.normal(size=(200, inputs)).astype(kind)
+        at = {name: place(device, array) for name, array in arrays.items() if given.get(name)}
+        product = Product(on_device(device, format_, array, scales), inputs, outputs, gated=gated, **at)
+        normalized, found = device.zeros([(x.nbytes, 1)])[0].address, {}
+        for rows in (18, 64, 130, 200):
+            out = device.zeros([(rows * outputs * x.itemsize, 1)])[0].address
+            at_x = place(device, x[:rows])
+            long_enqueued(device, product, at_x, out, normalized=normalized, rows=rows, dtype=dtype, eps=1e-6)()
+            found[rows] = fetched(device, out, np.empty((rows, outputs), kind)).astype(np.float64)
+        wanted = reference(weight, x, given, arrays, kind)
+        tolerance = 4e-3 if dtype == "fp16" else 3e-2
+        np.testing.assert_allclose(found[200], wanted, atol=2 * tolerance, rtol=tolerance)
+        if not isinstance(device, HostDevice):
+            for rows in (18, 64, 130):
+                np.testing.assert_array_equal(found[rows], found[200][:rows])
 
 
 def reference(weight, x, given, arrays, kind):
