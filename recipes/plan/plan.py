@@ -400,10 +400,12 @@ def make_basis(
     cut_after = cut_model(a, dtype, formats, settings.draft_vocabulary)
     cut = cut_after((settings.exit_layer, *settings.other_exits))
     held = held_bytes(a, cut.sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
+    layers = (one.format for one in bundle_tensors(a, 1, dtype, formats).values() if one.layer is not None)
+    ours = is_quantized(layers)
 
     def memory_of(tokens: int) -> dict[str, int]:
         memory = _memory(a, settings.exit_layers, held, dtype, tokens, libraries, shared=device.shared_memory)
-        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect, formats)
+        return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect, ours=ours)
 
     longest = max(last - first for first, last in pairwise((0, *settings.exit_layers, a.num_layers)))
     build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
@@ -604,18 +606,21 @@ def _memory(
 
 
 def _engine_memory(
-    architecture: Architecture, dtype: DType, capacity: int, dialect: str, formats: Mapping[str, str]
+    architecture: Architecture, dtype: DType, capacity: int, dialect: str, *, ours: bool
 ) -> dict[str, int]:
-    """What engines take besides: they hold no weights, and the RoPE tables are weights like others."""
+    """What engines take besides: they hold no weights, and the RoPE tables are weights like others. `ours` says whether
+    layers are quantized, so that kernels of ours do what engines would.
+    """
     a, chunk = architecture, min(DEFAULT_PREFILL_CHUNK, capacity)
     hidden, ffn, qkv, attended = a.hidden_size, a.intermediate_size, a.qkv_rows, a.num_heads * a.head_dim
-    # of a row within a layer, less attention; where layers are quantized, kernels of ours do what engines would
-    values, sums = ffn + hidden if is_quantized(formats.values()) else 3 * ffn + 4 * hidden, 0
+    # of a row within a layer, less attention
+    values, sums = ffn + hidden if ours else 3 * ffn + 4 * hidden, 0
     # in parts: what lies between these and between products, and the attention's partial sums
     if ENGINE_DIALECTS[dialect].in_parts:
         values += qkv + 2 * attended + 2 * hidden
         tiles = tiling(a, capacity, HEAD_ROWS, 1)
-        sums = math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4 + HEAD_ROWS * ffn * ITEMSIZE[dtype]
+        sums = math.prod(tiles.grid) * tiles.tile_rows * (a.head_dim + 2) * 4
+        sums += 0 if ours else HEAD_ROWS * ffn * ITEMSIZE[dtype]
     else:
         values, sums = values + 2 * qkv, chunk * capacity  # with a mask
     scratch = chunk * values * ITEMSIZE[dtype] + sums

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,7 @@ from edgeskip.recipes.plan import plan as planning
 from edgeskip.recipes.plan.plan import PlanSettings, make_plan
 from edgeskip.recipes.plan.recommend import fitting_block_size, recommend, weights_formats
 from edgeskip.recipes.shape import load_shape
+from edgeskip.runtime.backends.engines.layers import LayersSession
 from edgeskip.runtime.bundle.manifest import WEIGHTS, read_bundle
 from edgeskip.runtime.bundle.tensors import num_weights
 from edgeskip.runtime.bundle.weights import held_bytes, read_bytes, stored_arrays
@@ -69,22 +69,26 @@ def test_bytes_are_those_of_a_bundle(variant, settings, bundles):
 
 
 @pytest.mark.parametrize("settings", [{"weights": "int8"}, {"weights": "int4"}, MIXED], ids=["int8", "int4", "mixed"])
-def test_a_layer_in_the_dtype_is_what_a_session_takes_for_it(settings, bundles, tmp_path):
+def test_rows_between_products_are_what_a_session_takes_for_them(settings, bundles, tmp_path, monkeypatch):
+    taken, real = {}, LayersSession._taken
+    monkeypatch.setattr(
+        LayersSession, "_taken", lambda self, size, what: taken.update({what: size}) or real(self, size, what)
+    )
     bundle = bundles("llama-tied", dtype="fp16", **settings)
     with standin_model(bundle, tmp_path / "b", HostDevice(), "layers") as model:
-        session, shapes = model.session, bundle.manifest.tensors
-        kinds = {".".join(name.split(".")[3:5]) for name in shapes if name in bundle.manifest.formats} - {""}
-        assert set(session._wide) == kinds
-        taken = sum(2 * math.prod(shapes[f"model.layers.0.{kind}.weight"].shape) for kind in sorted(session._wide))
-    assert plan_of(bundle, "orin-nano-8gb").memory["a layer in the dtype"] == taken
+        queries, partials, _ = model.session._attention.memory
+    names = ("qkv", "attended", "even", "odd", "gated", "normalized")
+    rows = sum(taken[f"for {name}"] for name in names) + queries.bytes
+    scratch = plan_of(bundle, "orin-nano-8gb").memory["scratch"]
+    assert rows < scratch <= rows + partials.bytes
 
 
-def test_what_is_computed_with_stays_in_memory_of_its_own():
-    formats = weights_formats(EIGHT_B, NANO, "int4")
-    plan = make_plan("", EIGHT_B, NANO, PlanSettings(4, formats=formats))
-    # 6144 x 4096, 4096 x 4096, 28672 x 4096 and 4096 x 14336 numbers of two bytes
-    assert plan.memory["a layer in the dtype"] == 2 * 4096 * (6144 + 4096 + 28672 + 14336)
-    assert "a layer in the dtype" not in make_plan("", EIGHT_B, NANO, PlanSettings(4)).memory
+def test_no_layer_is_held_in_the_dtype():
+    a, formats = EIGHT_B, weights_formats(EIGHT_B, NANO, "int4")
+    quantized = make_plan("", a, NANO, PlanSettings(4, formats=formats)).memory
+    whole = make_plan("", a, NANO, PlanSettings(4)).memory
+    assert quantized["scratch"] < whole["scratch"]
+    assert not {*quantized} - {*whole}
 
 
 @pytest.mark.parametrize("jetpack", [None, "6", "7"])
