@@ -53,6 +53,7 @@ def build(
     """Build TensorRT engines for a BUNDLE and all of its structure, into the user's cache."""
     require("build")
     from edgeskip.exporter.engines.build import BuildSettings, build_engines
+    from edgeskip.runtime.bundle.engines import BUILD
     from edgeskip.runtime.bundle.manifest import read_bundle
     from edgeskip.runtime.terminal import progress_bar
 
@@ -62,9 +63,12 @@ def build(
     for engines in outcome.engines:
         records = engines.build.engines
         if engines.folder in outcome.had:
-            built = datetime.fromtimestamp(engines.path(next(iter(records))).stat().st_mtime)
+            built = datetime.fromtimestamp((engines.folder / BUILD).stat().st_mtime)
             when = f"built {built:%Y-%m-%d %H:%M} for {engines.build.source}"
             say(f"{engines.folder}: the cache has them already: {when}; --force builds them again.")
+            continue
+        if not records:
+            say(f"{engines.folder}: no engine is needed: kernels that are compiled while loading do everything.")
             continue
         parts = ", ".join(f"{graph} {record.bytes / 1e6:.1f} MB" for graph, record in records.items())
         peak = max(record.peak_memory_bytes or 0 for record in records.values())

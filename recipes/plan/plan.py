@@ -332,7 +332,7 @@ def make_plan(
         works=not basis.problems,
         problems=basis.problems,
         notes=tuple(_notes(device, settings, reports)),
-        disk=_disk(a, dtype, formats, capacity, basis.dialect),
+        disk=_disk(a, dtype, formats, capacity, basis.dialect if basis.build else None),
         build=basis.build,
         memory=basis.memory,
         available=basis.available,
@@ -408,7 +408,7 @@ def make_basis(
         return memory if dialect is None else memory | _engine_memory(a, dtype, tokens, dialect, ours=ours)
 
     longest = max(last - first for first, last in pairwise((0, *settings.exit_layers, a.num_layers)))
-    build = None if dialect is None else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
+    build = None if dialect is None or ours else BUILD_BYTES + BUILD_LAYER_BYTES * _layers_of_a_graph(dialect, longest)
     memory, largest = memory_of(capacity), _largest(context, lambda n: sum(memory_of(n).values()) <= available)
     problems = (
         *_software_problems(a, device, settings, dialect),
@@ -645,6 +645,7 @@ def _largest(context: int, fits: Callable[[int], bool]) -> int:
 def _disk(
     architecture: Architecture, dtype: DType, formats: Mapping[str, str], capacity: int, dialect: str | None
 ) -> dict[str, int]:
+    """Bytes on disk by kind; `dialect` is that of the engines, if it takes any."""
     a, tensors = architecture, bundle_tensors(architecture, capacity, dtype, formats).values()
     disk = {"weights": sum(bytes_by_format(tensors, dtype).values()), "graphs and texts": TEXT_BYTES}
     if dialect is not None:

@@ -177,6 +177,11 @@ class Manifest:
         greedy = all(head.picker == "greedy" for head in self.heads.values())
         return greedy and has_products(self.architecture, self.dtype, self.formats.values(), compute_capability)
 
+    @property
+    def has_quantized_layers(self) -> bool:
+        """Whether matrices of layers are quantized, not only the tables."""
+        return is_quantized(one.format for one in self.tensors.values() if one.layer is not None)
+
     def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
         """sha256 of each file of a dialect, by graph."""
         return {graph: self.files[dialect.file.format(graph)].sha256 for graph in files_of(self.graphs, dialect)}

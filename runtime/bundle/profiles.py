@@ -40,7 +40,8 @@ def engine_profiles(
     manifest: Manifest, dialect: Dialect, compute_capability: int
 ) -> dict[GraphName, tuple[EngineProfile, ...]]:
     """The engines for a GPU of this SM by graph, and the rows T that each serves: up to HEAD_ROWS in rounds, and in
-    chunks of prompts longer than that. Where a session's own kernels do what rounds need, it has no engines for that.
+    chunks of prompts longer than that. Where a session's own kernels do what rounds need, it has no engines for that;
+    where layers are quantized, they do everything, and there are none at all.
 
     A round runs what drafts one row at a time, what verifies on all its rows, and a head that serves both in both ways;
     which graphs draft is said by all exits of the bundle. See decoding/rounds.py.
@@ -53,7 +54,7 @@ def engine_profiles(
     only_prompts = dialect.in_parts and manifest.has_products(compute_capability)
     for name, graph in files_of(manifest.graphs, dialect).items():
         if only_prompts:
-            if name in PARTS:
+            if name in PARTS and not manifest.has_quantized_layers:
                 profiles[name] = _exact(*range(PROMPT_STEP, chunk, PROMPT_STEP), max(chunk, most))
             continue
         many = name in verifies or name in PARTS
@@ -62,14 +63,10 @@ def engine_profiles(
         else:
             # a head takes as long for 8 rows as for one, and a row's logits are then the same in all rounds
             exact = (*(() if graph.head else (1,)), *(EXACT_ROWS if many else EXACT_ROWS[: bool(graph.head)]))
-            decode = [*_exact(*exact)]
+            decode = list(_exact(*exact))
         after = decode[-1].max_rows
         if chunk > after and not graph.head:
-            decode += (
-                _exact(*range(PROMPT_STEP, chunk, PROMPT_STEP), chunk)
-                if dialect.padded
-                else [EngineProfile(1, chunk, chunk)]
-            )
+            decode.append(EngineProfile(after + 1 if dialect.padded else 1, chunk, chunk))
         profiles[name] = tuple(decode)
     return profiles
 

@@ -32,12 +32,6 @@ class LayersSession(TrtSession):
     """
 
     @cached_property
-    def _needs_engines(self) -> bool:
-        return not any(
-            one.layer is not None and FORMATS[one.format].bits for one in self._bundle.manifest.tensors.values()
-        )
-
-    @cached_property
     def _has_products(self) -> bool:
         return self._bundle.manifest.has_products(self._device.compute_capability)
 
@@ -52,8 +46,8 @@ class LayersSession(TrtSession):
         sizes = {name: self._dims[dim] for name, dim in (("qkv", "Q"), ("attended", "A"), ("even", "H"), ("odd", "H"))}
         shapes = {name: (longest, size) for name, size in sizes.items()}
         if self._has_products:  # what lies between products of ours alone
-            shapes["gated"] = HEAD_ROWS if self._needs_engines else longest, a.intermediate_size
-        if not self._needs_engines:
+            shapes["gated"] = HEAD_ROWS if self._files else longest, a.intermediate_size
+        if not self._files:
             shapes["normalized"] = longest, a.hidden_size
         self._between = {
             name: self._taken(rows * size * itemsize, f"for {name}").address for name, (rows, size) in shapes.items()
@@ -74,7 +68,7 @@ class LayersSession(TrtSession):
 
     def _is_ours(self, call: Call) -> bool:
         """Whether kernels of ours do all of a call."""
-        return self._has_products and (call.rows <= HEAD_ROWS or not self._needs_engines)
+        return self._has_products and (call.rows <= HEAD_ROWS or not self._files)
 
     def _enqueued(self, call: Call) -> Step:
         if call.graph in self._engines:

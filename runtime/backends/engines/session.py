@@ -20,7 +20,7 @@ from edgeskip.runtime.backends.engines.row_writer import RowsLayout, row_writer
 from edgeskip.runtime.backends.engines.weights import weights_on_device
 from edgeskip.runtime.bundle.dtypes import ITEMSIZE, NUMBER_TYPES
 from edgeskip.runtime.bundle.engines import Engines, build_command, open_engines
-from edgeskip.runtime.bundle.graphs import GraphName, Tensor, present_name
+from edgeskip.runtime.bundle.graphs import HEAD_ROWS, GraphName, Tensor, present_name
 from edgeskip.runtime.bundle.layers import files_of, weight_of
 from edgeskip.runtime.bundle.manifest import Bundle, Progress
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS, TABLES
@@ -73,7 +73,7 @@ class TrtSession(CudaSession):
         self.dialect, self._conventions = engines.build.dialect, engines.dialect
         self._bundle = bundle
         files = files_of(bundle.manifest.graphs, self._conventions)
-        self._files = {graph: files[graph] for graph in engines.build.engines if self._needs_engines}
+        self._files = {graph: files[graph] for graph in engines.build.engines}
         self._new_rows = self._conventions.caches == "new-rows"
         self._engines: dict[GraphName, Any] = {}
         self._contexts: dict[tuple[GraphName, int, int], Any] = {}
@@ -106,11 +106,6 @@ class TrtSession(CudaSession):
             f"{engines.build.backend} {library.__version__}, {device.name}, {self.dialect} dialect, "
             f"{bundle.manifest.dtype}"
         )
-
-    @property
-    def _needs_engines(self) -> bool:
-        """Whether any call runs an engine."""
-        return True
 
     def _prepare(self) -> None:
         """Takes what else the calls of these engines need."""
@@ -187,8 +182,8 @@ class TrtSession(CudaSession):
     @property
     def _longest(self) -> int:
         """The most rows of a call, with those that pad it."""
-        records = self._build.engines.values()
-        return max(profile.max_rows for record in records for profile in record.profiles)
+        served = (profile.max_rows for record in self._build.engines.values() for profile in record.profiles)
+        return max((self._bundle.manifest.prefill_chunk, HEAD_ROWS, *served))
 
     def _engines_of(self, call: Call) -> tuple[GraphName, ...]:
         """The engines that a call runs."""

@@ -444,10 +444,17 @@ def test_a_quantized_bundle_in_fp32_is_refused_with_what_would_do(sm, fix, bundl
     assert nothing_is_stored()
 
 
-def test_engines_of_a_quantized_bundle_are_those_of_the_plain_one(bundles):
-    (made,) = build(bundles("llama-gqa", dtype="fp16", weights="int4"), 86)
-    assert made.build.dialect == "layers"
-    assert build_engines(bundles("llama-gqa", dtype="fp16"), BuildSettings("tensorrt-rtx", (86,), dialect="layers")).had
+def test_a_quantized_bundle_needs_no_engines(bundles):
+    bundle = bundles("llama-gqa", dtype="fp16", weights="int4")
+    for said in ("no engine is needed", "the cache has them already"):
+        result = run("build", bundle.folder, "--backend", "tensorrt-rtx", "--sm", 86)
+        assert result.exit_code == 0
+        assert said in result.stderr
+    (engines,) = read_engines(bundle)
+    assert (engines.build.dialect, engines.build.engines) == ("layers", {})
+    assert "tensorrt-rtx" in run("inspect", bundle.folder).stdout
+    whole_layers = bundles("llama-gqa", dtype="fp16", head="int8")
+    assert set(build(whole_layers, 86)[0].build.engines) == {*PARTS}
 
 
 HEADS = {

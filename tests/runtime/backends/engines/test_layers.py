@@ -13,7 +13,9 @@ import edgeskip
 from edgeskip.runtime.backends import device as devices
 from edgeskip.runtime.backends.engines import library
 from edgeskip.runtime.backends.engines.layers import LayersSession
-from edgeskip.runtime.bundle.engines import engines_name
+from edgeskip.runtime.bundle.dialects import ENGINE_DIALECTS
+from edgeskip.runtime.bundle.layers import PARTS
+from edgeskip.runtime.bundle.profiles import engine_profiles
 from edgeskip.runtime.bundle.store import EngineKind, read_engines
 from edgeskip.runtime.errors import BackendError, RequestError
 
@@ -108,10 +110,14 @@ def test_quantized_weights_stay_as_they_are_stored(variant, formats, bundles, re
             assert texts[1] == texts[4]
 
 
-def test_engines_are_the_same_however_weights_are_stored(bundles):
-    kind = EngineKind("tensorrt", "10.6.0", 87, "layers")
-    names = {engines_name(bundles("llama-tied", dtype="fp16", **one).manifest, kind) for one in ({}, *FORMATS.values())}
-    assert len(names) == 1
+def test_quantized_layers_need_no_engines(bundles):
+    profiles = {
+        len(engine_profiles(bundles("llama-tied", dtype="fp16", **one).manifest, ENGINE_DIALECTS["layers"], 87))
+        for one in FORMATS.values()
+    }
+    assert profiles == {0}
+    of_head = engine_profiles(bundles("llama-tied", dtype="fp16", head="int8").manifest, ENGINE_DIALECTS["layers"], 87)
+    assert set(of_head) == {*PARTS}
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
