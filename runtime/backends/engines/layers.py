@@ -117,11 +117,12 @@ class LayersSession(TrtSession):
 
     def _binder(self, rows: int) -> Callable[[Product, int, int], Step]:
         eps = self._bundle.manifest.architecture.rms_norm_eps
-        bound = enqueued if rows <= HEAD_ROWS else partial(long_enqueued, normalized=self._between["normalized"])
+        bound = enqueued if rows <= HEAD_ROWS else long_enqueued
         return partial(bound, self._device, rows=rows, dtype=self._dtype, eps=eps)
 
     def _product(self, name: str, inputs: int, outputs: int, **more: Any) -> Product:
-        return Product(self._matrix(f"{name}.weight"), inputs, outputs, bias=self._weight(f"{name}.bias"), **more)
+        more |= {"bias": self._weight(f"{name}.bias"), "normalized": self._between.get("normalized", 0)}
+        return Product(self._matrix(f"{name}.weight"), inputs, outputs, **more)
 
     def _matrix(self, name: str) -> Matrix:
         """A matrix as it is stored."""

@@ -54,7 +54,8 @@ class Matrix:
 class Product:
     """One linear layer: its matrix, and addresses of what else it takes, 0 where it does without; sizes in numbers.
 
-    `outputs` counts the numbers of a row that goes out, half as many as the matrix has rows where it is gated.
+    `outputs` counts the numbers of a row that goes out, half as many as the matrix has rows where it is gated. At
+    `normalized` is room for [rows, inputs] numbers, where many rows are normalized before.
     """
 
     weight: Matrix
@@ -63,6 +64,7 @@ class Product:
     bias: int = 0
     norm: int = 0
     residual: int = 0
+    normalized: int = 0
     gated: bool = False
 
     @property
@@ -146,18 +148,16 @@ def long_macros(product: Product, dtype: DType, multiprocessors: int) -> dict[st
 
 
 def long_enqueued(
-    device: CudaDevice, product: Product, x: int, out: int, *, normalized: int, rows: int, dtype: DType, eps: float
+    device: CudaDevice, product: Product, x: int, out: int, *, rows: int, dtype: DType, eps: float
 ) -> Step:
-    """Binds a product of any number of rows likewise; at `normalized` is room for [rows, inputs] numbers, for rows that
-    are normalized before.
-    """
+    """Binds a product of any number of rows likewise."""
     defined, weight = long_macros(product, dtype, device.multiprocessors), product.weight
     lines = int(defined["LINES"])
     step = 64 if lines == 128 else 128
     shared = _LONG_STAGES * step * (_LONG_ROWS * 16 + lines * weight.bits) // 8
     kernel = device.kernel(source("mma.cuh", "packs.cuh", "long_product.cu"), "long_product", defined, shared)
     grid = (-(-rows // _LONG_ROWS), -(-product.lines // lines), 1)
-    from_ = normalized if product.norm else x
+    from_ = product.normalized if product.norm else x
     addresses = map(np.uint64, (from_, weight.address, weight.scales, product.bias, product.residual, out))
     arguments = (*addresses, np.uint32(rows), np.uint32(product.outputs))
 
@@ -167,5 +167,5 @@ def long_enqueued(
     if not product.norm:
         return multiply
     norm = device.kernel(source("normalize.cu"), "normalize", {"STORE": STORES[dtype], "IN": str(product.inputs)})
-    given = (*map(np.uint64, (x, product.norm, normalized)), np.float32(eps))
+    given = (*map(np.uint64, (x, product.norm, product.normalized)), np.float32(eps))
     return partial(in_order, [lambda: norm((rows, 1, 1), (_NORM_THREADS, 1, 1), *given), multiply])
