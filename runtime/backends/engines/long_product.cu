@@ -5,21 +5,17 @@
 // warp makes ROWS x WARP_LINES of them from its part of each step, one of K_WARPS, and the parts are added in order in the
 // end. So a row's outputs do not depend on how many rows there are.
 //
-// Macros: STORE 16 or 17; BITS and BLOCK, how W is stored; IN, a multiple of PACK; LINES 128, or 32 where there are few; and
-// what is done on the way:
+// Macros: STORE 16 or 17; BITS and BLOCK, how W is stored; IN, a multiple of PACK; ROWS, LINES, K (64 or 128), STAGES and
+// WARPS; and what is done on the way:
 //   BIAS      `bias` [outs] is added
 //   RESIDUAL  `residual` [T, outs] is added
 //   GATE      W is gates above, then ups: out = silu(gate) * up, half as many outputs as rows of W
 
 typedef unsigned long long size;
 
-#define ROWS 64
-#define WARPS 4
 #define WARP_LINES 32
 #define LINE_WARPS (LINES / WARP_LINES)
 #define K_WARPS (WARPS / LINE_WARPS)
-#define K (K_WARPS > 1 ? 128 : 64)
-#define STAGES 4
 #define BLOCKS (K_WARPS > 1 ? 2 : 3)  // of a multiprocessor, at least
 #define THREADS (32 * WARPS)
 #define STEPS ((IN + K - 1) / K)

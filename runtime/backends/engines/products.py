@@ -18,7 +18,7 @@ from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.graphs import HEAD_ROWS
 
 HERE = Path(__file__).parent
-_LONG_ROWS, _LONG_THREADS, _LONG_STAGES = 64, 128, 4
+_LONG_ROWS = 64
 _NORM_THREADS = 256
 
 STORES: dict[DType, str] = {"fp16": "16", "bf16": "17", "fp32": "32"}
@@ -135,12 +135,16 @@ def long_macros(product: Product, dtype: DType, multiprocessors: int) -> dict[st
     A block has many lines where prompts of 256 rows then still have blocks for every multiprocessor. It does not depend
     on the rows, so that a row's sum is added in one order, however many rows there are.
     """
-    blocks = 256 // _LONG_ROWS * -(-product.lines // 128)
+    has_many = 2 * (256 // _LONG_ROWS) * -(-product.lines // 128) >= 3 * multiprocessors
     return {
         "STORE": STORES[dtype],
         **product.weight.macros,
         "IN": str(product.inputs),
-        "LINES": "128" if 2 * blocks >= 3 * multiprocessors else "32",
+        "ROWS": str(_LONG_ROWS),
+        "LINES": "128" if has_many else "32",
+        "K": "64" if has_many else "128",
+        "STAGES": "4",
+        "WARPS": "4",
         "BIAS": str(int(product.bias != 0)),
         "RESIDUAL": str(int(product.residual != 0)),
         "GATE": str(int(product.gated)),
@@ -152,17 +156,16 @@ def long_enqueued(
 ) -> Step:
     """Binds a product of any number of rows likewise."""
     defined, weight = long_macros(product, dtype, device.multiprocessors), product.weight
-    lines = int(defined["LINES"])
-    step = 64 if lines == 128 else 128
-    shared = _LONG_STAGES * step * (_LONG_ROWS * 16 + lines * weight.bits) // 8
+    lines, step, stages, num_warps = (int(defined[name]) for name in ("LINES", "K", "STAGES", "WARPS"))
+    shared = stages * step * (_LONG_ROWS * 16 + lines * weight.bits) // 8
     kernel = device.kernel(source("mma.cuh", "packs.cuh", "long_product.cu"), "long_product", defined, shared)
-    grid = (-(-rows // _LONG_ROWS), -(-product.lines // lines), 1)
+    grid, block = (-(-rows // _LONG_ROWS), -(-product.lines // lines), 1), (32 * num_warps, 1, 1)
     from_ = product.normalized if product.norm else x
     addresses = map(np.uint64, (from_, weight.address, weight.scales, product.bias, product.residual, out))
     arguments = (*addresses, np.uint32(rows), np.uint32(product.outputs))
 
     def multiply() -> None:
-        kernel(grid, (_LONG_THREADS, 1, 1), *arguments)
+        kernel(grid, block, *arguments)
 
     if not product.norm:
         return multiply
