@@ -89,9 +89,9 @@ HOST_BYTES = 200_000_000
 TEXT_BYTES = 20_000_000
 """Graphs, manifest and tokenizer on disk, at most."""
 
-ENGINE_BYTES, ENGINE_LAYER_BYTES = 6_000_000, 720_000
+ENGINE_BYTES, ENGINE_LAYER_BYTES, PARTS_BYTES = 6_000_000, 720_000, 12_100_000
 """Kernels that engines hold: in all, and for each layer of a graph. TensorRT-RTX 1.7.1: 16.7 MB for the 16 layers of a
-1B, 28.1 MB for the 32 of an 8B; the parts of layers, which serve every layer, 3.3 MB for either."""
+1B, 28.1 MB for the 32 of an 8B; the parts of layers, which serve every layer, 12.1 MB."""
 
 LAYER_LAUNCHES = 5
 """Kernels of a layer of few rows in the `layers` dialect: one for attention, four for linear layers and all else."""
@@ -624,8 +624,13 @@ def _engine_memory(
     else:
         values, sums = values + 2 * qkv, chunk * capacity  # with a mask
     scratch = chunk * values * ITEMSIZE[dtype] + sums
-    kernels = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
+    kernels = 0 if ours else _kernel_bytes(dialect, a.num_layers)
     return {"tables and kernels": capacity * a.head_dim * ITEMSIZE[dtype] + kernels, "scratch": scratch}
+
+
+def _kernel_bytes(dialect: str, layers: int) -> int:
+    """What the engines of a model with so many layers hold."""
+    return PARTS_BYTES if ENGINE_DIALECTS[dialect].in_parts else ENGINE_BYTES + ENGINE_LAYER_BYTES * layers
 
 
 def _layers_of_a_graph(dialect: str, layers: int) -> int:
@@ -649,7 +654,7 @@ def _disk(
     a, tensors = architecture, bundle_tensors(architecture, capacity, dtype, formats).values()
     disk = {"weights": sum(bytes_by_format(tensors, dtype).values()), "graphs and texts": TEXT_BYTES}
     if dialect is not None:
-        disk["engines"] = ENGINE_BYTES + ENGINE_LAYER_BYTES * _layers_of_a_graph(dialect, a.num_layers)
+        disk["engines"] = _kernel_bytes(dialect, a.num_layers)
     return disk
 
 

@@ -161,7 +161,7 @@ def test_the_least_loss_that_fits_is_recommended(model, device, weights, reason)
 def test_the_capacity_decides_too():
     nx = load_device("orin-nx-16gb")
     assert recommend(EIGHT_B, nx, PlanSettings(4, max_length=8192)).weights == "int8"
-    small = replace(nx, memory_gb=nx.memory_gb - 4.9)
+    small = replace(nx, memory_gb=nx.memory_gb - 5.2)
     longest = recommend(EIGHT_B, small, PlanSettings(4, max_length=8192))
     assert (longest.weights, recommend(EIGHT_B, small, PlanSettings(4, max_length=1024)).weights) == ("int4", "int8")
 
