@@ -150,7 +150,7 @@ class Attention:
         rotate_grid = (rows, -(-(a.num_heads + 2 * a.num_kv_heads) // WARPS), 1)
         rotates = (at.qkv, at.keys, at.values, queries, at.positions, *self._tables, at.q_norm, at.k_norm)
         defined = {"STORE": STORES[self._dtype], "HEAD": str(a.head_dim)}
-        attend = self._device.kernel(source("mma.cuh", "long_attention.cu"), "attend_long", defined)
+        attend = self._device.kernel(source("mma.cuh", "copies.cuh", "long_attention.cu"), "attend_long", defined)
         attend_grid = (-(-rows * a.num_heads // a.num_kv_heads // LONG_ROWS), 1, a.num_kv_heads)
         attends = (queries, at.keys, at.values, at.positions, at.attended)
         first = (*map(np.uint64, rotates), *self._heads, self._eps)

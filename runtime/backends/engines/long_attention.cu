@@ -1,5 +1,5 @@
 // Attention of many rows, as prompts have them: queries [T, Nq, D] x caches [N, C, D] -> attended [T, Nq D], in tensor cores.
-// Compiled by NVRTC; numbers.cuh and mma.cuh are put before it. attention.cu has the one for few rows.
+// Compiled by NVRTC; numbers.cuh, mma.cuh and copies.cuh are put before it. attention.cu has the one for few rows.
 //
 // Macros: STORE 16 or 17; HEAD, a multiple of 16, at most 128. A query row is a row of the call together with one of the G
 // query heads that share a head of keys; each of four warps takes 16 of them, past tiles of KEYS cache rows. Scores and
@@ -18,10 +18,9 @@ __device__ inline void fetch(store (*tile)[STRIDE], const store* rows, unsigned 
     for (unsigned i = threadIdx.x; i < KEYS * HEAD / 8; i += 32 * WARPS) {
         unsigned row = i / (HEAD / 8), column = i % (HEAD / 8) * 8;
         unsigned to = (unsigned)__cvta_generic_to_shared(&tile[row][column]);
-        const store* from = rows + (row < count ? (size)row * HEAD + column : 0);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(row < count ? 16 : 0) : "memory");
+        copy(to, rows + (row < count ? (size)row * HEAD + column : 0), row < count);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit();
 }
 __device__ inline void arrived() {
     asm volatile("cp.async.wait_group 0;" ::: "memory");

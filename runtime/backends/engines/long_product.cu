@@ -1,5 +1,6 @@
 // A linear layer of many rows, as prompts have them: out [T, outs] = x [T, IN] W^T, in tensor cores. W [outs, IN] is read
-// as it is stored. Compiled by NVRTC; numbers.cuh, mma.cuh and packs.cuh are put before it. product.cu has the one for few.
+// as it is stored. Compiled by NVRTC; numbers.cuh, mma.cuh, packs.cuh and copies.cuh are put before it. product.cu has the one
+// for few.
 //
 // A block makes ROWS x LINES outputs, in steps of K numbers, of which STAGES are in shared memory or on their way there. A
 // warp makes ROWS x WARP_LINES of them from its part of each step, one of K_WARPS, and the parts are added in order in the
@@ -42,11 +43,6 @@ __device__ inline unsigned place_of(unsigned bits, unsigned row, unsigned chunk)
     if (K == 64) return row * length + chunk * 16;
     return row * length + (bits == 8 ? chunk ^ row % 2 * 4 : chunk ^ row / 2 % 2 * 2) * 16;
 }
-
-__device__ inline void copy(unsigned to, const void* from, bool there) {  // zeros where there is nothing
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-__device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // What a thread copies of each step: rows of x that are evenly apart, and lines of W.
 struct Copies {

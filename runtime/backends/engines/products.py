@@ -76,13 +76,20 @@ class Product:
 def macros(product: Product, dtype: DType, rows: int, multiprocessors: int) -> dict[str, str]:
     """What the kernel is compiled with for a product of this many rows."""
     return {
-        "STORE": STORES[dtype],
-        **product.weight.macros,
-        "IN": str(product.inputs),
+        **_macros_of_both(product, dtype),
         "TILES": str(tiles(rows)),
         "BANDS": str(bands(product, rows, multiprocessors)),
         "WARPS": str(warps(product, multiprocessors)),
         "NORM": str(int(product.norm != 0)),
+    }
+
+
+def _macros_of_both(product: Product, dtype: DType) -> dict[str, str]:
+    """What the kernels for few and for many rows have to know of a product."""
+    return {
+        "STORE": STORES[dtype],
+        **product.weight.macros,
+        "IN": str(product.inputs),
         "BIAS": str(int(product.bias != 0)),
         "RESIDUAL": str(int(product.residual != 0)),
         "GATE": str(int(product.gated)),
@@ -137,17 +144,12 @@ def long_macros(product: Product, dtype: DType, multiprocessors: int) -> dict[st
     """
     has_many = 2 * (256 // _LONG_ROWS) * -(-product.lines // 128) >= 3 * multiprocessors
     return {
-        "STORE": STORES[dtype],
-        **product.weight.macros,
-        "IN": str(product.inputs),
+        **_macros_of_both(product, dtype),
         "ROWS": str(_LONG_ROWS),
         "LINES": "128" if has_many else "32",
         "K": "64" if has_many else "128",
         "STAGES": "4",
         "WARPS": "4",
-        "BIAS": str(int(product.bias != 0)),
-        "RESIDUAL": str(int(product.residual != 0)),
-        "GATE": str(int(product.gated)),
     }
 
 
@@ -158,7 +160,8 @@ def long_enqueued(
     defined, weight = long_macros(product, dtype, device.multiprocessors), product.weight
     lines, step, stages, num_warps = (int(defined[name]) for name in ("LINES", "K", "STAGES", "WARPS"))
     shared = stages * step * (_LONG_ROWS * 16 + lines * weight.bits) // 8
-    kernel = device.kernel(source("mma.cuh", "packs.cuh", "long_product.cu"), "long_product", defined, shared)
+    code = source("mma.cuh", "packs.cuh", "copies.cuh", "long_product.cu")
+    kernel = device.kernel(code, "long_product", defined, shared)
     grid, block = (-(-rows // _LONG_ROWS), -(-product.lines // lines), 1), (32 * num_warps, 1, 1)
     from_ = product.normalized if product.norm else x
     addresses = map(np.uint64, (from_, weight.address, weight.scales, product.bias, product.residual, out))

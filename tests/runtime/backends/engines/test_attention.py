@@ -54,7 +54,8 @@ def test_the_kernels_compile_within_a_blocks_shared_memory(arch, dtype, head_dim
 @pytest.mark.parametrize("arch", ["sm_80", "sm_87", "sm_90", "sm_120"])
 @pytest.mark.parametrize(("store", "head_dim"), [("16", 64), ("17", 128), ("16", 80), ("17", 16)])
 def test_the_kernel_for_many_rows_compiles(arch, store, head_dim):
-    source, macros = products.source("mma.cuh", "long_attention.cu"), [("STORE", store), ("HEAD", str(head_dim))]
+    source = products.source("mma.cuh", "copies.cuh", "long_attention.cu")
+    macros = [("STORE", store), ("HEAD", str(head_dim))]
     assert Program(source, "c++", ProgramOptions(arch=arch, define_macro=macros)).compile("cubin").code
 
 

@@ -37,7 +37,8 @@ def test_the_kernels_compile(arch, product, rows):
         }
         for file, macros in defined.items():
             options = ProgramOptions(arch=arch, define_macro=[*macros.items()])
-            assert Program(products.source("mma.cuh", "packs.cuh", file), "c++", options).compile("cubin").code
+            source = products.source("mma.cuh", "packs.cuh", "copies.cuh", file)
+            assert Program(source, "c++", options).compile("cubin").code
 
 
 def test_models_and_gpus_that_the_kernel_does_not_serve_are_known():
@@ -79,33 +80,7 @@ CASES += [(format_, "all", 2048, 2500) for format_ in ("int8", "int4-32")]  # li
 
 @pytest.mark.parametrize(("format_", "what", "inputs", "outputs"), CASES)
 def test_products_are_those_of_numpy_and_rows_do_not_depend_on_each_other(device, format_, what, inputs, outputs):
-    dtypes = ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16")
-    for dtype in dtypes:
-        kind, given, random = KINDS[dtype], KIND_OF[what], np.random.default_rng(inputs)
-        lines = outputs * (2 if given.get("gated") else 1)
-        array, scales, weight = stored(random.normal(size=(lines, inputs)) * inputs**-0.5, format_, kind)
-        arrays = {
-            "bias": random.normal(size=lines).astype(kind),
-            "norm": random.normal(size=inputs).astype(kind),
-            "residual": random.normal(size=(17, outputs)).astype(kind),
-        }
-        x = (random.normal(size=(17, inputs)) * np.geomspace(1e-2, 300, 17)[:, None]).astype(kind)
-        if not given.get("norm"):
-            x = (x.astype(np.float64) / np.geomspace(1e-2, 300, 17)[:, None]).astype(kind)
-        at = {name: place(device, array) for name, array in arrays.items() if given.get(name)}
-        matrix = on_device(device, format_, array, scales)
-        product = Product(matrix, inputs, outputs, gated=bool(given.get("gated")), **at)
-        found = {}
-        for rows in (1, 3, 8, 17):
-            out = device.zeros([(rows * outputs * x.itemsize, 1)])[0].address
-            enqueued(device, product, place(device, x[:rows]), out, rows=rows, dtype=dtype, eps=1e-6)()
-            found[rows] = fetched(device, out, np.empty((rows, outputs), kind)).astype(np.float64)
-        wanted = reference(weight, x, given, arrays, kind)
-        tolerance = 4e-3 if dtype == "fp16" else 3e-2
-        np.testing.assert_allclose(found[17], wanted, atol=2 * tolerance, rtol=tolerance)
-        if not isinstance(device, HostDevice):
-            for rows in (1, 3, 8):
-                np.testing.assert_array_equal(found[rows], found[17][:rows])
+    compare(enqueued, (1, 3, 8, 17), np.geomspace(1e-2, 300, 17), device, format_, what, inputs, outputs)
 
 
 LONG_CASES = [(format_, what, 576, 96) for format_ in BLOCK_OF if format_ != "int4-128" for what in KIND_OF]
@@ -123,34 +98,40 @@ LONG_CASES += [(format_, "gated", 256, 9000) for format_ in BLOCK_OF]  # where a
 def test_products_of_many_rows_are_those_of_numpy_and_rows_do_not_depend_on_each_other(
     device, format_, what, inputs, outputs
 ):
-    dtypes = ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16")
-    for dtype in dtypes:
+    compare(long_enqueued, (18, 64, 130, 200), np.ones(200), device, format_, what, inputs, outputs)
+
+
+def compare(bind, counts, sizes, device, format_, what, inputs, outputs):
+    """Products of so many rows, the last of which is the most, with NumPy's and with each other; rows that are
+    normalized have these sizes.
+    """
+    for dtype in ("fp16",) if isinstance(device, HostDevice) else ("fp16", "bf16"):
         kind, given, random = KINDS[dtype], KIND_OF[what], np.random.default_rng(inputs)
-        gated = bool(given.get("gated"))
-        array, scales, weight = stored(
-            random.normal(size=(outputs * (1 + gated), inputs)) * inputs**-0.5, format_, kind
-        )
+        gated, most = bool(given.get("gated")), counts[-1]
+        lines = outputs * (1 + gated)
+        array, scales, weight = stored(random.normal(size=(lines, inputs)) * inputs**-0.5, format_, kind)
         arrays = {
-            "bias": random.normal(size=len(weight)).astype(kind),
+            "bias": random.normal(size=lines).astype(kind),
             "norm": random.normal(size=inputs).astype(kind),
-            "residual": random.normal(size=(200, outputs)).astype(kind),
+            "residual": random.normal(size=(most, outputs)).astype(kind),
         }
-        x = random.normal(size=(200, inputs)).astype(kind)
+        x = (random.normal(size=(most, inputs)) * sizes[:, None]).astype(kind)
+        if not given.get("norm"):
+            x = (x.astype(np.float64) / sizes[:, None]).astype(kind)
         at = {name: place(device, array) for name, array in arrays.items() if given.get(name)}
         at["normalized"] = device.zeros([(x.nbytes, 1)])[0].address
         product = Product(on_device(device, format_, array, scales), inputs, outputs, gated=gated, **at)
         found = {}
-        for rows in (18, 64, 130, 200):
+        for rows in counts:
             out = device.zeros([(rows * outputs * x.itemsize, 1)])[0].address
-            at_x = place(device, x[:rows])
-            long_enqueued(device, product, at_x, out, rows=rows, dtype=dtype, eps=1e-6)()
+            bind(device, product, place(device, x[:rows]), out, rows=rows, dtype=dtype, eps=1e-6)()
             found[rows] = fetched(device, out, np.empty((rows, outputs), kind)).astype(np.float64)
         wanted = reference(weight, x, given, arrays, kind)
         tolerance = 4e-3 if dtype == "fp16" else 3e-2
-        np.testing.assert_allclose(found[200], wanted, atol=2 * tolerance, rtol=tolerance)
+        np.testing.assert_allclose(found[most], wanted, atol=2 * tolerance, rtol=tolerance)
         if not isinstance(device, HostDevice):
-            for rows in (18, 64, 130):
-                np.testing.assert_array_equal(found[rows], found[200][:rows])
+            for rows in counts[:-1]:
+                np.testing.assert_array_equal(found[rows], found[most][:rows])
 
 
 def reference(weight, x, given, arrays, kind):
