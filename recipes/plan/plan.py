@@ -63,7 +63,7 @@ from edgeskip.runtime.bundle.graphs import (
     heads_of,
 )
 from edgeskip.runtime.bundle.layers import LEAST_SM, has_products
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors, has_quantized_layers
 from edgeskip.runtime.bundle.weights import bytes_by_format
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
@@ -400,8 +400,7 @@ def make_basis(
     cut_after = cut_model(a, dtype, formats, settings.draft_vocabulary)
     cut = cut_after((settings.exit_layer, *settings.other_exits))
     held = held_bytes(a, cut.sizes, dtype, formats, settings.draft_vocabulary, graphs_hold=dialect is None)
-    layers = (one.format for one in bundle_tensors(a, 1, dtype, formats).values() if one.layer is not None)
-    ours = is_quantized(layers)
+    ours = has_quantized_layers(bundle_tensors(a, 1, dtype, formats).values())
 
     def memory_of(tokens: int) -> dict[str, int]:
         memory = _memory(a, settings.exit_layers, held, dtype, tokens, libraries, shared=device.shared_memory)

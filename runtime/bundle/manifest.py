@@ -38,7 +38,7 @@ from edgeskip.runtime.bundle.graphs import (
     split_at,
 )
 from edgeskip.runtime.bundle.layers import files_of, has_products
-from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors
+from edgeskip.runtime.bundle.tensors import TensorRecord, bundle_tensors, has_quantized_layers
 from edgeskip.runtime.errors import BundleError, RequestError, reason
 from edgeskip.runtime.files import keep, kept, sha256_of
 from edgeskip.runtime.reading import kind_of, read_json
@@ -180,7 +180,7 @@ class Manifest:
     @property
     def has_quantized_layers(self) -> bool:
         """Whether matrices of layers are quantized, not only the tables."""
-        return is_quantized(one.format for one in self.tensors.values() if one.layer is not None)
+        return has_quantized_layers(self.tensors.values())
 
     def graph_hashes(self, dialect: Dialect) -> dict[GraphName, str]:
         """sha256 of each file of a dialect, by graph."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgeskip.runtime.bundle.architecture import Architecture
+from edgeskip.runtime.bundle.formats import is_quantized
 
 EMBEDDINGS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -68,6 +69,11 @@ def bundle_tensors(
 def kind_of(name: str) -> str:
     """The name of a layer's tensor within its layer, without what it is of: `mlp.down_proj`."""
     return ".".join(name.split(".")[3:5])
+
+
+def has_quantized_layers(tensors: Iterable[TensorRecord]) -> bool:
+    """Whether matrices of layers are quantized, not only the tables."""
+    return is_quantized(one.format for one in tensors if one.layer is not None)
 
 
 def num_weights(architecture: Architecture) -> int:
