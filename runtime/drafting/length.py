@@ -217,9 +217,8 @@ class Certainty:
         spread = 1 / slope + to_bias + to_trust * news
         step = (right - expected) / slope / spread
         self._bias, self._trust = self._bias + to_bias * step, self._trust + to_trust * step
-        kept = (
-            _KEPT if bias < _BIAS and trust < _TRUST else 1.0
-        )  # what no draft tells is never less certain than it was
+        # what no draft tells is never less certain than it was at first
+        kept = _KEPT if bias < _BIAS and trust < _TRUST else 1.0
         self._variances = (
             (bias - to_bias * to_bias / spread) / kept,
             (both - to_bias * to_trust / spread) / kept,

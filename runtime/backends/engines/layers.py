@@ -8,7 +8,7 @@ arithmetic, run in the engines, unless matrices of layers are quantized: TensorR
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from edgeskip.runtime.backends.device import Step, in_order
@@ -31,10 +31,6 @@ class LayersSession(TrtSession):
     the host nothing.
     """
 
-    @cached_property
-    def _has_products(self) -> bool:
-        return self._bundle.manifest.has_products(self._device.compute_capability)
-
     def _prepare(self) -> None:
         manifest, itemsize = self._bundle.manifest, ITEMSIZE[self._dtype]
         a, longest = manifest.architecture, self._longest
@@ -43,6 +39,7 @@ class LayersSession(TrtSession):
         for taken in self._attention.memory:
             self._workspace_bytes += taken.bytes
             self.planned_bytes += taken.bytes
+        self._has_products = manifest.has_products(self._device.compute_capability)
         sizes = {name: self._dims[dim] for name, dim in (("qkv", "Q"), ("attended", "A"), ("even", "H"), ("odd", "H"))}
         shapes = {name: (longest, size) for name, size in sizes.items()}
         if self._has_products:  # what lies between products of ours alone

@@ -71,7 +71,6 @@ class TrtSession(CudaSession):
     ) -> None:
         self._library, self._build = library, engines.build
         self.dialect, self._conventions = engines.build.dialect, engines.dialect
-        self._bundle = bundle
         files = files_of(bundle.manifest.graphs, self._conventions)
         self._files = {graph: files[graph] for graph in engines.build.engines}
         self._new_rows = self._conventions.caches == "new-rows"
@@ -80,6 +79,7 @@ class TrtSession(CudaSession):
         self._aligned: dict[tuple[View, int], DeviceArray] = {}
         self._runtime_caches: dict[str, Any] = {}
         self._rows: tuple[DeviceArray, RowsLayout] | None = None
+        self._bundle = bundle
         again = build_command(bundle, engines.build.backend, device.compute_capability)
         if reason := why_not(engines, device.compute_capability, library.__version__):
             raise BundleError(engines.folder, reason, fix=again)
