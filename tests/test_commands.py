@@ -55,7 +55,8 @@ def test_a_command_that_is_shown_can_be_given(file, words):
             name, *arguments = arguments
             command = command.get_command(context, name)
             assert command is not None, name
-        given = command.make_context(name, list(arguments), parent=context).params
+        with command.make_context(name, list(arguments), parent=context) as made:  # which closes what it opens
+            given = made.params
     kinds = {
         "recipe": FOLDERS.values() if words[0] == "recipes" else [FOLDERS["model"]],
         "device_name": [FOLDERS["device"]],

@@ -34,24 +34,24 @@ def serving(bundle, *options, **variables):
     """A server in a process of its own; yields the process and its address."""
     command = [sys.executable, "-m", "edgeskip", "serve", bundle.folder, "--port", 0, "--name", NAME, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    process = subprocess.Popen(
-        [*map(str, command), "--threads", "1"], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
+    command = [*map(str, command), "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         said = []
-        for line in process.stderr:
-            said.append(line)
-            if "is served at" in line:
-                break
-        else:
-            pytest.fail("".join(said))
-        drain = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
-        drain.start()
-        process.said = said
-        yield process, line.split()[-1]
-    finally:
-        process.kill()
-        process.wait()
+        drain = threading.Thread(target=lambda: said.extend(process.stderr))
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if "is served at" in line:
+                    break
+            else:
+                pytest.fail("".join(said))
+            drain.start()
+            process.said = said
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+            if drain.is_alive():
+                drain.join()
 
 
 def client_of(url, key="none"):
