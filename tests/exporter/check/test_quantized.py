@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import edgeskip
 from edgeskip.cli import main
+from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.check.comparison import ROUNDED, THRESHOLDS
 from edgeskip.exporter.check.golden import Golden
 from edgeskip.exporter.check.loss import quantization_loss
 from edgeskip.exporter.check.run import run_check
 from edgeskip.exporter.check.weights import compare_weights
+from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.runtime.bundle.formats import SCALES
 from edgeskip.runtime.bundle.manifest import WEIGHTS
 from edgeskip.runtime.bundle.weights import stored_arrays
@@ -198,6 +200,20 @@ def test_gptq_may_move_8_bits_farther_as_it_makes_up_for_what_4_bits_lost(bundle
     bundle = bundles(VARIANT, weights="int8", head="int4", quantizer="gptq")
     failed = [one for one in compare_weights(bundle, Golden(bundle, str(checkpoints(VARIANT)))) if not one.passed]
     assert not failed
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_number_that_is_cut_off_as_its_inputs_are_small_is_no_fault(weights, tmp_path):
+    model = make_model(VARIANT)
+    with torch.no_grad():
+        model.model.norm.weight[5] = 0.01
+        model.model.embed_tokens.weight[::40, 5] = 64 * model.model.embed_tokens.weight.std()
+    folder = save_checkpoint(model, tmp_path / "checkpoint")
+    settings = ExportSettings(2, weights=weights, head=weights)
+    bundle = export_bundle(open_checkpoint(str(folder)), tmp_path / "bundle", settings)
+    reports = list(compare_weights(bundle, Golden(bundle, str(folder))))
+    assert all(one.passed for one in reports), [one for one in reports if not one.passed]
+    assert min(one.errors.row_norm_ratio for one in reports) < 0.98  # it is cut off
 
 
 # What was lost
