@@ -496,10 +496,14 @@ def test_a_bundle_of_several_exits_through_the_verbs(checkpoints, texts, tmp_pat
     ways = [], ["-e", 3], ["-e", 1], ["-e", "auto"], ["--mode", "autoregressive"]
     made = [succeed("generate", bundle, "-p", "a", "-n", 20, *words).stdout for words in ways]
     assert len(set(made)) == 1
-    refused = run("generate", bundle, "-p", "a", "-e", 2)
-    assert refused.exit_code == 5
-    assert_one_line(refused.stdout, refused.stderr)
-    assert "exit layer: 2; wanted 1, 3: the bundle is cut there; export with this exit layer" in refused.stderr
+    fixes = {2: "export with this exit layer", 0: "a model of 4 layers can be cut after 1 to 3"}
+    verbs = ("generate", "-p", "a"), ("chat",), ("serve", "--port", 0), ("bench", "--prompts", texts, "-n", 8)
+    for exit_layer, fix in fixes.items():
+        for verb, *options in verbs:
+            refused = run(verb, bundle, *options, "-e", exit_layer)
+            assert refused.exit_code == 5
+            assert_one_line(refused.stdout, refused.stderr)
+            assert f"exit layer: {exit_layer}; wanted 1, 3: the bundle is cut there; {fix}" in refused.stderr
     plan = json.loads(succeed("plan", bundle, "-d", "h100", "--dtype", "fp16", "--json").stdout)
     assert (plan["exit_layer"], plan["other_exits"]) == (3, [1])
     assert drafting in succeed("export", checkpoints("llama-gqa"), tmp_path / "c", "-e", 3, "-e", 1).stderr

@@ -188,7 +188,11 @@ def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | N
     exits = [graph.last_layer for graph, _ in links[:-1]]
     if type(exit_layer) is not int or exit_layer not in exits:
         wanted = f"{', '.join(map(str, exits))}: the bundle is cut there"
-        raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted, fix="export with this exit layer")
+        layers = links[-1][0].last_layer
+        fix = f"a model of {layers} layers can be cut after 1 to {layers - 1}"
+        if can_exit(exit_layer, layers):
+            fix = "export with this exit layer"
+        raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted, fix=fix)
     pickers = [graph.head.picker for graph in graphs.values() if graph.head]
     heads = [
         Head(name, graph.head.vocabulary, tuple(tensor.name for tensor in graph.inputs[1:]))
@@ -207,13 +211,18 @@ def split_at(graphs: Mapping[GraphName, Graph], exit_layer: int, picker: str | N
     )
 
 
+def can_exit(exit_layer: int, num_layers: int) -> bool:
+    """Whether a model of this many layers can exit after this one."""
+    return type(exit_layer) is int and 1 <= exit_layer < num_layers
+
+
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     """Checks that a model of this many layers can exit after this one.
 
     Raises:
         RequestError: it cannot.
     """
-    if not (type(exit_layer) is int and 1 <= exit_layer < num_layers):
+    if not can_exit(exit_layer, num_layers):
         wanted = f"1 to {num_layers - 1}: the model has {num_layers} layers"
         raise RequestError("exit layer", f"{exit_layer!r:.60}", wanted=wanted)
 

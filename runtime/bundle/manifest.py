@@ -33,7 +33,7 @@ from edgeskip.runtime.bundle.graphs import (
     GraphName,
     HeadRecord,
     Split,
-    check_exit_layer,
+    can_exit,
     graph_table,
     split_at,
 )
@@ -141,7 +141,8 @@ class Manifest:
         Raises:
             RequestError: the model cannot exit there.
         """
-        check_exit_layer(exit_layer, self.architecture.num_layers)
+        if not can_exit(exit_layer, self.architecture.num_layers):
+            self.split(exit_layer)  # says where it is cut
         graphs, exits = graph_table(self.architecture.num_layers, (exit_layer,), self.heads), (exit_layer,)
         chains = chains_of(graphs, exits)
         return dataclasses.replace(self, exit_layer=exit_layer, exit_layers=exits, graphs=graphs, chains=chains)

@@ -26,8 +26,8 @@ from edgeskip.runtime.errors import RequestError
         ),  # they are parts
         ({"threads": "2"}, "threads: '2'; wanted a whole number"),
         ({"threads": -1}, "threads: -1; wanted a whole number"),
-        ({"exit_layer": "2"}, "exit layer: '2'; wanted 1 to 3"),
-        ({"exit_layer": 2.0}, "exit layer: 2.0; wanted 1 to 3"),
+        ({"exit_layer": "2"}, "exit layer: '2'; wanted 2: the bundle is cut there"),
+        ({"exit_layer": 2.0}, "exit layer: 2.0; wanted 2: the bundle is cut there"),
         ({"progress": None}, "progress: None; wanted a function"),
     ],
 )
