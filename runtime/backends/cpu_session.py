@@ -26,7 +26,7 @@ from edgeskip.runtime.decoding.sampling import HostSampler
 from edgeskip.runtime.decoding.session import NOTHING, BoundRound, MeasuredSession, Memory, RoundResult, RowInputs
 from edgeskip.runtime.errors import BackendError
 from edgeskip.runtime.grammar.masks import TokenMask
-from edgeskip.runtime.host import cpu_name, usable_cores
+from edgeskip.runtime.host import cpu_name, releasing_freed_memory, usable_cores
 from edgeskip.runtime.sampling import GREEDY, Sampling
 
 
@@ -61,7 +61,8 @@ class OrtCpuSession(MeasuredSession):
         choose_attention()
         self._threads = threads or usable_cores()
         providers: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
-        self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, providers, at_once=self._threads)
+        with releasing_freed_memory(manifest.weights_bytes):
+            self._graphs = OrtGraphs(ort, bundle, dialect, lambda _: options, providers, at_once=self._threads)
         self._graph_table, self._dims = manifest.graphs, dimensions(manifest.architecture, manifest.max_length)
         numbers = {"float": np.dtype(NUMBER_TYPES[manifest.dtype].numpy), "int64": np.dtype(np.int64)}
         self._buffers = {

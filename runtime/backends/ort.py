@@ -18,7 +18,7 @@ from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.bundle.weights import read_bytes, stored_arrays
 from edgeskip.runtime.decoding.rounds import Call, View
 from edgeskip.runtime.errors import BackendError, BundleError
-from edgeskip.runtime.host import release_freed_memory, releasing_freed_memory, usable_cores
+from edgeskip.runtime.host import release_freed_memory, usable_cores
 from edgeskip.runtime.packages import install
 
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": "0"})
@@ -52,7 +52,7 @@ class OrtGraphs:
         # A graph takes more memory while it is loaded than afterwards: so the largest first, while there are no others.
         # It packs its weights on one thread.
         largest_first = [graph for graph, _ in sorted(read_bytes(bundle).items(), key=lambda pair: -pair[1])]
-        with releasing_freed_memory(manifest.weights_bytes), ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             sessions = (pool.map if at_once > 1 else map)(session, largest_first)
             self._sessions = dict(zip(largest_first, sessions, strict=True))
         for graph in largest_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import onnxruntime
@@ -14,7 +15,7 @@ from tests.conftest import make_model, save_checkpoint
 
 from edgeskip.exporter.bundle import ExportSettings, export_bundle
 from edgeskip.exporter.checkpoint import open_checkpoint
-from edgeskip.runtime.backends.ort import cpu_options, value_at
+from edgeskip.runtime.backends.ort import OrtGraphs, cpu_options, value_at
 from edgeskip.runtime.bundle.tensors import EMBEDDINGS
 from edgeskip.runtime.bundle.weights import embedding_table
 from edgeskip.runtime.host import anonymous_bytes
@@ -46,7 +47,7 @@ def test_values_are_in_every_dtype():
 
 @pytest.mark.skipif(not anonymous_bytes(), reason="the system does not tell")
 def test_loading_takes_hardly_more_memory_than_it_keeps(tmp_path):
-    """Copies that are made of 150 MB of quantized weights, by graphs that are loaded side by side."""
+    """Copies that are made of 150 MB of quantized weights, by graphs that are loaded side by side or one by one."""
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 8}
     model = make_model("llama-gqa", **sizes, vocab_size=32_000, tie_word_embeddings=True)
     checkpoint = open_checkpoint(str(save_checkpoint(model.to(torch.bfloat16), tmp_path / "checkpoint")))
@@ -60,14 +61,28 @@ def test_loading_takes_hardly_more_memory_than_it_keeps(tmp_path):
         "    global peak\n"
         "    while not ended.wait(0.001): peak = max(peak, anonymous_bytes())\n"
         "threading.Thread(target=watch, daemon=True).start()\n"
-        "model = edgeskip.load(sys.argv[1], backend='onnxruntime', device='cpu')\n"
+        "model = edgeskip.load(sys.argv[1], backend='onnxruntime', device='cpu', threads=int(sys.argv[2]))\n"
         "ended.set()\n"
         "print(json.dumps([model.bundle.manifest.weights_bytes, peak - before, anonymous_bytes() - before]))\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "bundle")]
-    copies = []
-    for _ in range(3):  # a busy machine may be late to notice
-        weights, peak, kept = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        assert kept > weights > 140e6
-        copies.append(peak - kept)
-    assert min(copies) < weights / 8
+    for threads in ("0", "1"):
+        command = [sys.executable, "-c", code, str(tmp_path / "bundle"), threads]
+        copies = []
+        for _ in range(3):  # a busy machine may be late to notice
+            weights, peak, kept = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            assert kept > weights > 140e6
+            copies.append(peak - kept)
+        assert min(copies) < weights / 8
+
+
+def test_freed_memory_is_watched_only_while_a_cpu_session_loads(bundles):
+    """Graphs by themselves, as a session on CUDA loads them, start no thread."""
+    threads = []
+
+    def options(graph):
+        threads.append(threading.active_count())
+        return cpu_options(onnxruntime, 0)
+
+    before = threading.active_count()
+    OrtGraphs(onnxruntime, bundles("llama-gqa"), "cpu", options, [("CPUExecutionProvider", {})]).close()
+    assert threads == [before] * 3
