@@ -13,8 +13,7 @@ from edgeskip.recipes.commands.options import names_of, recipe_option
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
-from edgeskip.runtime.bundle.graphs import MAX_SPECULATIONS
-from edgeskip.runtime.commands.options import Place, exit_layers_option, first, json_option
+from edgeskip.runtime.commands.options import Choice, Place, exit_layers_option, first, json_option
 from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_json
 
 
@@ -35,8 +34,9 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @click.option(
     "--num-speculations",
     "-k",
-    type=click.IntRange(1, MAX_SPECULATIONS),
-    help="K.  [default: the best if the match rate is known, else the recipe's]",
+    type=Choice(),
+    help="K; auto says what choosing it by the text could bring.  [default: the best if the match rate is known, else "
+    "the recipe's]",
 )
 @click.option(
     "--match-rate",
@@ -88,7 +88,7 @@ def plan(
     recipe: str | None,
     device_name: str,
     exit_layers: tuple[int, ...] | None,
-    num_speculations: int | None,
+    num_speculations: Any,
     match_rates: tuple[str, ...],
     ngrams: str | None,
     backend: Any,

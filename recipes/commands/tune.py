@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgeskip.runtime.commands.options import (
+    Choice,
     Place,
     backend_option,
     bundle_argument,
@@ -33,8 +34,9 @@ from edgeskip.runtime.errors import RecipeError, RequestError
     "-k",
     "grid",
     multiple=True,
-    type=int,
-    help="Speculation lengths to choose from; can be given more than once.  [default: 1 to 8]",
+    type=Choice(),
+    help="Speculation lengths to choose from; can be given more than once. auto is weighed in any case.  [default: 1 "
+    "to 8]",
 )
 @threshold_option
 @max_new_tokens_option
@@ -53,7 +55,7 @@ from edgeskip.runtime.errors import RecipeError, RequestError
 @threads_option
 def tune(
     bundle: Path,
-    grid: tuple[int, ...],
+    grid: tuple[Any, ...],
     confidence_threshold: float | None,
     max_new_tokens: int,
     prompts: Path | None,
@@ -80,7 +82,8 @@ def tune(
     from edgeskip.runtime.load import load
     from edgeskip.runtime.terminal import console, progress_bar
 
-    settings = TuneSettings(tuple(grid) or tuple(range(1, 9)), max_new_tokens, confidence_threshold, prompt_tokens)
+    lengths = tuple(k for k in grid if k != "auto") or tuple(range(1, 9))
+    settings = TuneSettings(lengths, max_new_tokens, confidence_threshold, prompt_tokens)
     texts = load_prompts(prompts)[:num_prompts]
     choice: Any = {"backend": backend, "device": device, "threads": threads}
     with progress_bar() as progress:

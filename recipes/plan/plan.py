@@ -59,6 +59,7 @@ from edgeskip.runtime.bundle.graphs import (
     check_draft_vocabulary,
     check_exit_layer,
     check_exit_layers,
+    check_num_speculations,
     graph_table,
     heads_of,
 )
@@ -107,7 +108,8 @@ class PlanSettings:
 
     Attributes:
         exit_layer: E.
-        num_speculations: K; None takes the best where the match rate is known, else the default.
+        num_speculations: K; None takes the best where the match rate is known, else the default; `auto` plans for a K
+            that is chosen for each round.
         match_rates: exit layer -> match rate, where it is known; of several kinds of text, which have as many tokens
             each, that of each kind. One is that of all kinds.
         backend: one of the device's.
@@ -123,7 +125,7 @@ class PlanSettings:
     """
 
     exit_layer: int
-    num_speculations: int | None = None
+    num_speculations: int | Literal["auto"] | None = None
     match_rates: Mapping[int, Sequence[float]] = field(default_factory=dict)
     backend: Backend | None = None
     dtype: DType | None = None
@@ -246,7 +248,8 @@ class Plan:
     `exit_layer`, `other_speeds` those from `other_exits`, which the model is cut after too; `choice` is what choosing
     among them could bring, where their match rates are known. Others of `exits` are those of a model with that exit
     alone. `formats` counts the bytes of weights on disk by their format; `recommended` says why, where no format was
-    asked for.
+    asked for. Where it is `adaptive`, K is chosen for each round (`-k auto`), and `stages` has the calls of rounds with
+    `num_speculations`.
     """
 
     model: str
@@ -283,6 +286,7 @@ class Plan:
     other_exits: tuple[int, ...] = ()
     other_speeds: dict[int, tuple[SpeedPlan, ...]] = field(default_factory=dict)
     choice: ChoicePlan | None = None
+    adaptive: bool = False
 
 
 def make_plan(
@@ -309,14 +313,17 @@ def make_plan(
     backend, dtype, formats, capacity = basis.backend, basis.dtype, settings.formats, basis.capacity
     plain = basis.plain_ms_per_token
     own = (settings.exit_layer, *settings.other_exits)
-    rounds = {e: {k: round_ms(cost, cut, e, k, position) for k in GRID} for e in own}
+    cuts = {e: cut if e in own else basis.cut_after((e,)) for e in range(1, a.num_layers)}
+    rounds = {e: {k: round_ms(cost, cuts[e], e, k, position) for k in GRID} for e in cuts}
     match_rates = settings.match_rates.get(settings.exit_layer)
-    k = settings.num_speculations or (
-        DEFAULT_SPECULATIONS if match_rates is None else best_speculation(rounds[settings.exit_layer], match_rates)[0]
-    )
+    k = settings.num_speculations
+    adaptive = k == "auto"
+    if k is None or k == "auto":
+        own_rounds = rounds[settings.exit_layer]
+        k = DEFAULT_SPECULATIONS if match_rates is None else best_speculation(own_rounds, match_rates)[0]
     exits = tuple(
-        _exit(e, cut if e in own else basis.cut_after((e,)), cost, position, settings.match_rates)
-        for e in range(1, a.num_layers)
+        _exit(e, rounds[e], plain if e in own else round_ms(cost, cuts[e], e, 0, position), settings.match_rates.get(e))
+        for e in cuts
     )
     return Plan(
         model=model,
@@ -356,7 +363,8 @@ def make_plan(
         ),
         other_exits=settings.other_exits,
         other_speeds={e: _speeds(rounds[e], plain, settings.match_rates.get(e)) for e in settings.other_exits},
-        choice=_choice(rounds, plain, settings.match_rates),
+        choice=_choice({e: rounds[e] for e in own}, plain, settings.match_rates, adaptive=adaptive),
+        adaptive=adaptive,
     )
 
 
@@ -529,6 +537,9 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
             wanted = f"{kinds}, one for each kind of text, or one for all"
             raise RequestError("match rate", f"{len(rates)} of exit layer {exit_layer}", wanted=wanted)
     check_draft_vocabulary(settings.draft_vocabulary, architecture.vocab_size)
+    k = settings.num_speculations
+    if k is not None and k != "auto":
+        check_num_speculations(k, " or 'auto'")
     if settings.max_length is None or not 2 <= settings.max_length <= context:
         raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
     if settings.position is not None and not 0 <= settings.position < settings.max_length:
@@ -819,13 +830,19 @@ def _speed(k: int, ms: float, match_rates: Sequence[float] | None) -> SpeedPlan:
 
 
 def _choice(
-    rounds: Mapping[int, Mapping[int, float]], plain: float, match_rates: Mapping[int, Sequence[float]]
+    rounds: Mapping[int, Mapping[int, float]],
+    plain: float,
+    match_rates: Mapping[int, Sequence[float]],
+    *,
+    adaptive: bool,
 ) -> ChoicePlan | None:
-    """What a choice of exit and K gives, by the rounds of each exit; None where there is none, or a rate is unknown."""
+    """What a choice of exit and K gives, by the rounds of each exit; None where there is none and none was asked for,
+    or a rate is unknown.
+    """
     if not rounds.keys() <= match_rates.keys():
         return None
     kinds = max(len(match_rates[e]) for e in rounds)
-    if len(rounds) == kinds == 1:
+    if len(rounds) == kinds == 1 and not adaptive:
         return None
 
     def best(kind: int | None = None) -> PairPlan:
@@ -859,9 +876,7 @@ def _ngrams(rounds: dict[int, float], plain: float, known: tuple[float, float] |
     return NgramPlan(rounds, pays, share, match_rate, k, of_all(k))
 
 
-def _exit(exit_layer: int, cut: Cut, cost: Cost, position: int, match_rates: Mapping[int, Sequence[float]]) -> ExitPlan:
-    rates = match_rates.get(exit_layer)
-    rounds = {k: round_ms(cost, cut, exit_layer, k, position) for k in GRID}
-    plain = round_ms(cost, cut, exit_layer, 0, position)
-    best = (None, None) if rates is None else best_speculation(rounds, rates)
-    return ExitPlan(exit_layer, break_even(plain, rounds), None if rates is None else fmean(rates), *best)
+def _exit(exit_layer: int, rounds: Mapping[int, float], plain: float, match_rates: Sequence[float] | None) -> ExitPlan:
+    best = (None, None) if match_rates is None else best_speculation(rounds, match_rates)
+    match_rate = None if match_rates is None else fmean(match_rates)
+    return ExitPlan(exit_layer, break_even(plain, rounds), match_rate, *best)

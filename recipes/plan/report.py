@@ -23,11 +23,12 @@ _EXITS = 6
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Memory as a bar, times as tables, and the verdict."""
+    k = f"auto (calls of K = {plan.num_speculations})" if plan.adaptive else plan.num_speculations
     cut = f" (cut after {', '.join(map(str, plan.other_exits))} too)" if plan.other_exits else ""
     console.print(
         f"[bold]{shown(plan.model)}[/bold] on [bold]{shown(plan.device)}[/bold]: {plan.backend}"
         f"{f' ({plan.dialect} dialect)' if plan.dialect else ''}, {plan.dtype}, "
-        f"exit layer {plan.exit_layer} of {plan.num_layers}{cut}, K = {plan.num_speculations}, "
+        f"exit layer {plan.exit_layer} of {plan.num_layers}{cut}, K = {k}, "
         f"{plan.max_length} tokens\n"
     )
     _print_formats(plan, console)
@@ -155,8 +156,9 @@ def _print_choice(plan: Plan, console: Console) -> None:
     choice, several = plan.choice, bool(plan.other_exits)
     options = "-e auto" if several else "-k auto"
     if choice is None:
-        if several:
-            console.print(f"What a choice by the text ({options}) could bring: give --match-rate for each exit.")
+        if several or plan.adaptive:
+            rates = "for each exit" if several else "of several kinds of text, as 0.9,0.3"
+            console.print(f"What a choice by the text ({options}) could bring: give --match-rate {rates}.")
     elif len(choice.by_kind) == 1:
         console.print(
             f"With these match rates throughout, {_pair(choice.fixed)} is the fastest, and a choice by the text "

@@ -181,7 +181,7 @@ def tune(
         BackendError: ONNX Runtime is missing, or cannot run the probe.
     """
     for k in settings.grid:
-        check_num_speculations(k)
+        check_num_speculations(k, " or 'auto'")
     with open_model() as model:
         bundle, session, manifest = model.bundle, model.session, model.bundle.manifest
         device, head = session.device, provenance(model, command)

@@ -193,6 +193,19 @@ def test_what_a_choice_by_the_text_could_bring_is_what_each_kind_has_at_best():
     assert make_plan("", ONE_B, machine, PlanSettings(4, match_rates={4: (0.8,)}, other_exits=(8,))).choice is None
 
 
+def test_a_plan_computes_each_round_once(monkeypatch):
+    computed, right = [], planning.round_ms
+
+    def counted(cost, cut, exit_layer, k, position):
+        computed.append((*cut.splits, exit_layer, k))
+        return right(cost, cut, exit_layer, k, position)
+
+    monkeypatch.setattr(planning, "round_ms", counted)
+    make_plan("", ONE_B, load_device("h100"), PlanSettings(4, match_rates={4: (0.8,)}, other_exits=(8,)))
+    assert (4, 8, 8, 5) in computed
+    assert len(computed) == len(set(computed))
+
+
 def test_below_the_break_even_rate_speculation_loses():
     machine = load_device("orin-nano-8gb")
     rate = next(e for e in make_plan("", ONE_B, machine, PlanSettings(8)).exits if e.exit_layer == 8).break_even
@@ -357,6 +370,10 @@ def test_the_command_prints_a_plan_and_its_json(tmp_path):
         ),
         (["-e", "4,8", "--match-rate", "4=0.8"], "could bring: give --match-rate for each exit"),
         (["-e", "4", "--match-rate", "0.9,0.1"], "A choice by the text (-k auto) takes at least"),
+        (["-e", "4", "-k", "auto", "--match-rate", "0.9,0.1"], "A choice by the text (-k auto) takes at least"),
+        (["-e", "4", "-k", "auto", "--match-rate", "0.8"], "a choice by the text (-k auto) brings nothing"),
+        (["-e", "4", "-k", "auto"], "(-k auto) could bring: give --match-rate of several kinds of text"),
+        (["-e", "4", "-k", "auto"], "exit layer 4 of 16, K = auto (calls of K = 4)"),
     ],
 )
 def test_the_command_says_what_a_choice_could_bring(arguments, said):
@@ -393,6 +410,7 @@ def test_a_config_of_ones_own_is_planned(checkpoints):
         (["llama3-8b", "--ngrams", "1.5"], 5, "n-grams: '1.5'; wanted a match rate from 0 to 1, or share=rate"),
         (["llama3-8b", "--ngrams", "=0.5"], 5, "'=0.5'; wanted a match rate"),
         (["llama3-8b", "--exit-layer", "0"], 5, "exit layer: 0; wanted 1 to 31"),
+        (["llama3-8b", "-k", "17"], 5, "num speculations: 17; wanted 1 to 16 or 'auto'"),
         (["llama3-8b", "--max-length", "0"], 5, "max length: 0; wanted 2 to 8192"),
         (["llama3-8b", "--position", "9" * 30], 5, "wanted 0 to 4095, within the capacity"),
         (["--recipe", "x" * 5000], 7, "no 'xxx"),

@@ -512,7 +512,7 @@ def test_the_command_writes_all_it_is_asked_for(others, bundles, prompt, tmp_pat
     files = {name: tmp_path / f"out.{name}" for name in ("json", "html", "toml")}
     bundle = bundles("llama-tied", exit_layer=2, other_exits=others).folder
     result = run(
-        *("tune", bundle, "--prompts", prompt, "-k", 2, "-k", 3, "-n", 12, "--json", files["json"]),
+        *("tune", bundle, "--prompts", prompt, "-k", 2, "-k", "auto", "-k", 3, "-n", 12, "--json", files["json"]),
         *("--html", files["html"], "--recipe", files["toml"]),
     )
     assert result.exception is None, result.stderr
@@ -520,6 +520,8 @@ def test_the_command_writes_all_it_is_asked_for(others, bundles, prompt, tmp_pat
     report = json.loads(files["json"].read_text())
     fastest = report["fastest"]
     assert fastest in report["drafting"]
+    assert {pair["num_speculations"] for pair in report["pairs"]} == {2, 3}
+    assert {one["num_speculations"] for one in report["drafting"]} >= {0}
     exits = [report["best"]["exit_layer"]] if fastest["draft"] == "ngram" else fastest["exit_layers"]
     recipe = load_export_recipe(str(files["toml"]))[0]
     assert [recipe.exit_layer, *recipe.other_exits] == exits
@@ -550,7 +552,7 @@ def test_no_recipe_comes_from_a_machine_that_is_not_idle(bundles, prompt, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["-k", "0"], 5, "num speculations: 0; wanted 1 to 16"),
+        (["-k", "0", "-k", "auto"], 5, "num speculations: 0; wanted 1 to 16 or 'auto'"),
         (["-n", "1"], 5, "max new tokens: 1; wanted 2 to 86, after the longest prompt"),
         (["-n", "87"], 5, "max new tokens: 87; wanted 2 to 86"),
         (["--prompts", "{long}"], 5, "prompts: one of 201 tokens; wanted at most 94"),
