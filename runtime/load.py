@@ -13,6 +13,7 @@ from edgeskip.runtime.drafting.drafters import ExitChoice
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.host import release_freed_memory
 from edgeskip.runtime.hub.access import local_bundle
+from edgeskip.runtime.structure import plain
 
 _LOG = logging.getLogger(__name__)
 logging.getLogger("edgeskip").addHandler(logging.NullHandler())  # what is said goes where the program sends it
@@ -50,6 +51,7 @@ def load(
         raise RequestError("bundle", f"{bundle!r:.60}", wanted="a folder, or the id of a bundle on the hub")
     if not callable(progress):
         raise RequestError("progress", f"{progress!r:.60}", wanted="a function")
+    backend, device, threads, dialect, exit_layer = map(plain, (backend, device, threads, dialect, exit_layer))
     opened = read_bundle(local_bundle(bundle))
     verify_hashes(opened, progress, weights=False)  # those are for the session, which reads them
     tokenizer = load_tokenizer(opened)  # which takes more memory for a while: so before there are weights

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast, get_args, get_type_hints
 
 from edgeskip.runtime.errors import RequestError
-from edgeskip.runtime.structure import Range
+from edgeskip.runtime.structure import Range, plain
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -62,7 +62,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, (kind, bounds) in _BOUNDS.items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if value is None and name == "seed":
                 continue
             kinds = (int,) if kind is int else (int, float)

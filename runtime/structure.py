@@ -1,4 +1,6 @@
-"""Strict reading of plain data (JSON, TOML) into frozen dataclasses: names, types and bounds, each checked once."""
+"""Strict reading of plain data (JSON, TOML) into frozen dataclasses: names, types and bounds, each checked once; and
+what a program gives, made plain.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +54,13 @@ class Pattern:
 
 
 Positive = Annotated[float, Range(1 / MOST_FLOAT)]
+
+
+def plain(value: Any) -> Any:
+    """What a program gives as a setting, in Python's own types: of NumPy and the like, a scalar is the number or text
+    that it is, and an array is a list.
+    """
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
 
 
 def structure(kind: type[T], table: Any, path: Path, error: type[EdgeskipError]) -> T:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
 import pydoc
+import re
 import subprocess
 import sys
 from functools import partial
@@ -47,8 +50,11 @@ def test_a_clone_without_links_reads_the_folders_at_its_top(tmp_path):
     assert run.stdout.splitlines()[-1] == f"edgeskip.runtime.load {tmp_path / 'exporter' / '__init__.py'}"
 
 
-WRONG = (None, True, -1, 1 << 70, 0.5, math.nan, "", "nope", b"x", [], ["x"], {"a": 1}, np.int64(3))
-SETTINGS = (*GenerationSettings.__annotations__, *SamplingSettings.__annotations__, "grammar", "exit_layer", "other")
+ARRAYS = (np.array([3]), np.array([3, 5]), np.array([]), np.array([["a", "b"]]))
+WRONG = (None, True, -1, 1 << 70, 0.5, math.nan, "", "nope", b"x", [], ["x"], {"a": 1}, np.int64(3), *ARRAYS)
+WRONG = (*WRONG, re.match("", ""), np.int64)
+FURTHER = "grammar", "draft", "exit_layer", "other"
+SETTINGS = (*GenerationSettings.__annotations__, *SamplingSettings.__annotations__, *FURTHER)
 
 
 def takers(model, folder):
@@ -106,3 +112,31 @@ def test_a_value_of_a_wrong_type_is_told_in_one_line(chat_bundles, tmp_path):
                 model.draft, model.exit_layer, model.sampling = before
                 assert refused, name
                 assert not [e for e in refused if not isinstance(e, EdgeskipError) or "\n" in str(e)], name
+
+
+def test_numbers_and_texts_of_numpy_are_settings_like_python_s(bundles):
+    settings = {
+        "mode": "self-speculative",
+        "num_speculations": 2,
+        "confidence_threshold": 0.25,
+        "max_new_tokens": 3,
+        "stop": ["\n"],
+        "logprobs": 1,
+        "draft": "exit",
+        "exit_layer": 2,
+        "temperature": 0.5,
+        "top_k": 9,
+        "seed": 3,
+    }
+    arrays = {name: np.array(value) for name, value in settings.items()}
+    where = {"backend": "onnxruntime", "device": "cpu", "threads": 1, "dialect": "cpu", "exit_layer": 2}
+    with edgeskip.load(
+        bundles("llama-gqa").folder, **{name: np.array(value) for name, value in where.items()}
+    ) as model:
+        made = []
+        for given in (settings, arrays, {name: array[()] for name, array in arrays.items()}):
+            made.append(dataclasses.asdict(model.complete([5, 6], **given)) | {"statistics": None})
+        assert made[0] == made[1] == made[2]
+        assert json.dumps(made[0]) == json.dumps(made[1]) == json.dumps(made[2])
+        assert model.score([5, 6], logprobs=np.int64(2)) == model.score([5, 6], logprobs=2)
+        assert model.encode("ab", most=np.int64(1)) == model.encode("ab", most=1)

@@ -31,6 +31,7 @@ from edgeskip.runtime.errors import BackendError, RequestError
 from edgeskip.runtime.grammar.grammar import Grammar
 from edgeskip.runtime.grammar.masks import TokenMask, TokenTable, token_table
 from edgeskip.runtime.sampling import Sampling, SamplingSettings
+from edgeskip.runtime.structure import plain
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -126,6 +127,7 @@ class Model:
         self.bundle, self.session = bundle, session
         self.sampling = bundle.manifest.sampling
         self.draft: Draft = "exit"
+        exit_layer = plain(exit_layer)
         self.split = bundle.manifest.split(None if exit_layer == "auto" else exit_layer, GREEDY.name)
         self.exit_layer: ExitChoice = self.split.exit_layer if exit_layer is None else exit_layer
         self.tokenizer: Tokenizer = tokenizer or load_tokenizer(bundle)
@@ -202,13 +204,14 @@ class Model:
         how = self._drafting(
             mode, num_speculations, confidence_threshold, further.pop("draft", None), further.pop("exit_layer", None)
         )
+        max_new_tokens, stop, logprobs = map(plain, (max_new_tokens, stop, logprobs))
         if not (max_new_tokens is None or (type(max_new_tokens) is int and max_new_tokens >= 1)):
             raise RequestError("max new tokens", f"{max_new_tokens!r:.60}", wanted="a whole number from 1")
-        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+        stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str | bytes) else (stop,)
         for text in stops:
             if not isinstance(text, str) or not text:
                 found = "an empty text" if text == "" else f"{text!r:.60}"
-                raise RequestError("stop", found, wanted="at least one character")
+                raise RequestError("stop", found, wanted="a text of at least one character")
         if logprobs is not None:
             _check_logprobs(logprobs)
         grammar = further.pop("grammar", None)
@@ -236,6 +239,8 @@ class Model:
         exit_layer: ExitChoice | None,
     ) -> _Drafting:
         """What `generate` was told of the mode and of drafts, checked."""
+        mode, num_speculations, confidence_threshold = map(plain, (mode, num_speculations, confidence_threshold))
+        draft, exit_layer = plain(draft), plain(exit_layer)
         if mode not in MODES:
             raise RequestError("mode", f"{mode!r:.60}", wanted=f"one of {', '.join(MODES)}")
         given: dict[str, Any] = {"draft": draft, "num speculations": num_speculations}
@@ -245,13 +250,13 @@ class Model:
             if mode != "self-speculative" and value is not None:
                 found = f"{value!r:.60}, beside the mode {mode}, which drafts nothing"
                 raise RequestError(name, found, fix="leave out one of them")
-        draft = self.draft if draft is None else draft
+        draft = plain(self.draft) if draft is None else draft
         if draft not in DRAFTS:
             raise RequestError("draft", f"{draft!r:.60}", wanted=f"one of {', '.join(DRAFTS)}")
         if (mode, draft) == ("self-speculative", "ngram") and confidence_threshold is not None:
             found = f"{confidence_threshold!r:.60}, beside drafts of the text, which have no confidence"
             raise RequestError("confidence threshold", found, fix="leave out one of them")
-        exit_layer = self.exit_layer if exit_layer is None else exit_layer
+        exit_layer = plain(self.exit_layer) if exit_layer is None else exit_layer
         if exit_layer == "auto":
             self._check_choice(mode, draft)
         split = self.split if exit_layer == "auto" else self._split(exit_layer)
@@ -324,6 +329,7 @@ class Model:
             RequestError: this cannot be served, or a generator is running.
             BackendError: the model's logits are not finite.
         """
+        logprobs = plain(logprobs)
         _check_logprobs(logprobs)
         ids = self._held(prompt)
         with self._in_use():
@@ -346,6 +352,7 @@ class Model:
         Raises:
             RequestError: a prompt that is malformed, or has far more tokens than the bundle holds.
         """
+        most, tools = plain(most), plain(tools)
         if not (most is None or (type(most) is int and most >= 1)):
             raise RequestError("most", f"{most!r:.60}", wanted="a whole number from 1")
         return encode_prompt(self.tokenizer, prompt, self.bundle, most, tools)

@@ -49,7 +49,7 @@ def encode_prompt(
         ids = encode(tokenizer, prompt, manifest.max_length, add_special_tokens=True, most=most) if prompt else []
     elif (
         isinstance(prompt, (bytes, Mapping))
-        or not hasattr(prompt, "__getitem__")
+        or not (hasattr(prompt, "__getitem__") and hasattr(prompt, "__len__"))
         or getattr(prompt, "shape", None) == ()  # one number, as NumPy has it
     ):
         raise RequestError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from edgeskip.runtime.errors import RequestError
+from edgeskip.runtime.structure import plain
 
 MOST_CHARACTERS = 1 << 15
 """Of a grammar, so that it is compiled in little time, and in a stack of known size."""
@@ -36,7 +37,7 @@ class Grammar:
     source: str
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if plain(self.kind) not in KINDS:
             raise RequestError("grammar", f"{self.kind!r:.60}", wanted=f"one of {', '.join(KINDS)}")
         if not isinstance(self.source, str):
             raise RequestError("grammar", f"a {type(self.source).__name__}", wanted=f"a text, as {self.kind}")
