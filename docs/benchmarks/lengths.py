@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,40 +65,22 @@ def time_of(right: Array, costs: Array, k_at: Callable[[int], int], learn: Calla
 class Ahead(Pace):
     """Chooses while a round runs, from a few lengths."""
 
-    def __init__(self, costs: RoundCosts, clock_ms: Callable[[], float]) -> None:
-        super().__init__(costs, clock_ms)
-        self._untold: list[Callable[[], None]] = []
-        self._next: tuple[Source, int] | None = None
+    _next: tuple[Source, int] | None = None
 
     def begin(self, *, weighs: bool = False) -> None:
         """Another text begins."""
-        self._learn()
         super().begin(weighs=weighs)
         self._next = None
-
-    def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
-        """Keeps it for later."""
-        self._untold.append(partial(super().note, source, limit, drafted, accepted, ms))
-
-    def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
-        """Keeps it for later."""
-        self._untold.append(partial(super().compare, drafts, kept))
 
     def chosen(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         """What was chosen one round before."""
         now = self._next or self._few(most)
-        self._learn()
         self._next = self._few(most)
         return now
 
     def _few(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         source, k = super().chosen(most)
         return source, nearest_length(k, FEW_LENGTHS, most[source])
-
-    def _learn(self) -> None:
-        for news in self._untold:
-            news()
-        self._untold.clear()
 
 
 def confidences_of(right: Array, rates: Array, random: np.random.Generator) -> Array:

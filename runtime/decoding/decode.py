@@ -293,7 +293,6 @@ class _Rounds:
         self._begun_ms = 0.0
         self._choice = _Choice(how.split.exit_layer, 0)
         self._ahead = self._choice, self._choice  # where the text has no drafts, and where it has
-        self._untold: list[Callable[[], None]] = []
         if how.pace is not None:
             how.pace.begin(weighs=how.confidence_threshold is None)
             self.catch_up()
@@ -331,13 +330,11 @@ class _Rounds:
         pace, lookup = self._how.pace, self._how.lookup
         if pace is not None:
             source, k, ms = self.source, self._choice.num_drafts, pace.clock_ms() - self._begun_ms
-            self._untold.append(partial(pace.note, source, k, drafted, len(kept) - 1, ms))
+            pace.note(source, k, drafted, len(kept) - 1, ms)
             if lookup is not None:
-                self._untold.append(partial(pace.compare, self._drafts, kept))
+                pace.compare(self._drafts, kept)
             if self._choice.looks_at is not None:
-                self._untold.append(partial(pace.looked, *self._look(pace, self._choice.looks_at, position, kept)))
-            if not self._session.is_asynchronous:
-                self._tell()
+                pace.looked(*self._look(pace, self._choice.looks_at, position, kept))
         if lookup is not None:
             lookup.text.add(kept)
 
@@ -346,14 +343,8 @@ class _Rounds:
         pace, most = self._how.pace, self._how.num_speculations
         if pace is None or not self._session.is_asynchronous:
             return
-        self._tell()
         choice = self._chosen(pace, most, most if self._how.lookup else 0)
         self._ahead = (self._chosen(pace, most, 0) if choice.source == "ngram" else choice), choice
-
-    def _tell(self) -> None:
-        for news in self._untold:
-            news()
-        self._untold.clear()
 
     def _chosen(self, pace: Pace, most: int, copies: int) -> _Choice:
         """What promises most, of so many drafts of an exit and of the text."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 from statistics import median
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -325,8 +325,23 @@ class RoundCosts:
         return bounded
 
 
+_P = ParamSpec("_P")
+
+
+def _learned_later(learn: Callable[Concatenate[Pace, _P], None]) -> Callable[Concatenate[Pace, _P], None]:
+    """What is told is kept until the next round is chosen."""
+
+    @wraps(learn)
+    def note(self: Pace, /, *told: _P.args, **named: _P.kwargs) -> None:
+        self._untold.append(partial(learn, self, *told, **named))
+
+    return note
+
+
 class Pace:
     """Chooses what drafts the next round, and how much. One text after another may go through it.
+
+    It learns of a round when it chooses the next one, which a device that works by itself need not wait for.
 
     Args:
         costs: what rounds take.
@@ -348,9 +363,11 @@ class Pace:
         self._exit: Source | None = None  # the best one when they were last compared
         self._chosen = self._untested = 0
         self._unnoted: dict[Source, int] = dict.fromkeys(costs.sources, 0)  # tokens that came without its drafts
+        self._untold: list[Callable[[], None]] = []  # what is yet to be learned
 
     def begin(self, *, weighs: bool = False) -> None:
         """Another text begins. If it `weighs`, rounds are told to draft on, draft by draft (`drafts_on`)."""
+        self._learn()
         self._weighs = weighs
         for rate in (*self._accepted.values(), *self._goes_on.values()):
             rate.begin()
@@ -362,9 +379,15 @@ class Pace:
         Args:
             most: the most drafts that each source could give, with ties going to the first.
         """
+        self._learn()
         source, k = self._promising(most)
         self._confidences, self._reached = [], 1.0
         return source, most[source] if k and self._weighs and source != "ngram" else k
+
+    def _learn(self) -> None:
+        for news in self._untold:
+            news()
+        self._untold.clear()
 
     def _promising(self, most: Mapping[Source, int]) -> tuple[Source, int]:
         """The same, by what is known before the round."""
@@ -454,6 +477,7 @@ class Pace:
             return median(self._looks)
         return _LOOK * float(self._costs.curve(self._costs.sources[0])[0])
 
+    @_learned_later
     def note(self, source: Source, limit: int, drafted: int, accepted: int, ms: float) -> None:
         """Learns from a round: so many drafts at most, so many made and accepted, and its time."""
         self._costs.note(source, drafted, ms)
@@ -477,6 +501,7 @@ class Pace:
             self._goes_on[source].note(0, 0, self._unnoted[source])
         self._unnoted[source] = 0
 
+    @_learned_later
     def compare(self, drafts: Sequence[int], kept: Sequence[int]) -> None:
         """Learns from what the text would have drafted, whether it did or not, and the tokens that came."""
         right = next((i for i, (one, other) in enumerate(zip(drafts, kept, strict=False)) if one != other), None)
@@ -490,6 +515,7 @@ class Pace:
         best = max(self._worths, key=lambda one: self._worths[one], default=None)
         return best if best is not None and self._worths[best] > self._look_ms * self._best else None
 
+    @_learned_later
     def looked(self, exit_layer: int, right: Sequence[bool], sure: Sequence[bool], ms: float) -> None:
         """Learns from what an exit would have drafted in place of each of a round's tokens, as if its own rounds had
         brought them.

@@ -9,7 +9,7 @@ from tests.standin import HostDevice, standin_model
 
 import edgeskip
 from edgeskip.runtime.decoding import model as decoding_model
-from edgeskip.runtime.drafting.length import Pace
+from edgeskip.runtime.drafting.length import Pace, RoundCosts
 
 EXITS = {"exit_layer": 3, "other_exits": (1,)}
 PROMPTS = [list(range(40, 60)), [5, 90, 33], [7, 7, 7, 201]]
@@ -45,11 +45,13 @@ def test_a_device_runs_a_round_while_the_next_one_is_chosen(how, bundles, tmp_pa
             at_work.append(bool(device.stream.queued))
             return super().chosen(most)
 
+    class Costs(RoundCosts):
         def note(self, *args):
             at_work.append(bool(device.stream.queued))
             super().note(*args)
 
     monkeypatch.setattr(decoding_model, "Pace", Watched)
+    monkeypatch.setattr(decoding_model, "RoundCosts", Costs)
     with standin_model(bundles("llama-gqa", **EXITS), tmp_path / "b", device) as model:
         rounds = model.complete(PROMPTS[0], max_new_tokens=40, **how).statistics.rounds
     assert len(at_work) > 2 * rounds

@@ -225,6 +225,8 @@ def test_a_look_counts_as_rounds_of_that_exit_would_have():
         by_looks.looked(5, [True, True, False, True], [True, False, True, True], 0.1)
         for accepted, drafted in ((2, 2), (1, 1)):  # one that ended as it was not sure, and one that may go on
             by_rounds.note(5, 8 if drafted == 2 else 1, drafted, accepted, 2.0)
+    for pace in (by_looks, by_rounds):
+        pace._learn()
     for_looks, for_rounds = (pace._accepted[5].runs(4) for pace in (by_looks, by_rounds))
     assert for_looks[1] == pytest.approx(3 / 4, abs=0.06)
     assert for_looks == pytest.approx(for_rounds, abs=0.06)
