@@ -64,7 +64,7 @@ from edgeskip.runtime.bundle.graphs import (
     heads_of,
 )
 from edgeskip.runtime.bundle.layers import LEAST_SM, has_products
-from edgeskip.runtime.bundle.tensors import EMBEDDINGS, bundle_tensors, has_quantized_layers
+from edgeskip.runtime.bundle.tensors import EMBEDDINGS, TABLES, bundle_tensors, has_quantized_layers
 from edgeskip.runtime.bundle.weights import bytes_by_format
 from edgeskip.runtime.decoding.rounds import distinct_calls, prefill_round
 from edgeskip.runtime.errors import RequestError
@@ -338,7 +338,7 @@ def make_plan(
         max_length=capacity,
         works=not basis.problems,
         problems=basis.problems,
-        notes=tuple(_notes(device, settings, reports)),
+        notes=tuple(_notes(device, settings, reports, basis.dialect, built=basis.build is not None)),
         disk=_disk(a, dtype, formats, capacity, basis.dialect if basis.build else None),
         build=basis.build,
         memory=basis.memory,
@@ -712,7 +712,10 @@ def _memory_problems(
             fix = f"give --max-length {largest} or less"
         else:
             smaller = "a dtype of two bytes, " if settings.dtype == "fp32" else ""
-            smaller += "" if is_quantized(settings.formats.values()) else "--weights int8 or int4, "
+            if not is_quantized(settings.formats.values()):
+                smaller += "--weights int8 or int4, "
+            elif any(format_ == "int8" for name, format_ in settings.formats.items() if name not in TABLES):
+                smaller += "--weights int4, "
             fix = f"no length fits: choose {smaller}a smaller model or a larger device"
         yield Problem("run", found, fix)
     if build and settings.backend == "tensorrt" and device.shared_memory and build > available:
@@ -720,8 +723,10 @@ def _memory_problems(
         yield Problem("build", f"about {build / 1e9:.1f} GB are needed to build engines, {free}", fix)
 
 
-def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport]) -> Iterator[str]:
-    """What to know besides the figures."""
+def _notes(
+    device: Device, settings: PlanSettings, reports: Sequence[BenchReport], dialect: str | None, *, built: bool
+) -> Iterator[str]:
+    """What to know besides the figures; `built` says whether engines are, of which dialect."""
     if not reports:
         yield "Not measured on this device: calibrate with --calibrate and a report of `edgeskip bench` from it."
     for name in dict.fromkeys(report.hardware.device for report in reports):
@@ -730,10 +735,17 @@ def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport
     backend, version = settings.backend, _version(device, settings)
     if version is not None:
         jetpack = settings.jetpack and f"JetPack {_jetpack(device, settings.jetpack)} has "
-        yield f"{jetpack or ''}TensorRT {version}: engines of {dialect_text('tensorrt', version)}."
+        best = dialect_for("tensorrt", version)
+        if best is None or (built and best == dialect):
+            engines = f"engines of {dialect_text('tensorrt', version)}"
+        elif built:
+            engines = f"engines of the {dialect} dialect, as weights are quantized"
+        else:
+            engines = "no engines are needed, as layers are quantized"
+        yield f"{jetpack or ''}TensorRT {version}: {engines}."
     if backend == "tensorrt" and device.jetpacks and settings.jetpack is None:
         yield f"JetPack {' or '.join(_jetpacks(device))} will do; --jetpack plans with one."
-    if backend == "tensorrt":
+    if backend == "tensorrt" and built:
         yield (
             "TensorRT 10.6 has run engines of layers and primitive on an H100; those of standard have been built by "
             "TensorRT-RTX alone, and not run."
@@ -749,7 +761,9 @@ def _notes(device: Device, settings: PlanSettings, reports: Sequence[BenchReport
         )
     if is_quantized(settings.formats.values()) and not reports:
         yield "Times count the bytes that are read: products with quantized weights can take longer than that."
-    if backend == "tensorrt-rtx":
+    if dialect is not None and not built:
+        yield "Models with quantized layers have run on an H100 with TensorRT 10.6, and on no other GPU with TensorRT."
+    if backend == "tensorrt-rtx" and built:
         yield "Engines of TensorRT-RTX have been built for all its GPUs and have not run on any."
 
 

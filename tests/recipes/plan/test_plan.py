@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgeskip.cli import main
+from edgeskip.exporter.quantization.choice import chosen_formats
 from edgeskip.recipes.deployment import DEVICES, MODELS, load_device, load_export_recipe, recipe_shape
 from edgeskip.recipes.plan import plan as planning
 from edgeskip.recipes.plan.cost import fit_cost, samples_of_report
@@ -278,6 +279,20 @@ def test_a_jetpack_decides_the_dialect(jetpack, version, dialect, why):
     assert note.startswith("JetPack " if jetpack else "TensorRT ")
 
 
+@pytest.mark.parametrize("jetpack", ["6", "7"])
+@pytest.mark.parametrize(
+    ("weights", "engines"),
+    [("int4", "no engines are needed, as layers are quantized."), (None, "engines of the layers dialect, as ")],
+)
+def test_notes_on_engines_are_those_of_the_plan(jetpack, weights, engines):
+    formats = chosen_formats(ONE_B, "fp16", weights, "int8", (), 64)
+    plan = make_plan("", ONE_B, load_device("orin-nano-8gb"), PlanSettings(4, jetpack=jetpack, formats=formats))
+    assert (plan.works, plan.dialect, plan.build is None) == (True, "layers", weights is not None)
+    (note,) = (note for note in plan.notes if "has TensorRT" in note)
+    assert f": {engines}" in note
+    assert any("Memory to build" in note for note in plan.notes) == (plan.build is not None)
+
+
 @pytest.mark.parametrize("jetpack", ["5", "6.9", "60", "6.20", ""])
 def test_a_jetpack_that_a_device_does_not_have_is_refused(jetpack):
     with pytest.raises(
@@ -382,11 +397,14 @@ def test_the_command_says_what_a_choice_could_bring(arguments, said):
     assert said in " ".join(done.output.split())
 
 
-def test_the_command_says_no_with_its_exit_code():
-    done = run("llama2-70b", "--device", "thor", "-e", 10, "--weights", "dtype")
+@pytest.mark.parametrize(
+    ("weights", "fix"), [("dtype", "--weights int8 or int4, a"), ("int8", "--weights int4, a"), ("int4", "a")]
+)
+def test_the_command_says_no_with_its_exit_code(weights, fix):
+    done = run("llama2-70b", "--device", "rtx-4090", "-e", 10, "--weights", weights)
     assert done.exit_code == 1
     assert "Will not work: " in done.output
-    assert "no length fits: choose --weights int8 or int4, a smaller model" in done.output
+    assert f"no length fits: choose {fix} smaller model" in done.output
 
 
 def test_a_config_of_ones_own_is_planned(checkpoints):
