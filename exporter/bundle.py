@@ -59,8 +59,10 @@ class ExportSettings(QuantizationChoice):
         num_speculations: drafts per round, unless the user asks for another number.
         prefill_chunk: prompt tokens of one call.
         other_exits: exit layers besides E from which the bundle can draft.
-        draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from. With texts
-            for calibration, ids are numbered anew, and the tokens that are frequent there come first.
+        draft_vocabulary: how many rows of the vocabulary, from the first on, a separate head drafts from. Ids are
+            numbered anew, so that the tokens come first that are frequent in the texts for calibration; without
+            texts, in those that were counted for the tokenizer, if it is one of those.
+        keep_token_ids: whether drafts come from the first ids of the checkpoint instead.
         picker: how the heads pick tokens.
     """
 
@@ -71,6 +73,7 @@ class ExportSettings(QuantizationChoice):
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     other_exits: tuple[int, ...] = ()
     draft_vocabulary: int | None = None
+    keep_token_ids: bool = False
     picker: str = "greedy"
 
 
@@ -92,7 +95,7 @@ def export_bundle(
     capacity = _check_settings(checkpoint, settings)
     check_tensors(checkpoint)
     architecture = checkpoint.architecture
-    if settings.draft_vocabulary is not None and settings.calibration is not None:
+    if settings.draft_vocabulary is not None and not settings.keep_token_ids:
         checkpoint = by_frequency(checkpoint, settings.calibration)
         if not asks_for_texts(settings):
             settings = replace(settings, calibration=None)

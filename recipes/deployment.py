@@ -54,6 +54,7 @@ class ExportRecipe:
         quantizer: how numbers and scales are found.
         calibration: a file or folder of texts (relative to the recipe), for `auto`, `gptq` and `draft_vocabulary`.
         draft_vocabulary: rows of the vocabulary that drafts come from; by default all.
+        keep_token_ids: whether these are the first ids, and not the frequent tokens.
         match_rates: exit layer -> share of the greedy tokens that this exit predicts.
     """
 
@@ -72,6 +73,7 @@ class ExportRecipe:
     quantizer: Method = "search"
     calibration: str | None = None
     draft_vocabulary: Annotated[int, Range(LEAST_DRAFT_VOCABULARY, MOST_SIZE)] | None = None
+    keep_token_ids: bool = False
     other_exits: tuple[Size, ...] = ()
     match_rates: Mapping[int, Share] = field(default_factory=dict)
 

@@ -20,6 +20,7 @@ SOURCES = sorted(
     for folder in ("runtime", "exporter", "recipes", "docs")
     for suffix in ("py", "toml", "jinja")
     for path in (ROOT / folder).rglob(f"*.{suffix}")
+    if path.name != "sources.toml"  # whose paths are those of other repositories
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.-])(?:\.ci|docs|exporter|recipes|runtime|src|tests)/[\w{*][\w./*{},-]*[\w}]")

@@ -1,13 +1,19 @@
-"""Which tokens are frequent, counted on texts like those that the model will read and write."""
+"""Which tokens are frequent: counted on texts like those that the model will read and write, or, for some widespread
+tokenizers, on permissively licensed texts of many kinds (docs/token-counts).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.bench.prompts import load_prompts
@@ -18,6 +24,12 @@ Array = npt.NDArray[Any]
 
 LEAST_TOKENS = 256
 """In all texts together."""
+
+FREQUENCIES = Path(__file__).with_name("frequencies.safetensors")
+"""For each tokenizer, the levels of its tokens [n]; in the metadata, the fingerprint of these n tokens."""
+
+_LEVELS = 8
+"""To an octave. A byte has room for 255 of them, which is more than 31 octaves, and for none."""
 
 _PIECE, _MOST_PIECES = 1 << 16, 512
 """Characters that are encoded at a time, and how often: 32 million in all."""
@@ -40,10 +52,49 @@ def count_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> Array:
     return counts
 
 
+def covered_share(tokenizer: Tokenizer, rows: int) -> float:
+    """The share of the tokens in the prompts that ship with edgeskip whose ids are among the first ones."""
+    texts = load_prompts()
+    ids = [id_ for text in texts for id_ in encode(tokenizer, text, len(text), add_special_tokens=False)]
+    return sum(id_ < rows for id_ in ids) / len(ids)
+
+
+def shipped_levels(vocab: Mapping[str, int], vocab_size: int) -> Array | None:
+    """The levels of frequency of all token ids [V], if edgeskip has them for the tokenizer with this vocabulary.
+
+    A tokenizer is known by its first tokens, as those that were made from it have more of them: these have level 0.
+    """
+    with safe_open(FREQUENCIES, "np") as file:
+        for name, wanted in file.metadata().items():
+            levels = file.get_tensor(name)
+            if len(levels) <= vocab_size and fingerprint(vocab, len(levels)) == wanted:
+                return np.pad(levels, (0, vocab_size - len(levels)))
+    return None
+
+
+def write_levels(path: Path, levels: Mapping[str, tuple[Mapping[str, int], Array]]) -> None:
+    """Writes the file of frequencies, from a tokenizer's vocabulary and levels by its name."""
+    arrays = {name: array for name, (_, array) in levels.items()}
+    save_file(arrays, path, {name: fingerprint(vocab, len(array)) for name, (vocab, array) in levels.items()})
+
+
+def levels_of(frequencies: Array) -> Array:
+    """Frequencies [n] in eighths of an octave, as uint8: 255 for 1, and 0 for 0."""
+    with np.errstate(divide="ignore"):
+        levels = 255 + _LEVELS * np.log2(frequencies)
+    return np.where(frequencies > 0, levels.round().clip(1), 0).astype(np.uint8)
+
+
+def fingerprint(vocab: Mapping[str, int], size: int) -> str:
+    """The hash of a vocabulary's first tokens in the order of their ids."""
+    first = sorted((id_, token) for token, id_ in vocab.items() if id_ < size)
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()
+
+
 def frequency_order(counts: Array, movable: Collection[int]) -> Array:
     """Which token id [V] takes the place of each: among the movable ones, those that occur more often come first, and
     equally frequent ones stay in order.
     """
     order, places = np.arange(len(counts)), np.array(sorted(movable), np.int64)
-    order[places] = places[np.argsort(-counts[places], kind="stable")]
+    order[places] = places[np.argsort(-counts[places].astype(np.int64), kind="stable")]
     return order

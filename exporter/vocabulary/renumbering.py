@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from edgeskip.exporter.checkpoint import Checkpoint
 from edgeskip.exporter.quantization.layouts import QuantizedTensor
-from edgeskip.exporter.vocabulary.frequency import count_tokens, frequency_order
+from edgeskip.exporter.vocabulary.frequency import count_tokens, frequency_order, shipped_levels
 from edgeskip.runtime.bundle.tensors import TABLES
 from edgeskip.runtime.decoding.tokenizer import tokenizer_from_json
 from edgeskip.runtime.errors import CheckpointError, RequestError
@@ -28,25 +28,31 @@ Array = npt.NDArray[Any]
 _FIX = "leave out --calibration: drafts then come from the first token ids"
 
 
-def by_frequency(checkpoint: Checkpoint, texts: Path) -> Checkpoint:
-    """The checkpoint with the tokens first that occur most often in the texts of a file or a folder.
+def by_frequency(checkpoint: Checkpoint, texts: Path | None) -> Checkpoint:
+    """The checkpoint with the tokens first that occur most often in the texts of a file or a folder. Without texts, it
+    is the order that ships for its tokenizer, or else that of the ids, which is the checkpoint as it is.
 
     Tokens that are added to the vocabulary, that go around texts or that end them keep their ids.
 
     Raises:
-        RequestError: no text, or a checkpoint whose tokens cannot be put in order.
+        RequestError: texts with too little in them, or for a checkpoint whose tokens cannot be put in order.
     """
-    for name in TABLES:
-        if isinstance(checkpoint.tensors.get(name), QuantizedTensor):
-            raise RequestError(name, f"comes quantized by {checkpoint.quantized_by}, as it must stay", fix=_FIX)
+    vocab_size = checkpoint.architecture.vocab_size
     data = json.loads(checkpoint.tokenizer.json)
     vocab = data["model"].get("vocab")
-    if not isinstance(vocab, dict):
+    quantized = [name for name in TABLES if isinstance(checkpoint.tensors.get(name), QuantizedTensor)]
+    if texts is None:
+        counts = shipped_levels(vocab, vocab_size) if isinstance(vocab, dict) and not quantized else None
+        if counts is None:
+            return checkpoint
+    elif quantized:
+        raise RequestError(quantized[0], f"comes quantized by {checkpoint.quantized_by}, as it must stay", fix=_FIX)
+    elif not isinstance(vocab, dict):
         found = f"a tokenizer of the kind {data['model'].get('type')}, where a token's place is its id"
         raise RequestError("calibration", found, wanted="BPE, WordPiece or WordLevel", fix=_FIX)
-    vocab_size = checkpoint.architecture.vocab_size
-    movable = _movable(vocab, data, checkpoint.eos_token_ids, vocab_size)
-    order = frequency_order(count_tokens(texts, checkpoint.tokenizer.tokenizer, vocab_size), movable)
+    else:
+        counts = count_tokens(texts, checkpoint.tokenizer.tokenizer, vocab_size)
+    order = frequency_order(counts, _movable(vocab, data, checkpoint.eos_token_ids, vocab_size))
     new_ids = np.argsort(order).tolist()
     moved = {token: new_ids[id_] if id_ < vocab_size else id_ for token, id_ in vocab.items()}
     data["model"]["vocab"] = dict(sorted(moved.items(), key=lambda pair: pair[1]))

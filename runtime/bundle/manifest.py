@@ -388,12 +388,11 @@ def _export_command(data: Mapping[str, Any]) -> str:
             words += [f"--{key.replace('_', '-')}", str(given[key])[:100]]
     match data:
         case {"heads": {"draft_head": {"vocabulary": int() as rows}}}:
-            words += ["--draft-vocabulary", str(rows)[:20]]
-    if data.get("renumbered"):
-        words += ["--calibration", "TEXTS"]
+            words += ["--draft-vocabulary", str(rows)[:20], *([] if data.get("renumbered") else ["--keep-token-ids"])]
+    counted = ", and --calibration with the texts its tokens were counted in, if any" if data.get("renumbered") else ""
     quantized = ", and the options that its weights were quantized with, if any" if data.get("quantization") else ""
     named = f", where CHECKPOINT is the folder of {source!r}" if source and not is_id else ""
-    return shlex.join(words) + quantized + named
+    return shlex.join(words) + counted + quantized + named
 
 
 def _check_consistent(path: Path, manifest: Manifest) -> None:

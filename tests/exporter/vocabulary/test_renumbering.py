@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
@@ -18,9 +20,11 @@ from edgeskip.exporter.check.golden import Golden
 from edgeskip.exporter.check.run import run_check
 from edgeskip.exporter.checkpoint import open_checkpoint
 from edgeskip.exporter.quantization.layouts import QuantizedTensor
+from edgeskip.exporter.vocabulary import frequency
+from edgeskip.exporter.vocabulary.frequency import levels_of, write_levels
 from edgeskip.exporter.vocabulary.renumbering import by_frequency, order_of
 from edgeskip.recipes.demo import CHECKPOINT
-from edgeskip.runtime.bundle.manifest import WEIGHTS
+from edgeskip.runtime.bundle.manifest import WEIGHTS, read_bundle
 from edgeskip.runtime.errors import RequestError
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -73,6 +77,54 @@ def test_any_text_has_the_same_tokens_under_other_ids(texts):
         assert one.tokens == other.tokens
         assert one.ids == made.order[other.ids].tolist() if other.ids else one.ids == []
         assert before.decode(one.ids) == after.decode(other.ids)
+
+
+def vocabulary(checkpoint):
+    return json.loads(checkpoint.tokenizer.json)["model"]["vocab"]
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """Frequencies of a checkpoint's first 200 tokens, which ship in place of the others; the last ones occur most."""
+
+    def ship(vocab):
+        levels = levels_of(2.0 ** -np.arange(25, 0, -1).repeat(8))
+        levels[100:120] = 0
+        write_levels(tmp_path / "f.safetensors", {"other": ({"a": 0}, levels[:1]), "own": (vocab, levels)})
+        monkeypatch.setattr(frequency, "FREQUENCIES", tmp_path / "f.safetensors")
+        return levels
+
+    return ship
+
+
+def test_a_tokenizer_whose_frequencies_ship_needs_no_texts(shipped):
+    checkpoint = open_checkpoint(str(CHECKPOINT))
+    levels = np.pad(shipped(vocabulary(checkpoint)).astype(int), (0, 4096 - 200))
+    made = by_frequency(checkpoint, None)
+    fixed = [token["id"] for token in json.loads(made.tokenizer.json)["added_tokens"]]
+    order = made.order[~np.isin(np.arange(4096), fixed)]
+    assert levels[order].tolist() == sorted(np.delete(levels, fixed), reverse=True)
+    assert all(one < other for one, other in pairwise(order) if levels[one] == levels[other])
+    after = made.tokenizer.tokenizer
+    np.testing.assert_array_equal(order_of(after, checkpoint.tokenizer.tokenizer, 4096), made.order)
+
+
+def test_another_tokenizer_keeps_its_order_without_texts(shipped):
+    checkpoint = open_checkpoint(str(CHECKPOINT))
+    one, other = ((token, id_) for token, id_ in vocabulary(checkpoint).items() if id_ in (150, 151))
+    shipped(vocabulary(checkpoint) | {one[0]: other[1], other[0]: one[1]})
+    assert by_frequency(checkpoint, None) is checkpoint
+
+
+def test_frequencies_ship_for_widespread_tokenizers():
+    with safe_open(frequency.FREQUENCIES, "np") as file:
+        sizes = {name: len(file.get_tensor(name)) for name in file.metadata()}
+    assert sizes == {"llama-2": 32_000, "llama-3": 128_000, "qwen": 151_643}
+
+
+def test_levels_are_eighths_of_an_octave():
+    frequencies = np.array([1, 0.5, 0.5**3.5, 1e-30, 0])
+    assert levels_of(frequencies).tolist() == [255, 247, 227, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +186,7 @@ def test_what_cannot_be_put_in_order_is_said_in_one_line(texts, tmp_path, checkp
         by_frequency(replace(opened, tensors=opened.tensors | {HEAD: packed}), texts)
 
 
-def test_commands_say_which_tokens_are_drafted(texts, checkpoints, tmp_path):
+def test_commands_say_which_tokens_are_drafted(texts, checkpoints, tmp_path, shipped):
     def run(*arguments):
         return CliRunner().invoke(main, [*map(str, arguments)])
 
@@ -145,6 +197,14 @@ def test_commands_say_which_tokens_are_drafted(texts, checkpoints, tmp_path):
     assert not (tmp_path / "b").exists()
     made = run(*export, 150, "--calibration", texts)
     assert "Drafts are among the 150 tokens that are frequent in your texts." in made.output
+    shipped(vocabulary(open_checkpoint(str(checkpoints("llama-gqa")))))
+    made = run(*export[:2], tmp_path / "c", *export[3:], 150)
+    assert "150 tokens that are frequent in texts of many kinds, as counted for this tokenizer." in made.output
+    made = run(*export[:2], tmp_path / "d", *export[3:], 150, "--keep-token-ids")
+    assert "Drafts are among the 150 tokens that have the first ids." in made.output
+    assert [read_bundle(tmp_path / name).manifest.renumbered for name in "bcd"] == [True, True, False]
+    refused = run(*export[:2], tmp_path / "e", "-e", 2, "--keep-token-ids")
+    assert (refused.exit_code, "give --draft-vocabulary" in refused.stderr) == (2, True)
     shown = run("inspect", tmp_path / "b").output
     assert "token ids are numbered by how frequent tokens are, and not those of the checkpoint" in shown
     assert "150 tokens, greedy" in shown
