@@ -211,6 +211,8 @@ def open_checkpoint(
     """
     folder = expanded(source, CheckpointError)
     local = kind_of(folder, CheckpointError) == "a folder"
+    if local and revision is not None:
+        raise CheckpointError(source, f"a folder, which has no revision {revision!r:.60}", fix="leave out --revision")
     if not local:
         folder = _download(source, revision, token, offline)
     refuse_other_kinds(folder)

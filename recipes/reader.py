@@ -8,6 +8,7 @@ several fields. Whoever holds a recipe need not check it again.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,6 +78,8 @@ def find_file(name: str, folders: Iterable[Path], what: str, relative_to: Path =
     found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.toml")}
     if name in found:
         return found[name]
+    if os.path.isfile(relative_to / name):  # noqa: PTH113  # any name, however long
+        return relative_to / name
     names = sorted(found)
     nearest = difflib.get_close_matches(name.lower(), names, n=1)
     fix = f"did you mean {nearest[0]!r}?" if nearest else ""

@@ -211,7 +211,11 @@ def test_json_is_one_object_with_the_documented_keys(bundle):
     [
         ["generate", "", "-p", "a"],
         ["bench", "{bundle}", "--prompts", ""],
+        ["export", "", "b", "-e", "1"],
+        ["export", "c", "", "-e", "1"],
         ["export", "c", "b", "--calibration", ""],
+        ["plan", "", "-d", "h100"],
+        ["check", "{bundle}", "--reference", ""],
         ["pack", "{bundle}", ""],
         ["tune", "{bundle}", "--recipe", ""],
         ["synth", "", "c", "-e", "1", "--match-rate", "1"],
@@ -526,10 +530,28 @@ def test_a_speculation_length_is_a_number_or_auto(verb, bundle):
     assert "'Auto' is neither a whole number nor auto" in result.stderr
 
 
+def test_options_that_would_do_nothing_are_refused(bundle):
+    for words, message in {
+        ("bench", bundle, "-e", "auto", "-k", 3): "-k with a number is for an exit: give one, as --exit-layer 3,auto",
+        ("plan", bundle, "-d", "h100", "--block-size", 32): "--block-size is for 4 bits: give --weights int4",
+        ("check", bundle, "--dialect", "layers"): "'layers' is not one of 'standard', 'ort', 'cpu', 'standard-inputs'",
+    }.items():
+        result = run(*words)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_bench_measures_each_exit_and_length_once(bundle, texts):
+    twice = "-e", "3,3", "-k", 2, "-k", 2
+    report = succeed("bench", bundle, "--prompts", texts, "-n", 4, *twice, "--repeats", 1, "--json").stdout
+    assert [(row["exit_layer"], row["num_speculations"]) for row in json.loads(report)["rows"]] == [(None, 0), (3, 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["export", "{tmp}/nowhere", "{tmp}/b", "-e", "2"], 3, "nowhere: no such folder"),
+        (["export", "{checkpoint}", "{tmp}/b", "-e", "2", "--revision", "x"], 3, "a folder, which has no revision 'x'"),
         (["export", "{tmp}", "{tmp}/b", "-e", "2"], 3, "config.json: no such file"),
         (["export", "{checkpoint}", "{bundle}", "-e", "2"], 4, "already exists"),
         (["export", "{checkpoint}", "{tmp}/b", "-e", "4"], 5, "exit layer: 4; wanted 1 to 3"),

@@ -100,8 +100,12 @@ def bench(
         require("bench --html")
     if compare:
         require("bench --compare")
+    lengths = tuple(dict.fromkeys(k for k in grid if k != "auto"))
+    exits = tuple(dict.fromkeys(one for one in exit_layers or () if one != "auto"))
+    if lengths and exit_layers and not exits:
+        raise click.UsageError("-k with a number is for an exit: give one, as --exit-layer 3,auto, or leave it out")
     settings = BenchSettings(
-        tuple(k for k in grid if k != "auto") or (() if grid else tuple(range(1, 9))),
+        lengths or (() if grid else tuple(range(1, 9))),
         max_new_tokens,
         repeats,
         confidence_threshold,
@@ -109,7 +113,7 @@ def bench(
         GREEDY.changed(**drawing),
         first(draft, BenchSettings.draft),
         "auto" in grid,
-        tuple(one for one in exit_layers or () if one != "auto"),
+        exits,
         "auto" in (exit_layers or ()),
     )
     texts = load_prompts(prompts)[:num_prompts]

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from edgeskip.runtime.bundle.dialects import DIALECTS
+from edgeskip.runtime.bundle.dialects import WHOLE
 from edgeskip.runtime.commands.options import (
+    Place,
     backend_option,
     bundle_argument,
     command_line,
@@ -25,6 +26,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @bundle_argument
 @click.option(
     "--reference",
+    type=Place(),
     help="The CHECKPOINT to compare with, a folder or hub id; of a quantized bundle, what was lost to quantization is "
     "told.  [default: the bundle's weights]",
 )
@@ -38,7 +40,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 @json_option
 @click.option(
     "--dialect",
-    type=click.Choice(tuple(DIALECTS)),
+    type=click.Choice(WHOLE),
     help="The dialect of ONNX Runtime's graphs.  [default: the device's]",
 )
 @backend_option

@@ -17,7 +17,7 @@ from edgeskip.runtime.commands.options import Place, exit_layers_option, first, 
 
 
 @click.command()
-@click.argument("paths", nargs=-1, metavar="[CHECKPOINT] [BUNDLE]")
+@click.argument("paths", nargs=-1, type=Place(), metavar="[CHECKPOINT] [BUNDLE]")
 @recipe_option
 @click.option(
     "--device",

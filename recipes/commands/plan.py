@@ -18,7 +18,7 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=Place())
 @recipe_option
 @click.option(
     "--device",
@@ -166,13 +166,15 @@ def plan(
         check_report(report, path)
     a, out = shape.architecture, console(stderr=on_stdout(json_path))
     recommended = None
-    if weights or head or layers:
+    if weights or head or layers or bits is not None:
         size = first(size, fitting_block_size(a, device))
         choice = QuantizationChoice(weights=weights, head=head, layers=layers, block_size=size, bits=bits)
         formats = planned_formats(a, first(dtype, device.dtype), choice)
     elif formats is None:
         recommended = recommend(a, device, settings, size, measured)
         formats = recommended.formats
+    elif block_size is not None:
+        raise click.UsageError("--block-size is for 4 bits: give --weights int4, or leave it out")
     made = make_plan(recipe or shape.name, a, device, replace(settings, formats=formats), measured)
     made = replace(made, recommended=recommended)
     print_plan(made, out)

@@ -475,13 +475,16 @@ def parse_match_rates(texts: Sequence[str], exit_layer: int) -> dict[int, tuple[
     for text in texts:
         layer, equals, rates = text.rpartition("=")
         try:
-            own = tuple(map(float, rates.split(",")))
-            found[int(layer) if equals else exit_layer] = own
+            own, at = tuple(map(float, rates.split(","))), int(layer) if equals else exit_layer
             if not all(0 <= rate <= 1 for rate in own):
                 raise ValueError
         except ValueError:
             wanted = "a share from 0 to 1, or E=share, or several shares, as 0.9,0.3"
             raise RequestError("match rate", f"{text!r:.60}", wanted=wanted) from None
+        if at in found:
+            fix = "give those of several kinds of text in one list, as 0.9,0.3"
+            raise RequestError("match rate", f"that of exit layer {at} twice", fix=fix)
+        found[at] = own
     return found
 
 

@@ -48,16 +48,15 @@ def open_session(
         BundleError: there are no engines for the backend, or they do not fit this machine.
         BackendError: the backend, the device or its libraries are missing, refuse the bundle, or lack memory.
     """
-    from edgeskip.runtime.bundle.dialects import DIALECTS
+    from edgeskip.runtime.bundle.dialects import WHOLE
     from edgeskip.runtime.bundle.manifest import verify_hashes
     from edgeskip.runtime.bundle.store import find_engines, not_loaded
     from edgeskip.runtime.bundle.weights import stored_arrays
 
-    dialects = (None, *(name for name, one in DIALECTS.items() if not one.in_parts))
     for place, asked, choices in (
         ("backend", backend, BACKENDS),
         ("device", device, DEVICES),
-        ("dialect", dialect, dialects),
+        ("dialect", dialect, (None, *WHOLE)),
     ):
         if asked not in choices:
             raise RequestError(place, f"{asked!r:.60}", wanted=f"one of {', '.join(filter(None, choices))}")

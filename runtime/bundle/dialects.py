@@ -58,6 +58,9 @@ depend on how many a call has. `standard-inputs` is `standard` for engines, `pri
 TensorRT has had since 10.3, and `layers` has those without the attention, which is a kernel of ours.
 """
 
+WHOLE = tuple(name for name, dialect in DIALECTS.items() if not dialect.in_parts)
+"""Those whose graphs ONNX Runtime can run."""
+
 ENGINE_DIALECTS: dict[str, Dialect] = {
     "standard": DIALECTS["standard-inputs"],
     "primitive": DIALECTS["primitive"],

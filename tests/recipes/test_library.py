@@ -135,6 +135,15 @@ def test_names_find_files_of_every_kind():
     assert recipe_file("x/y.toml") == Path("x/y.toml")
 
 
+def test_a_file_needs_no_suffix_and_hides_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "python-10m"):
+        Path(name).write_text(recipe_file("llama3.2-1b").read_text())
+    assert recipe_file("mine") == Path("mine")
+    assert recipe_file("python-10m") == FOLDERS["model"] / "python-10m.toml"
+    assert "exit layer 4 of 16" in run("plan", "--recipe", "mine", "--device", "h100").output
+
+
 # The commands
 
 

@@ -425,6 +425,12 @@ def test_a_config_of_ones_own_is_planned(checkpoints):
         (["llama3-8b", "--match-rate", "80"], 5, "'80'; wanted a share from 0 to 1, or E=share"),
         (["llama3-8b", "--match-rate", "4=x"], 5, "'4=x'; wanted a share"),
         (["llama3-8b", "--match-rate", "=0.5"], 5, "'=0.5'; wanted a share"),
+        (
+            ["llama3-8b", "-e", "4", "--match-rate", "0.5", "--match-rate", "4=0.9"],
+            5,
+            "that of exit layer 4 twice; give",
+        ),
+        (["llama3-8b", "--bits", "5"], 5, "bits: 5, for weights that are not `auto`; leave it out"),
         (["llama3-8b", "--ngrams", "1.5"], 5, "n-grams: '1.5'; wanted a match rate from 0 to 1, or share=rate"),
         (["llama3-8b", "--ngrams", "=0.5"], 5, "'=0.5'; wanted a match rate"),
         (["llama3-8b", "--exit-layer", "0"], 5, "exit layer: 0; wanted 1 to 31"),
