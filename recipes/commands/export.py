@@ -9,11 +9,11 @@ from typing import Any, get_args
 import click
 
 from edgeskip.exporter.quantization.choice import BITS_TEXT, FormatChoice, Method, WeightsChoice
-from edgeskip.recipes.commands.options import names_of, recipe_option
+from edgeskip.recipes.commands.options import ALL, names_of, recipe_option, rows_of
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS
-from edgeskip.runtime.commands.options import Place, exit_layers_option, first, require, say
+from edgeskip.runtime.commands.options import Choice, Place, exit_layers_option, first, require, say
 
 
 @click.command()
@@ -47,8 +47,8 @@ from edgeskip.runtime.commands.options import Place, exit_layers_option, first, 
 )
 @click.option(
     "--draft-vocabulary",
-    type=int,
-    metavar="ROWS",
+    type=Choice(ALL),
+    metavar="ROWS|all",
     help="Draft from this many rows of the vocabulary alone, which is faster; the text stays the same.  [default: the "
     "recipe's, or all]",
 )
@@ -106,7 +106,7 @@ def export(
     dtype: Any,
     max_length: int | None,
     num_speculations: int | None,
-    draft_vocabulary: int | None,
+    draft_vocabulary: Any,
     keep_token_ids: bool,
     weights: Any,
     head: Any,
@@ -158,10 +158,12 @@ def export(
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
         bits = first(bits, chosen.bits if weights == "auto" else None)
         quantizer = first(quantizer, chosen.quantizer)
-        draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
+        draft_vocabulary = rows_of(draft_vocabulary, chosen.draft_vocabulary)
         keep_token_ids = keep_token_ids or chosen.keep_token_ids
         if chosen.calibration and (weights == "auto" or quantizer == "gptq" or draft_vocabulary is not None):
             calibration = first(calibration, path.parent / chosen.calibration)
+    else:
+        draft_vocabulary = rows_of(draft_vocabulary)
     if keep_token_ids and draft_vocabulary is None:
         raise click.UsageError("--keep-token-ids is for drafts from a part of the vocabulary: give --draft-vocabulary")
     if weights == "auto" or quantizer == "gptq":

@@ -8,8 +8,17 @@ import click
 from click.shell_completion import CompletionItem
 
 from edgeskip.recipes.reader import FOLDERS, Kind
+from edgeskip.runtime.commands.options import first
+
+ALL = "all"
+"""What --draft-vocabulary is where drafts come from all rows, whatever a recipe or a bundle says."""
 
 Completion = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def rows_of(given: int | str | None, otherwise: int | None = None) -> int | None:
+    """The rows of --draft-vocabulary, or null for all; by default those of a recipe or a bundle."""
+    return None if given == ALL else first(given, otherwise)
 
 
 def names_of(*kinds: Kind) -> Completion:

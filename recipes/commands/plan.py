@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from edgeskip.exporter.quantization.choice import BITS_TEXT, FormatChoice, WeightsChoice
-from edgeskip.recipes.commands.options import names_of, recipe_option
+from edgeskip.recipes.commands.options import ALL, names_of, recipe_option, rows_of
 from edgeskip.runtime.backends.choice import Backend
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import BLOCK_SIZES
@@ -68,8 +68,8 @@ from edgeskip.runtime.commands.reports import check_writable, on_stdout, write_j
 )
 @click.option(
     "--draft-vocabulary",
-    type=int,
-    metavar="ROWS",
+    type=Choice(ALL),
+    metavar="ROWS|all",
     help="Rows of the vocabulary that drafts come from.  [default: the recipe's or the bundle's, else all]",
 )
 @click.option("--max-length", type=int, help="Capacity in tokens.  [default: the recipe's or the device's]")
@@ -98,7 +98,7 @@ def plan(
     head: Any,
     layers: tuple[str, ...],
     block_size: str | None,
-    draft_vocabulary: int | None,
+    draft_vocabulary: Any,
     max_length: int | None,
     jetpack: str | None,
     position: int | None,
@@ -137,7 +137,7 @@ def plan(
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
         bits = first(bits, chosen.bits if weights == "auto" else None)
-        draft_vocabulary = first(draft_vocabulary, chosen.draft_vocabulary)
+        draft_vocabulary = rows_of(draft_vocabulary, chosen.draft_vocabulary)
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
@@ -146,10 +146,11 @@ def plan(
             first(dtype, manifest.dtype),
         )
         max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
-        formats, draft_vocabulary = manifest.formats, first(draft_vocabulary, manifest.draft_vocabulary)
+        formats, draft_vocabulary = manifest.formats, rows_of(draft_vocabulary, manifest.draft_vocabulary)
     else:
         shape = load_shape(str(model))
         exit_layers = first(exit_layers, (max(shape.architecture.num_layers // 4, 1),))
+        draft_vocabulary = rows_of(draft_vocabulary)
     exit_layer, *other_exits = exit_layers
     known |= parse_match_rates(match_rates, exit_layer)
     if exit_layer not in known:

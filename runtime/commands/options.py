@@ -57,16 +57,17 @@ else:
 
 
 class Choice(_AnyType):
-    """A number, such as an exit layer or a speculation length, or `auto`."""
+    """A number, such as an exit layer or a speculation length, or a word, such as `auto`."""
 
-    name = "integer|auto"
+    def __init__(self, word: str = "auto") -> None:
+        self.name, self._word = f"integer|{word}", word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or `auto`."""
+        """The number, or the word."""
         try:
-            return value if value == "auto" else int(value)
+            return value if value == self._word else int(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
+            self.fail(f"{value!r} is neither a whole number nor {self._word}.", param, ctx)
 
 
 class ExitLayers(_AnyType):

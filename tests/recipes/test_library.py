@@ -260,6 +260,19 @@ def test_a_recipe_says_how_weights_are_stored_and_options_go_before_it(checkpoin
     assert formats_of(tmp_path / "c") == (["int4-32", "int8"], "int4-32")
 
 
+def test_a_recipe_says_where_drafts_come_from_and_all_goes_before_it(tmp_path):
+    write(tmp_path, r='extends = "python-10m"\ndraft_vocabulary = 512\nkeep_token_ids = true\n')
+    recipe = ("--recipe", tmp_path / "r.toml")
+    said = run("export", *recipe, tmp_path / "b").output
+    assert "Drafts are among the 512 tokens that have the first ids." in said
+    assert read_bundle(tmp_path / "b").manifest.draft_vocabulary == 512
+    assert run("export", *recipe, tmp_path / "c", "--draft-vocabulary", "all").exit_code == 0
+    assert read_bundle(tmp_path / "c").manifest.draft_vocabulary is None
+    plans = [run("plan", *asked, "-d", "h100").output for asked in (recipe, (*recipe, "--draft-vocabulary", "all"))]
+    assert ["draft_head" in plan for plan in plans] == [True, False]
+    assert "neither a whole number nor all" in run("export", "c", "b", "-e", 1, "--draft-vocabulary", "auto").stderr
+
+
 def test_texts_of_a_recipe_lie_beside_it_and_are_read_where_something_asks_for_them(tmp_path):
     (tmp_path / "texts.txt").write_text("def add(a, b):\n    return a + b\n" * 100)
     texts = 'extends = "python-10m"\ncalibration = "texts.txt"\n'
