@@ -217,7 +217,8 @@ def early_exit_round(split: Split) -> Round:
 @cache
 def prefill_round(split: Split, rows: int, *, last: bool, early_exit: bool) -> Round:
     """A chunk of the prompt; the last one also picks the first new token from its last row."""
-    calls = list(_chain(split.draft if early_exit else split.draft + split.verify, 0, rows))
+    links = split.draft if early_exit else split.draft + split.verify
+    calls = [replace(call, verifies=True) for call in _chain(links, 0, rows)]
     if last:
         calls.append(_target_head(split.head, split.exit_states if early_exit else "hidden_states", rows - 1, 1))
     row_inputs = split.head.row_inputs if last else ()

@@ -98,6 +98,18 @@ def assert_drafts_change_no_token(model, prompts, new_tokens=None):
     assert drafted > len(prompts)
 
 
+@pytest.mark.parametrize("name", OF_SHIPPED)
+def test_a_prompt_of_one_token_leaves_the_row_that_any_prompt_does(name, shipped):
+    with load(shipped(name).folder, device="cpu") as model:
+        rows = []
+        for prompt in ([7], [7, 8, 9, 10]):
+            model.forget()
+            model.complete(prompt, max_new_tokens=1)
+            rows.append(model.session.read_caches(1))
+        for cache, alone in rows[0].items():
+            np.testing.assert_array_equal(alone, rows[1][cache])
+
+
 def random_prompts(count, vocabulary):
     random = np.random.default_rng(1)
     return [list(map(int, random.integers(2, vocabulary, random.integers(1, 12)))) for _ in range(count)]
