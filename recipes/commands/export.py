@@ -159,13 +159,13 @@ def export(
         bits = first(bits, chosen.bits if weights == "auto" else None)
         quantizer = first(quantizer, chosen.quantizer)
         draft_vocabulary = rows_of(draft_vocabulary, chosen.draft_vocabulary)
-        keep_token_ids = keep_token_ids or chosen.keep_token_ids
         if chosen.calibration and (weights == "auto" or quantizer == "gptq" or draft_vocabulary is not None):
             calibration = first(calibration, path.parent / chosen.calibration)
     else:
         draft_vocabulary = rows_of(draft_vocabulary)
     if keep_token_ids and draft_vocabulary is None:
         raise click.UsageError("--keep-token-ids is for drafts from a part of the vocabulary: give --draft-vocabulary")
+    keep_token_ids = keep_token_ids or (recipe is not None and chosen.keep_token_ids)
     if weights == "auto" or quantizer == "gptq":
         require("export --quantizer gptq")
     in_4_bits = weights == "auto" or "int4" in (weights, head) or any(one.endswith("=int4") for one in layers)
