@@ -75,20 +75,25 @@ def read_lines() -> str | None:
     return line.removesuffix("\n") if line else None
 
 
-def converse(chat: Chat, read: Read, out: Console, notes: Console) -> None:
-    """Talks until the input ends; answers go to `out`, all else to `notes`."""
+def converse(chat: Chat, read: Read, out: Console, notes: Console) -> int:
+    """Talks until the input ends; answers go to `out`, all else to `notes`. Returns the exit code of the first message
+    or command that failed, or 0.
+    """
+    failed = 0
     with _interrupts() as seen:
         while (said := read()) is not None:
             seen.clear()
             try:
                 if said.startswith("/"):
                     if _command(chat, said.strip(), notes) == "end":
-                        return
+                        break
                 elif said.strip():
                     _answer(chat, said, out, notes, lambda: bool(seen))
             except EdgeskipError as error:
                 notes.print(shown(error), style="bold")
+                failed = failed or error.exit_code
             seen.clear()
+    return failed
 
 
 def _answer(chat: Chat, said: str, out: Console, notes: Console, stopped: Callable[[], bool]) -> None:

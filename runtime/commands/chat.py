@@ -74,4 +74,6 @@ def chat(
         conversation = Chat(model, system=system, **settings)
         if is_terminal:
             print_model(model, notes)
-        converse(conversation, read_terminal() if is_terminal else read_lines, console(), notes)
+        failed = converse(conversation, read_terminal() if is_terminal else read_lines, console(), notes)
+    if failed and not is_terminal:
+        raise SystemExit(failed)
