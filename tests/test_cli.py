@@ -210,6 +210,9 @@ def test_json_is_one_object_with_the_documented_keys(bundle):
     "words",
     [
         ["generate", "", "-p", "a"],
+        ["generate", "{bundle}", "-p", "a", "--json", ""],
+        ["generate", "{bundle}", "-p", "a", "--json-schema", ""],
+        ["push", "{bundle}", "x/y", "--report", ""],
         ["bench", "{bundle}", "--prompts", ""],
         ["export", "", "b", "-e", "1"],
         ["export", "c", "", "-e", "1"],

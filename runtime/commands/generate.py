@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edgeskip.runtime.commands.options import (
+    Place,
     backend_option,
     bundle_argument,
     device_option,
@@ -50,7 +51,7 @@ from edgeskip.runtime.sampling import GREEDY
 @click.option("--max-new-tokens", "-n", type=int, default=256, show_default=True, help="The most tokens to generate.")
 @click.option("--stop", multiple=True, help="End at this text; can be given more than once.")
 @sampling_options
-@click.option("--json-schema", type=click.Path(path_type=Path), help="Make it JSON that fits the schema in this file.")
+@click.option("--json-schema", type=Place(path_type=Path), help="Make it JSON that fits the schema in this file.")
 @click.option("--regex", help="Make it a text that this regular expression matches as a whole.")
 @click.option("--logprobs", type=int, help="Add log-probabilities to --json: each token's, and this many others'.")
 @report_option("json", "Write text, tokens and statistics to FILE as a JSON object; without FILE, to stdout.")

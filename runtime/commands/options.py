@@ -178,7 +178,7 @@ def sampling_options(command: CommandT) -> CommandT:
 
 def report_option(name: str, text: str) -> Callable[[CommandT], CommandT]:
     """An option that takes a file, and that means standard output without one."""
-    settings: Any = {"type": click.Path(path_type=Path), "is_flag": False, "flag_value": "-", "metavar": "[FILE]"}
+    settings: Any = {"type": Place(path_type=Path), "is_flag": False, "flag_value": "-", "metavar": "[FILE]"}
     return click.option(f"--{name}", f"{name}_path", help=text, **settings)
 
 

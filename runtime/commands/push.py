@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeskip.runtime.commands.options import bundle_argument, require, say
+from edgeskip.runtime.commands.options import Place, bundle_argument, require, say
 from edgeskip.runtime.errors import BundleError, RequestError
 from edgeskip.runtime.hub.access import is_hub_id
 from edgeskip.runtime.reading import read_json
@@ -23,14 +23,14 @@ from edgeskip.runtime.reading import read_json
 @click.option(
     "--report",
     "reports",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     multiple=True,
     help="A report of `edgeskip bench --json` to show; can be given more than once.",
 )
 @click.option(
     "--check",
     "checks",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     multiple=True,
     help="A report of `edgeskip check --json` to show; can be given more than once.",
 )
