@@ -201,6 +201,9 @@ class Model:
             RequestError: at once, if this cannot be served; on the first piece, if another generator is running.
             BackendError: at once, if there is a grammar and its library is not installed.
         """
+        if unknown := further.keys() - FurtherSettings.__annotations__.keys():
+            wanted = f"one of {', '.join(GenerationSettings.__annotations__)}"
+            raise RequestError("setting", f"{min(unknown)!r:.60}", wanted=wanted)
         how = self._drafting(
             mode, num_speculations, confidence_threshold, further.pop("draft", None), further.pop("exit_layer", None)
         )

@@ -166,6 +166,7 @@ def test_generation_ends_at_a_stop_string(bundles):
         ("a", {"confidence_threshold": "x"}, "confidence threshold: 'x'; wanted 0 to 1"),
         ("a", {"stop": [""]}, "stop: an empty text"),
         ("a", {"stop": 5}, "stop: 5"),
+        ("a", {"max_tokens": 5}, "setting: 'max_tokens'; wanted one of .*, max_new_tokens, stop"),
         ("a", {"stop": ["a", 5]}, "stop: 5; wanted a text of at least one character"),
         ([{"role": "user", "content": "hi"}], {}, "no chat template"),
         (None, {}, "prompt: of type NoneType; wanted a text, token ids or a list of messages"),
