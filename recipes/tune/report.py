@@ -133,7 +133,7 @@ def _without(report: TuneReport) -> str:
     if other is None:
         return ""
     text = f" From all rows: at best exit layer {other.exit_layer} with {_drafts(other)}, {other.ms_per_token:.3f} ms"
-    return f"{text}, which is faster: export without --draft-vocabulary." if _is_faster(other, report) else f"{text}."
+    return f"{text}, which is faster: export with --draft-vocabulary all." if _is_faster(other, report) else f"{text}."
 
 
 def _is_faster(other: Pair | None, report: TuneReport) -> bool:

@@ -455,7 +455,7 @@ def test_drafts_from_some_rows_of_the_vocabulary_are_weighed_as_they_are_decoded
         assert (recipe.draft_vocabulary, recipe.exit_layer) == (rows, exit_layer)
         console = Console(record=True, width=400, file=io.StringIO())
         print_tuning(one, console)
-        assert ("which is faster: export without --draft-vocabulary" in console.export_text()) == (rows is None)
+        assert ("which is faster: export with --draft-vocabulary all" in console.export_text()) == (rows is None)
 
 
 @pytest.mark.parametrize("name", ['a "quoted" \\ name', "line\nbreak", "tab\tand \x7f", "größer"])
