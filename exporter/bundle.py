@@ -26,6 +26,7 @@ from edgeskip.runtime.bundle.graphs import (
     PICKERS,
     check_draft_vocabulary,
     check_exit_layers,
+    check_max_length,
     check_num_speculations,
     graph_table,
     heads_of,
@@ -153,10 +154,8 @@ def _check_settings(checkpoint: Checkpoint, settings: ExportSettings) -> int:
     layers, context = checkpoint.architecture.num_layers, checkpoint.architecture.max_position_embeddings
     check_exit_layers((settings.exit_layer, *settings.other_exits), layers)
     capacity = min(context, DEFAULT_MAX_LENGTH) if settings.max_length is None else settings.max_length
-    if not 2 <= capacity <= context:
-        window = checkpoint.sliding_window
-        reason = f"its attention window is {window}" if window == context else "the model's context"
-        raise RequestError("max length", f"{capacity}", wanted=f"2 to {context}: {reason}")
+    window = checkpoint.sliding_window
+    check_max_length(capacity, context, *([f"its attention window is {window}"] if window == context else []))
     check_num_speculations(settings.num_speculations)
     if settings.picker not in PICKERS:
         raise RequestError("picker", settings.picker, wanted=" or ".join(PICKERS))

@@ -15,7 +15,7 @@ from edgeskip.recipes.plan.plan import PlanSettings
 from edgeskip.recipes.plan.recommend import recommend
 from edgeskip.recipes.reader import FOLDERS, Kind, find_file, read_recipe, read_table
 from edgeskip.recipes.train.schema import TrainingRecipe
-from edgeskip.runtime.bundle.graphs import check_draft_vocabulary, check_exit_layers
+from edgeskip.runtime.bundle.graphs import check_draft_vocabulary, check_exit_layers, check_max_length
 from edgeskip.runtime.errors import EdgeskipError, RecipeError, RequestError
 
 _CLASSES: dict[Kind, type[Any]] = {"model": ExportRecipe, "device": Device, "training": TrainingRecipe}
@@ -75,8 +75,8 @@ def validate(path: Path) -> Kind:
     """Reads a recipe of any kind and checks all that can be told from the file alone; its keys tell its kind.
 
     Raises:
-        RecipeError: it is malformed, names a shape that is not there, or an exit layer or a format that its model
-            cannot have.
+        RecipeError: it is malformed, names a shape that is not there, or an exit layer, a length or a format that its
+            model cannot have.
     """
     table = read_table(path)
     kind: Kind = "training" if "run" in table else "device" if "bandwidth_gb_per_s" in table else "model"
@@ -94,6 +94,8 @@ def validate(path: Path) -> Kind:
             )
             planned_formats(architecture, recipe.dtype or "fp16", choice)
             check_draft_vocabulary(recipe.draft_vocabulary, architecture.vocab_size)
+            if recipe.max_length is not None:
+                check_max_length(recipe.max_length, architecture.max_position_embeddings)
         except EdgeskipError as error:
             raise RecipeError(f"{path}: {error.place}", error.found, wanted=error.wanted, fix=error.fix) from None
         exits = (recipe.exit_layer, *recipe.other_exits)

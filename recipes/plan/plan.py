@@ -59,6 +59,7 @@ from edgeskip.runtime.bundle.graphs import (
     check_draft_vocabulary,
     check_exit_layer,
     check_exit_layers,
+    check_max_length,
     check_num_speculations,
     graph_table,
     heads_of,
@@ -543,8 +544,8 @@ def _check(architecture: Architecture, device: Device, settings: PlanSettings) -
     k = settings.num_speculations
     if k is not None and k != "auto":
         check_num_speculations(k, " or 'auto'")
-    if settings.max_length is None or not 2 <= settings.max_length <= context:
-        raise RequestError("max length", f"{settings.max_length}", wanted=f"2 to {context}: the model's context")
+    assert settings.max_length is not None
+    check_max_length(settings.max_length, context)
     if settings.position is not None and not 0 <= settings.position < settings.max_length:
         wanted = f"0 to {settings.max_length - 1}, within the capacity"
         raise RequestError("position", f"{settings.position}", wanted=wanted)

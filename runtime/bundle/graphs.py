@@ -252,6 +252,16 @@ def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> Non
         raise RequestError("draft vocabulary", f"{draft_vocabulary}", wanted=wanted)
 
 
+def check_max_length(max_length: int, context: int, reason: str = "the model's context") -> None:
+    """Checks that caches for so many tokens suit a model that takes so many; `reason` says why it takes no more.
+
+    Raises:
+        RequestError: they do not.
+    """
+    if not 2 <= max_length <= context:
+        raise RequestError("max length", f"{max_length}", wanted=f"2 to {context}: {reason}")
+
+
 def check_num_speculations(num_speculations: int, otherwise: str = "") -> None:
     """Checks that workspaces and engines are made for rounds of this many drafts; `otherwise` says what else would do.
 
