@@ -20,12 +20,13 @@ from edgeskip.runtime.bundle.formats import BlockSize
 from edgeskip.runtime.bundle.graphs import DEFAULT_SPECULATIONS, LEAST_DRAFT_VOCABULARY, MAX_SPECULATIONS
 from edgeskip.runtime.bundle.manifest import MANIFEST
 from edgeskip.runtime.errors import RecipeError
-from edgeskip.runtime.structure import Range
+from edgeskip.runtime.structure import Pattern, Range
 
 Capacity = Annotated[int, Range(2, MOST_SIZE)]
 Microseconds = Annotated[float, Range(0, 1e9)]
 Amount = Annotated[float, Range(1e-3, 1e6)]
 Part = Annotated[float, Range(0.01, 1)]
+Version = Annotated[str, Pattern(r"\d{1,9}(\.\d{1,9}){0,9}", "a version, such as 10.3")]
 
 MODELS, DEVICES = FOLDERS["model"], FOLDERS["device"]
 CHECKPOINTS = MODELS / "checkpoints"
@@ -150,8 +151,8 @@ class Device:
     shared_memory: bool = False
     dtype: DType = "fp16"
     max_length: Capacity = 2048
-    tensorrt: str | None = None
-    jetpacks: Mapping[str, str] = field(default_factory=dict)
+    tensorrt: Version | None = None
+    jetpacks: Mapping[str, Version] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     kernels: Kernels = field(default_factory=Kernels)
 

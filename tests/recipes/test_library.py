@@ -86,6 +86,8 @@ def test_a_base_that_leads_back_is_refused(tmp_path):
             CARD.replace("reserved_gb = 0.5", "reserved_gb = 9.0"),
             "reserved_gb: found 9.0; wanted less than memory_gb 8.0",
         ),
+        ('extends = "orin-nano-8gb"\ntensorrt = "new"', "tensorrt: found 'new'; wanted a version, such as 10.3"),
+        ('extends = "orin-nano-8gb"\n[jetpacks]\n8 = ""', "jetpacks.8: found ''; wanted a version, such as 10.3"),
         (CARD.replace('["tensorrt-rtx"]', "[]"), "backends: found none; wanted at least one"),
         (CARD.replace("86", "8.6"), "compute_capability: found 8.6; wanted a whole number"),
     ],
