@@ -212,7 +212,8 @@ class Bundle:
         """
         if dialect not in self.manifest.dialects:
             found = f"no graphs of the {dialect} dialect, as its weights are quantized"
-            raise BundleError(self.folder, found, wanted=" or ".join(self.manifest.dialects))
+            whole = (name for name, one in self.manifest.dialects.items() if not one.in_parts)
+            raise BundleError(self.folder, found, wanted=" or ".join(whole))
         return self.folder / DIALECTS[dialect].file.format(graph)
 
 
