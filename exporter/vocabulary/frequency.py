@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from edgeskip.runtime.bench.prompts import load_prompts
@@ -26,7 +25,7 @@ LEAST_TOKENS = 256
 """In all texts together."""
 
 FREQUENCIES = Path(__file__).with_name("frequencies.safetensors")
-"""For each tokenizer, the levels of its tokens [n]; in the metadata, the fingerprint of these n tokens."""
+"""The levels of each tokenizer's tokens [n], by its name and the fingerprint of these n tokens."""
 
 _LEVELS = 8
 """To an octave. A byte has room for 255 of them, which is more than 31 octaves, and for none."""
@@ -64,18 +63,15 @@ def shipped_levels(vocab: Mapping[str, int], vocab_size: int) -> Array | None:
 
     A tokenizer is known by its first tokens, as those that were made from it have more of them: these have level 0.
     """
-    with safe_open(FREQUENCIES, "np") as file:
-        for name, wanted in file.metadata().items():
-            levels = file.get_tensor(name)
-            if len(levels) <= vocab_size and fingerprint(vocab, len(levels)) == wanted:
-                return np.pad(levels, (0, vocab_size - len(levels)))
+    for name, levels in load_file(FREQUENCIES).items():
+        if len(levels) <= vocab_size and name.endswith(fingerprint(vocab, len(levels))):
+            return np.pad(levels, (0, vocab_size - len(levels)))
     return None
 
 
 def write_levels(path: Path, levels: Mapping[str, tuple[Mapping[str, int], Array]]) -> None:
     """Writes the file of frequencies, from a tokenizer's vocabulary and levels by its name."""
-    arrays = {name: array for name, (_, array) in levels.items()}
-    save_file(arrays, path, {name: fingerprint(vocab, len(array)) for name, (vocab, array) in levels.items()})
+    save_file({f"{name}:{fingerprint(vocab, len(array))}": array for name, (vocab, array) in levels.items()}, path)
 
 
 def levels_of(frequencies: Array) -> Array:

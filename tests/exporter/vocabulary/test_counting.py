@@ -77,6 +77,8 @@ def test_each_kind_of_text_has_its_share(tmp_path):
         for id_, count in Counter(ids).items():
             frequencies[id_] += share * count / len(ids)
     seen = frequencies > 0
-    levels = load_file(tmp_path / "out")["own"].astype(float)
+    ((name, levels),) = load_file(tmp_path / "out").items()
+    assert name.startswith("own:")
+    levels = levels.astype(float)
     assert (levels > 0).tolist() == seen.tolist()
     np.testing.assert_allclose(2 ** ((levels[seen] - 255) / 8), frequencies[seen], rtol=0.05)

@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors import safe_open
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
@@ -117,8 +116,7 @@ def test_another_tokenizer_keeps_its_order_without_texts(shipped):
 
 
 def test_frequencies_ship_for_widespread_tokenizers():
-    with safe_open(frequency.FREQUENCIES, "np") as file:
-        sizes = {name: len(file.get_tensor(name)) for name in file.metadata()}
+    sizes = {name.partition(":")[0]: len(levels) for name, levels in load_file(frequency.FREQUENCIES).items()}
     assert sizes == {"llama-2": 32_000, "llama-3": 128_000, "qwen": 151_643}
 
 
