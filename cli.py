@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -69,7 +69,7 @@ class _Group(click.Group):
         """A folder is not a report: after a bare --json, it is the next argument."""
         pairs = zip(args, [*args[1:], ""], strict=False)
         given = [f"{one}=-" if one in REPORTS and os.path.isdir(after) else one for one, after in pairs]  # noqa: PTH112
-        with _until_unread(ctx):
+        with _in_one_line(ctx), _until_unread(ctx):
             return super().parse_args(ctx, given)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -88,27 +88,12 @@ class _Group(click.Group):
                 signal.signal(number, _end)  # what the parent ignores, as under nohup, stays ignored
         if sys.unraisablehook is sys.__unraisablehook__:
             sys.unraisablehook = _not_raised
-        try:
+        with _in_one_line(ctx):
             _check_surroundings()
             with _until_unread(ctx), _not_imported():
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
-        except EdgeskipError as error:
-            said = error
-        except (MemoryError, ImportError) as error:
-            if isinstance(error, ImportError) and "failed to map segment" not in str(error):
-                raise
-            said = BackendError("memory", f"not enough ({str(error) or 'none is left'})", fix="free some")
-        except OSError as error:
-            if error.errno is None:
-                raise  # a library's own, of which nothing is known
-            said = _of_the_system(error)
-        except KeyboardInterrupt:
-            click.echo("edgeskip: interrupted", err=True)
-            ctx.exit(130)
-        click.echo(f"edgeskip: {said}", err=True)
-        ctx.exit(said.exit_code)
 
 
 def _prepare_streams() -> None:
@@ -136,6 +121,34 @@ def _check_surroundings() -> None:
         if 0 <= limit < _LEAST_ADDRESSES:
             wanted = f"{_LEAST_ADDRESSES / 1e6:.0f} MB or more"
             raise BackendError("memory", f"limited to {limit / 1e6:.0f} MB", wanted=wanted, fix="ulimit -v unlimited")
+
+
+@contextmanager
+def _in_one_line(ctx: click.Context) -> Iterator[None]:
+    """Prints what the user can mend as one line, and exits with its code."""
+    try:
+        yield
+        return
+    except EdgeskipError as error:
+        said = error
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        said = BackendError("memory", f"not enough ({str(error) or 'none is left'})", fix="free some")
+    except OSError as error:
+        if error.errno is None:
+            raise  # a library's own, of which nothing is known
+        said = _of_the_system(error)
+    except KeyboardInterrupt:
+        _exit(ctx, "interrupted", 130)
+    _exit(ctx, str(said), said.exit_code)
+
+
+def _exit(ctx: click.Context, line: str, code: int) -> NoReturn:
+    """The code is told even where stderr takes no line."""
+    with suppress(OSError):
+        click.echo(f"edgeskip: {line}", err=True)
+    ctx.exit(code)
 
 
 @contextmanager

@@ -48,6 +48,17 @@ def test_a_closed_stdout_is_told_and_no_file_takes_its_place(bundle):
     assert (done.stdout, done.stderr) == ("7\n", "")
 
 
+@pytest.mark.parametrize("words", ["--help", "--version", "recipes list"])
+def test_a_full_stdout_is_told(words):
+    done = shell(f"{EDGESKIP} {words} >/dev/full")
+    assert done.returncode == 5
+    assert done.stderr == "edgeskip: stdout: cannot be written (No space left on device)\n"
+
+
+def test_a_full_stderr_changes_no_exit_code(tmp_path):
+    assert shell(f"{EDGESKIP} inspect {tmp_path} 2>/dev/full").returncode == 4
+
+
 def test_a_closed_stdout_is_in_nobodys_way_who_does_not_write_to_it(checkpoints, tmp_path):
     done = shell(f"{EDGESKIP} export {checkpoints('llama-gqa')} {tmp_path}/b -e 2 >&- <&-")
     assert done.returncode == 0
