@@ -70,6 +70,8 @@ def _print_stored(report: CheckReport, console: Console) -> None:
         console.print(f"and {len(wrong) - _SHOWN} more")
     if not report.lost:
         return
+    if report.stored is None:
+        console.print("Its layers came quantized, so its weights are not compared with the checkpoint's one by one.")
     lost = table("exit layer", "perplexity", "ratio", "KL", "same token", "matches last layer")
     for e in report.lost:
         perplexity = f"{e.original_perplexity:.4g} -> {e.perplexity:.4g}"

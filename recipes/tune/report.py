@@ -212,7 +212,7 @@ def tuned_recipe(report: TuneReport, file: str) -> str:
         f"num_speculations = {best.num_speculations}",
         f"dtype = {text(report.dtype)}",
         f"max_length = {report.max_length}",
-        *_formats(report.tensor_formats, report.num_layers),
+        *_formats(report.tensor_formats, report.num_layers, came=report.quantizer is None),
         *([f"draft_vocabulary = {report.draft_vocabulary}"] if other is not None and best is not other else []),
         *(['quantizer = "gptq"'] if report.quantizer == "gptq" else []),
         f"source = {text(source)}",
@@ -237,8 +237,11 @@ def _drafting_comment(report: TuneReport) -> Iterator[str]:
         yield _comment(f"Fastest on these texts with {decoding_text(fastest)}: {ms} ms per token")
 
 
-def _formats(formats: Mapping[str, str], num_layers: int) -> Iterator[str]:
-    """The keys that give tensors these formats, by name, or a comment where no recipe can say them."""
+def _formats(formats: Mapping[str, str], num_layers: int, *, came: bool) -> Iterator[str]:
+    """The keys that give tensors these formats, by name, or a comment where no recipe can say them; of a checkpoint
+    that came with quantized layers, those of its tables.
+    """
+    formats = {name: one for name, one in formats.items() if not came or name in TABLES}
     if not formats:
         return
     kinds = {kind_of(name) for name in formats if name not in TABLES}
@@ -251,7 +254,7 @@ def _formats(formats: Mapping[str, str], num_layers: int) -> Iterator[str]:
     choices = [_choice(of) for of in by_layer]
     most = statistics.mode(choices)
     others = [f"{i}={choice}" for i, choice in enumerate(choices) if choice != most]
-    yield f"weights = {_toml_text(most)}"
+    yield from [] if came else [f"weights = {_toml_text(most)}"]
     yield f"head = {_toml_text(_choice(tables))}"
     yield from [f"layers = {json.dumps(others)}"] if others else []
     yield from [f"block_size = {size}" for size in sizes]

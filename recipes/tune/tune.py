@@ -120,9 +120,10 @@ class TuneReport(Provenance):
     exit layer drafts right. `prompt_tokens` is a median, `new_tokens` a sum; of these tokens, `departures` are not what
     the probe's last layer gives: they are ties, which rounding decides. Rounds take `scale` times what their calls and
     the host add up to, as they did for the median text, decoded whole with the present pair. `tensor_formats` has those
-    of the bundle's quantized tensors, by name, and `quantizer` the method that found their numbers. If drafts come from
-    `draft_vocabulary` rows of the vocabulary alone, `covered` is the share of the texts' tokens that are among them,
-    which no exit drafts more of right, and `best_of_all_rows` the best pair without such a head.
+    of the bundle's quantized tensors, by name, and `quantizer` the method that found their numbers, null where layers
+    came quantized. If drafts come from `draft_vocabulary` rows of the vocabulary alone, `covered` is the share of the
+    texts' tokens that are among them, which no exit drafts more of right, and `best_of_all_rows` the best pair without
+    such a head.
     """
 
     exit_layers: tuple[int, ...]
@@ -237,7 +238,7 @@ def tune(
         valid=not found,
         doubts=found,
         tensor_formats=dict(manifest.formats),
-        quantizer=manifest.quantization.method if manifest.quantization else None,
+        quantizer=manifest.quantization.method if manifest.quantization and not manifest.quantization.came else None,
         draft_vocabulary=manifest.draft_vocabulary,
         covered=_covered(manifest, texts),
         best_of_all_rows=_best_pair(all_rows) if all_rows else None,

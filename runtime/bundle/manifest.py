@@ -82,6 +82,11 @@ class Quantization:
     seed: int | None = None
     calibration_sha256: Sha256 | None = None
 
+    @property
+    def came(self) -> bool:
+        """Whether the layers came quantized with the checkpoint; texts are only told to methods of the export's own."""
+        return self.method != "search" and self.calibration_sha256 is None
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from tests.conftest import make_model, save_checkpoint
 from tests.dequantizer import dequantized_model
 from tests.exporter.check.test_run import OLD_MARK, PROMPTS, copied
+from tests.exporter.quantization.stored import quantized_checkpoint
 from transformers import AutoModelForCausalLM
 
 import edgeskip
@@ -257,6 +258,22 @@ def test_a_bundle_that_is_its_checkpoint_lost_nothing(bundles, checkpoints):
     bundle = bundles(VARIANT)
     for one in quantization_loss(Golden(bundle), Golden(bundle, str(checkpoints(VARIANT))), [[5, 6, 7]]):
         assert (one.ratio, one.kl, one.agreement) == (pytest.approx(1), pytest.approx(0, abs=1e-9), 1.0)
+
+
+def test_scales_that_came_in_norms_are_no_fault(checkpoints, tmp_path):
+    """As AWQ leaves them: what the columns of a matrix are multiplied by, the norm before it is divided by."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoints(VARIANT))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight /= 2
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                part.weight *= 2
+    quantized_checkpoint(save_checkpoint(model, tmp_path / "scaled"), tmp_path / "awq", "awq", 4, 32)
+    bundle = export_bundle(open_checkpoint(str(tmp_path / "awq")), tmp_path / "bundle", ExportSettings(2))
+    done = run(bundle.folder, "--reference", checkpoints(VARIANT))
+    assert done.exit_code == 0, done.output
+    assert "Its layers came quantized, so its weights are not compared with the checkpoint's one by one." in done.output
+    assert "Lost to quantization: perplexity x" in done.output
 
 
 def run(*arguments):

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 from tests.conftest import edit_json
+from tests.exporter.quantization.stored import quantized_checkpoint
 from tests.runtime.bench.test_page import Page
 from tests.standin import HostDevice, standin_model
 
@@ -381,7 +382,7 @@ def test_several_exits_on_a_device_that_hides_its_graphs(bundles, tmp_path):
 )
 def test_the_recipe_has_the_formats_of_the_bundle(settings, report, bundles, checkpoints, tmp_path):
     bundle = bundles("llama-tied", **settings)
-    own = dataclasses.replace(report, tensor_formats=bundle.manifest.formats, num_layers=4)
+    own = dataclasses.replace(report, tensor_formats=bundle.manifest.formats, num_layers=4, quantizer="search")
     (tmp_path / "r.toml").write_text(tuned_recipe(own, "r.toml"))
     found, _ = load_export_recipe(str(tmp_path / "r.toml"))
     chosen = ExportSettings(
@@ -398,7 +399,7 @@ def test_the_recipe_has_the_formats_of_the_bundle(settings, report, bundles, che
 
 def test_formats_that_no_recipe_says_are_noted(report):
     formats = {"model.layers.0.mlp.down_proj.weight": "int8", "model.layers.0.self_attn.o_proj.weight": "int4-32"}
-    text = tuned_recipe(dataclasses.replace(report, tensor_formats=formats), "r.toml")
+    text = tuned_recipe(dataclasses.replace(report, tensor_formats=formats, quantizer="search"), "r.toml")
     assert "# The formats of its single matrices are not for a recipe to say: give --weights." in text
     assert "weights =" not in text
 
@@ -409,6 +410,19 @@ def test_the_recipe_has_the_quantizer_of_the_bundle(quantizer, report, tmp_path)
     own = dataclasses.replace(report, tensor_formats=formats, num_layers=4, quantizer=quantizer)
     (tmp_path / "r.toml").write_text(tuned_recipe(own, "r.toml"))
     assert load_export_recipe(str(tmp_path / "r.toml"))[0].quantizer == quantizer
+
+
+@pytest.mark.parametrize("settings", [(), ("--head", "int4", "--block-size", "64")])
+def test_the_recipe_leaves_layers_that_came_quantized_as_they_are(settings, checkpoints, tmp_path):
+    quantized_checkpoint(checkpoints("llama-tied"), tmp_path / "q", "gptq", 4, 32)
+    assert run("export", tmp_path / "q", tmp_path / "a", "-e", 2, *settings).exit_code == 0
+    bundle = read_bundle(tmp_path / "a")
+    found = tune(lambda: edgeskip.load(bundle.folder, device="cpu"), ["def f(x):", "import"], TuneSettings((1,), 20))
+    assert found.quantizer is None
+    (tmp_path / "r.toml").write_text(tuned_recipe(found, "r.toml"))
+    again = run("export", "--recipe", tmp_path / "r.toml", tmp_path / "q", tmp_path / "b")
+    assert again.exit_code == 0, again.output
+    assert read_bundle(tmp_path / "b").manifest.formats == bundle.manifest.formats
 
 
 def test_a_quantized_bundle_is_tuned_and_its_formats_are_told(bundles):
