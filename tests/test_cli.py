@@ -323,6 +323,10 @@ def test_inspect_shows_what_is_quantized(bundles, checkpoints, tmp_path):
     assert f"quantized by search: {wanted}" in lines
     fused = "ort (draft.ort.onnx, ...), cpu (draft.cpu.onnx, ...)"
     assert f"dialects: standard (draft.onnx, ...), {fused}, layers (first.layers.onnx, ...)" in lines
+    assert "no engines are needed, as its layers are quantized" in lines
+    succeed("export", checkpoints("llama-gqa"), tmp_path / "c", "-e", 2, "--head", "int8")
+    of_head = succeed("inspect", tmp_path / "c").stdout
+    assert "engines can be built from layers only, as its weights are quantized" in of_head
     assert not [
         line for line in succeed("inspect", bundles("llama-gqa").folder).stdout.splitlines() if "bits per" in line
     ]

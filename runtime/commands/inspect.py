@@ -47,7 +47,10 @@ def _print_engines(bundle: Bundle, console: Console) -> None:
     (found, problems), (came, wrong) = find_engines(bundle), engines_that_came(bundle)
     has = bundle.manifest.engine_dialects
     readers = readers_text() if has == ENGINE_DIALECTS else f"{', '.join(has)} only, as its weights are quantized"
-    console.print(f"engines can be built from {readers}")
+    if bundle.manifest.has_quantized_layers:
+        console.print("no engines are needed, as its layers are quantized")
+    else:
+        console.print(f"engines can be built from {readers}")
     if not (found or problems or came or wrong):
         console.print("engines: none")
     for engines in found:
