@@ -8,8 +8,9 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
+from edgeskip.recipes.commands.options import ALL, rows_of
 from edgeskip.runtime.bundle.dtypes import DType
-from edgeskip.runtime.commands.options import Place, require, say
+from edgeskip.runtime.commands.options import Choice, Place, require, say
 from edgeskip.runtime.errors import CheckpointError
 
 
@@ -35,8 +36,8 @@ from edgeskip.runtime.errors import CheckpointError
 )
 @click.option(
     "--draft-vocabulary",
-    type=int,
-    metavar="ROWS",
+    type=Choice(ALL),
+    metavar="ROWS|all",
     help="Texts keep to this many rows of the vocabulary.  [default: all]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The seed of weights and prompts.")
@@ -48,7 +49,7 @@ def synth(
     exit_layer: int,
     match_rate: tuple[float, ...],
     segment_tokens: int,
-    draft_vocabulary: int | None,
+    draft_vocabulary: Any,
     seed: int,
     dtype: Any,
     device: Any,
@@ -57,6 +58,7 @@ def synth(
     given = click.get_current_context().get_parameter_source("segment_tokens")
     if given is ParameterSource.COMMANDLINE and len(match_rate) < 2:
         raise click.UsageError("--segment-tokens is for several match rates: repeat --match-rate, or leave it out")
+    draft_vocabulary = rows_of(draft_vocabulary)
     require("synth")
     from edgeskip.recipes.synthetic import DISTINCT_TOKENS, TOLERANCE, SyntheticSettings, synthesize
     from edgeskip.runtime.files import check_destination

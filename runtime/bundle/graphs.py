@@ -246,9 +246,9 @@ def check_draft_vocabulary(draft_vocabulary: int | None, vocab_size: int) -> Non
         RequestError: it cannot.
     """
     if draft_vocabulary is not None and not LEAST_DRAFT_VOCABULARY <= draft_vocabulary < vocab_size:
-        wanted = f"{LEAST_DRAFT_VOCABULARY} to {vocab_size - 1} rows: the vocabulary has {vocab_size}"
+        wanted = f"{LEAST_DRAFT_VOCABULARY} to {vocab_size - 1} rows, or all: the vocabulary has {vocab_size}"
         if vocab_size <= LEAST_DRAFT_VOCABULARY:
-            wanted = f"none: the vocabulary has only {vocab_size} rows"
+            wanted = f"all: the vocabulary has only {vocab_size} rows"
         raise RequestError("draft vocabulary", f"{draft_vocabulary}", wanted=wanted)
 
 

@@ -314,7 +314,7 @@ def test_the_block_size_is_what_suits_the_device(backends, wanted, tmp_path):
         ('weights = "int4"\nblock_size = 32.0', "block_size: found 32.0; wanted 32 or 64 or 128"),
         ('layers = ["0-1"]', "layers[0]: found '0-1'; wanted a layer or a range"),
         ('layers = ["0-12=int8"]', "layers: '0-12=int8'; wanted layers in order, of 0 to 11"),
-        ("draft_vocabulary = 4096", "draft vocabulary: 4096; wanted 128 to 4095 rows: the vocabulary has 4096"),
+        ("draft_vocabulary = 4096", "draft vocabulary: 4096; wanted 128 to 4095 rows, or all: the vocabulary has 4096"),
         ("max_length = 1025", "max length: 1025; wanted 2 to 1024: the model's context"),
         ("other_exits = [2]", "other_exits: found exit layer 2 twice"),
         ('head = "int4"\nblock_size = 128\nweights = "int4"', "down_proj.weight: 704 columns, which blocks of 128"),
