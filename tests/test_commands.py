@@ -50,7 +50,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize(("file", "words"), COMMANDS)
 def test_a_command_that_is_shown_can_be_given(file, words):
     command, arguments = main, words
-    with click.Context(main) as context:
+    with click.Context(main, **main.context_settings) as context:
         while isinstance(command, click.Group):
             name, *arguments = arguments
             command = command.get_command(context, name)

@@ -78,6 +78,8 @@ GRID = tuple(range(1, 9))
 """Speculation lengths that are considered."""
 
 MATCH_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
+DRAFT_ROWS = 32768
+"""Rows of a larger vocabulary that drafts could come from."""
 
 CONTEXT_BYTES = 500_000_000
 """A CUDA context: an H100 with 0.5 GB free refuses one, and with 0.6 GB has room for it."""
@@ -238,6 +240,18 @@ class NgramPlan:
 
 
 @dataclass(frozen=True)
+class DraftHeadPlan:
+    """Drafts from so many `rows` of a larger vocabulary (`--draft-vocabulary`): the time of a round of K then, and with
+    all rows.
+    """
+
+    rows: int
+    num_speculations: int
+    round_ms: float
+    all_rows_ms: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The whole plan.
 
@@ -248,9 +262,10 @@ class Plan:
     the fastest of the exits whose match rate is known; `ngrams` need no exit. `speeds` are those of rounds from
     `exit_layer`, `other_speeds` those from `other_exits`, which the model is cut after too; `choice` is what choosing
     among them could bring, where their match rates are known. Others of `exits` are those of a model with that exit
-    alone. `formats` counts the bytes of weights on disk by their format; `recommended` says why, where no format was
-    asked for. Where it is `adaptive`, K is chosen for each round (`-k auto`), and `stages` has the calls of rounds with
-    `num_speculations`.
+    alone. `draft_head` is what drafts from part of the vocabulary would bring, where that is not planned anyway and the
+    vocabulary is large. `formats` counts the bytes of weights on disk by their format; `recommended` says why, where no
+    format was asked for. Where it is `adaptive`, K is chosen for each round (`-k auto`), and `stages` has the calls of
+    rounds with `num_speculations`.
     """
 
     model: str
@@ -288,6 +303,7 @@ class Plan:
     other_speeds: dict[int, tuple[SpeedPlan, ...]] = field(default_factory=dict)
     choice: ChoicePlan | None = None
     adaptive: bool = False
+    draft_head: DraftHeadPlan | None = None
 
 
 def make_plan(
@@ -366,6 +382,7 @@ def make_plan(
         other_speeds={e: _speeds(rounds[e], plain, settings.match_rates.get(e)) for e in settings.other_exits},
         choice=_choice({e: rounds[e] for e in own}, plain, settings.match_rates, adaptive=adaptive),
         adaptive=adaptive,
+        draft_head=_draft_head(a, basis, rounds[settings.exit_layer], min(k, GRID[-1])),
     )
 
 
@@ -833,6 +850,14 @@ def _first_token_ms(cost: Cost, cut: Cut, tokens: int) -> float:
         for start in starts
         for call in prefill_round(split, rows, last=start == starts[-1], early_exit=False).calls
     )
+
+
+def _draft_head(architecture: Architecture, basis: Basis, rounds: Mapping[int, float], k: int) -> DraftHeadPlan | None:
+    settings = basis.settings
+    if settings.draft_vocabulary is not None or architecture.vocab_size < 2 * DRAFT_ROWS:
+        return None
+    cut = cut_model(architecture, basis.dtype, settings.formats, DRAFT_ROWS)(settings.exit_layers)
+    return DraftHeadPlan(DRAFT_ROWS, k, round_ms(basis.cost, cut, settings.exit_layer, k, basis.position), rounds[k])
 
 
 def _speeds(rounds: Mapping[int, float], plain: float, match_rates: Sequence[float] | None) -> tuple[SpeedPlan, ...]:

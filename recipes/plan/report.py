@@ -118,6 +118,12 @@ def _print_times(plan: Plan, console: Console) -> None:
     console.print("Exit layers, and the match rate below which self-speculation loses:")
     console.print(exits)
     _print_choice(plan, console)
+    if (head := plan.draft_head) is not None:
+        console.print(
+            f"Drafts from {head.rows} rows of the vocabulary (--draft-vocabulary): a round with K = "
+            f"{head.num_speculations} takes {head.round_ms:.2f} ms and not {head.all_rows_ms:.2f}, which pays unless "
+            f"it brings {1 - head.round_ms / head.all_rows_ms:.0%} fewer tokens."
+        )
     _print_ngrams(plan, console)
 
 

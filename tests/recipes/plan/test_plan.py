@@ -18,10 +18,11 @@ from edgeskip.exporter.quantization.choice import chosen_formats
 from edgeskip.recipes.deployment import DEVICES, MODELS, load_device, load_export_recipe, recipe_shape
 from edgeskip.recipes.plan import plan as planning
 from edgeskip.recipes.plan.cost import fit_cost, samples_of_report
-from edgeskip.recipes.plan.plan import PlanSettings, make_plan
+from edgeskip.recipes.plan.plan import DRAFT_ROWS, PlanSettings, make_plan
 from edgeskip.recipes.shape import load_shape
 from edgeskip.runtime.backends.engines.targets import RTX_SERVES
 from edgeskip.runtime.bench.measure import read_report
+from edgeskip.runtime.bundle.graphs import DRAFT_HEAD
 from edgeskip.runtime.bundle.weights import stored_arrays
 from edgeskip.runtime.errors import RequestError
 from edgeskip.runtime.load import load
@@ -198,12 +199,12 @@ def test_a_plan_computes_each_round_once(monkeypatch):
     computed, right = [], planning.round_ms
 
     def counted(cost, cut, exit_layer, k, position):
-        computed.append((*cut.splits, exit_layer, k))
+        computed.append((DRAFT_HEAD in cut.sizes, *cut.splits, exit_layer, k))
         return right(cost, cut, exit_layer, k, position)
 
     monkeypatch.setattr(planning, "round_ms", counted)
     make_plan("", ONE_B, load_device("h100"), PlanSettings(4, match_rates={4: (0.8,)}, other_exits=(8,)))
-    assert (4, 8, 8, 5) in computed
+    assert (False, 4, 8, 8, 5) in computed
     assert len(computed) == len(set(computed))
 
 
@@ -511,3 +512,21 @@ def test_a_plan_prints_in_any_encoding():
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert b"It fits" in done.stdout
+
+
+def test_a_plan_of_a_large_vocabulary_says_what_drafts_from_a_part_of_it_would_bring(tmp_path):
+    plans = []
+    for drafts in ((), ("--draft-vocabulary", DRAFT_ROWS)):
+        done = run("llama3-8b", "-d", "h100", "-e", 4, "-k", 3, *drafts, "--json", tmp_path / "p")
+        plans.append(json.loads((tmp_path / "p").read_text()) | {"said": "pays unless it brings" in done.output})
+    times = [next(speed["round_ms"] for speed in p["speeds"] if speed["num_speculations"] == 3) for p in plans]
+    assert plans[0]["draft_head"] == {
+        "rows": DRAFT_ROWS,
+        "num_speculations": 3,
+        "round_ms": times[1],
+        "all_rows_ms": times[0],
+    }
+    assert times[1] < times[0]
+    assert plans[1]["draft_head"] is None
+    assert [plan["said"] for plan in plans] == [True, False]
+    assert make_plan("", load_shape("llama2-7b").architecture, load_device("h100"), PlanSettings(8)).draft_head is None
