@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from edgeskip.exporter.vocabulary.frequency import FREQUENCIES, frequency_order, levels_of, write_levels
+from edgeskip.exporter.vocabulary.frequency import FREQUENCIES, counts_of, frequency_order, levels_of, write_levels
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,8 +34,6 @@ else:
 
 MOST_CHARACTERS = 4_000_000
 ROWS = (8192, 16384, 32768)
-
-Array = Any
 
 
 def texts_of(clones: Path, source: Mapping[str, Any]) -> Iterator[str]:
@@ -74,19 +72,11 @@ def strings_of(lines: str) -> Iterator[str]:
         yield from walk(json.loads(line))
 
 
-def vocabulary_of(file: str) -> dict[str, int]:
-    """The ids of a tokenizer's ordinary tokens."""
-    return json.loads(Path(file).read_text(encoding="utf-8"))["model"]["vocab"]
-
-
-def counts_of(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> Array:
-    """How often each of the first ids [size] occurs."""
-    counts = np.zeros(size, np.int64)
+def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The ids of each text, which are encoded side by side."""
     for i in range(0, len(texts), 64):
         for encoding in tokenizer.encode_batch(texts[i : i + 64], add_special_tokens=False):
-            ids = np.array(encoding.ids, np.int64)
-            counts += np.bincount(ids[ids < size], minlength=size)
-    return counts
+            yield encoding.ids
 
 
 def main() -> None:
@@ -106,10 +96,11 @@ def main() -> None:
         print(f"{kind}: {sum(map(len, texts)) / 1e6:.1f} million characters, {settings['shares'][kind]:.1%}")
     found = {}
     for name, file in (one.split("=", 1) for one in given.tokenizers):
-        tokenizer, vocab = Tokenizer.from_file(file), vocabulary_of(file)
+        tokenizer = Tokenizer.from_file(file)
+        vocab = tokenizer.get_vocab(with_added_tokens=False)
         size, frequencies = len(vocab), np.zeros(len(vocab))
         for kind, texts in counted.items():
-            counts = counts_of(tokenizer, texts, size)
+            counts = counts_of(encoded(tokenizer, texts), size)
             frequencies += settings["shares"][kind] * counts / counts.sum()
         levels = levels_of(frequencies)
         found[name] = vocab, levels
@@ -118,7 +109,7 @@ def main() -> None:
         print(f"covered by the first {', '.join(map(str, rows))} rows, by frequency and by id")
         places = np.argsort(frequency_order(levels, range(size)))
         for source, texts in held_out:
-            counts = counts_of(tokenizer, texts, size)
+            counts = counts_of(encoded(tokenizer, texts), size)
             shares = [(counts[places < one].sum() / counts.sum(), counts[:one].sum() / counts.sum()) for one in rows]
             text = ", ".join(f"{frequent:.1%} {first:.1%}" for frequent, first in shares)
             print(f"{source['repository']}, {source['kind']}: {text}", flush=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ def count_tokens(path: Path, tokenizer: Tokenizer, vocab_size: int) -> Array:
     """
     pieces = [text[start : start + _PIECE] for text in load_prompts(path) for start in range(0, len(text), _PIECE)]
     chosen = np.linspace(0, len(pieces) - 1, min(len(pieces), _MOST_PIECES)).round().astype(int)
-    counts = np.zeros(vocab_size, np.int64)
-    for index in chosen:
-        ids = np.array(encode(tokenizer, pieces[index], _PIECE, add_special_tokens=False), np.int64)
-        counts += np.bincount(ids[ids < vocab_size], minlength=vocab_size)
+    encoded = (encode(tokenizer, pieces[index], _PIECE, add_special_tokens=False) for index in chosen)
+    counts = counts_of(encoded, vocab_size)
     if (tokens := int(counts.sum())) < LEAST_TOKENS:
         raise RequestError(path, f"{tokens} tokens", wanted=f"at least {LEAST_TOKENS}", fix="give more text")
+    return counts
+
+
+def counts_of(encoded: Iterable[Sequence[int]], vocab_size: int) -> Array:
+    """How often each token id [V] occurs in all these texts together."""
+    counts = np.zeros(vocab_size, np.int64)
+    for text in encoded:
+        ids = np.array(text, np.int64)
+        counts += np.bincount(ids[ids < vocab_size], minlength=vocab_size)
     return counts
 
 

@@ -136,8 +136,7 @@ def export(
     from edgeskip.recipes.deployment import checkpoint_source, load_device, load_export_recipe
     from edgeskip.recipes.plan.plan import PlanSettings, fit
     from edgeskip.recipes.plan.recommend import fitting_block_size, recommend
-    from edgeskip.runtime.decoding.tokenizer import read_tokenizer
-    from edgeskip.runtime.errors import BundleError
+    from edgeskip.runtime.decoding.text import load_tokenizer
     from edgeskip.runtime.files import check_destination
     from edgeskip.runtime.printable import one_line
     from edgeskip.runtime.terminal import drafting_text, progress_bar
@@ -215,7 +214,7 @@ def export(
     if draft_vocabulary is not None:
         texts = "your texts" if calibration is not None else "texts of many kinds, as counted for this tokenizer"
         counted = f"are frequent in {texts}" if exported.manifest.renumbered else "have the first ids"
-        share = covered_share(read_tokenizer(bundle / "tokenizer.json", BundleError), draft_vocabulary)
+        share = covered_share(load_tokenizer(exported), draft_vocabulary)
         say(
             f"Drafts are among the {draft_vocabulary} tokens that {counted}. These are {share:.0%} of the tokens in "
             "the Python that ships as prompts; `edgeskip tune` counts in your texts."

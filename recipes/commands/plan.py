@@ -127,6 +127,7 @@ def plan(
     device = load_device(device_name)
     known: dict[int, tuple[float, ...]] = {}
     own_num_speculations: int | None = None
+    own_draft_vocabulary: int | None = None
     size: Any = None if block_size is None else int(block_size)
     formats: dict[str, str] | None = None
     if recipe is not None:
@@ -137,7 +138,7 @@ def plan(
         weights, head = first(weights, chosen.weights), first(head, chosen.head)
         layers, size = layers or chosen.layers, first(size, chosen.block_size)
         bits = first(bits, chosen.bits if weights == "auto" else None)
-        draft_vocabulary = rows_of(draft_vocabulary, chosen.draft_vocabulary)
+        own_draft_vocabulary = chosen.draft_vocabulary
     elif model is not None and (Path(model) / MANIFEST).is_file():
         manifest = read_bundle(model).manifest
         shape = Shape(Path(model).absolute().name, {}, manifest.architecture)
@@ -146,11 +147,10 @@ def plan(
             first(dtype, manifest.dtype),
         )
         max_length, own_num_speculations = first(max_length, manifest.max_length), manifest.num_speculations
-        formats, draft_vocabulary = manifest.formats, rows_of(draft_vocabulary, manifest.draft_vocabulary)
+        formats, own_draft_vocabulary = manifest.formats, manifest.draft_vocabulary
     else:
         shape = load_shape(str(model))
         exit_layers = first(exit_layers, (max(shape.architecture.num_layers // 4, 1),))
-        draft_vocabulary = rows_of(draft_vocabulary)
     exit_layer, *other_exits = exit_layers
     known |= parse_match_rates(match_rates, exit_layer)
     if exit_layer not in known:
@@ -158,7 +158,7 @@ def plan(
     settings = PlanSettings(exit_layer, num_speculations, known, backend, dtype, max_length, jetpack, position)
     settings = replace(
         settings,
-        draft_vocabulary=draft_vocabulary,
+        draft_vocabulary=rows_of(draft_vocabulary, own_draft_vocabulary),
         other_exits=tuple(other_exits),
         ngrams=None if ngrams is None else parse_ngrams(ngrams),
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edgeskip.runtime.bundle.architecture import Architecture, Size
-from edgeskip.runtime.bundle.dialects import DIALECTS, Dialect, dialects_of, engine_dialects_of
+from edgeskip.runtime.bundle.dialects import DIALECTS, WHOLE, Dialect, dialects_of, engine_dialects_of
 from edgeskip.runtime.bundle.dtypes import DType
 from edgeskip.runtime.bundle.formats import FORMATS, is_quantized
 from edgeskip.runtime.bundle.graphs import (
@@ -217,7 +217,7 @@ class Bundle:
         """
         if dialect not in self.manifest.dialects:
             found = f"no graphs of the {dialect} dialect, as its weights are quantized"
-            whole = (name for name, one in self.manifest.dialects.items() if not one.in_parts)
+            whole = (name for name in WHOLE if name in self.manifest.dialects)
             raise BundleError(self.folder, found, wanted=" or ".join(whole))
         return self.folder / DIALECTS[dialect].file.format(graph)
 
